@@ -1,0 +1,289 @@
+"""Causal softmax attention, full or over a window, of a text and of branches that left it.
+
+`attend` is the one path: a training forward, a prefill in pieces, a decode step and the scoring of branches differ only
+in what history they bring. The text's keys are read in place by every branch, under a mask; a window per branch would
+store the text several times over. `SelfAttention` is the mixer of a hybrid's attention layers (MODELS 3.1); LaCT uses
+`attend` and `rotate` for its own window attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
+from refine_mcore.models.parallel_layers import (
+    PackedColumnParallelLinear,
+    Projection,
+    at_least_float32,
+)
+from refine_mcore.models.state import FastWeightState, LayerTape, StreamGroups, TokenHistory
+from refine_mcore.models.transformer_config import FastWeightConfig
+
+_MAX_QUERY_BLOCK = 512  # queries per product of windowed attention: bounds the mask and the work outside the window
+
+
+def rotary_table(
+    positions: Sequence[int], length: int, dim: int, base: float, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [R or 1, length, 1, dim/2] of angle (positions[r] + t) * base^(-2i/dim), at least float32."""
+    dtype = at_least_float32(like.dtype)
+    starts = sorted(set(positions))
+    offsets = torch.tensor(starts if len(starts) == 1 else list(positions), device=like.device)
+    steps = offsets[:, None] + torch.arange(length, device=like.device)
+    exponents = torch.arange(0, dim, 2, device=like.device, dtype=dtype) / dim
+    angles = steps.to(dtype)[:, :, None, None] * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of x [R, T, heads, dim] in halves: dimension i is paired with i + dim/2."""
+    cos, sin = table
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, past: TokenHistory | None, window: int | None) -> Tensor:
+    """softmax(q k^T / sqrt(dim)) v over each query's own past.
+
+    q [R, T, heads, dim]; k, v [R, T, kv_heads, dim] of the same new tokens; `past` holds the (keys, values) before
+    them. Query t sees the `window` keys up to and including its own (all if None). Returns [R, T, heads, dim].
+    """
+    if past is not None and past.text is not None:
+        return _branch_attention(q, k, v, past, window)
+    before = 0
+    if past is not None:
+        before = past.own_length
+        k, v = torch.cat([past.own[0], k], dim=1), torch.cat([past.own[1], v], dim=1)
+    return _text_attention(q, k, v, before, window)
+
+
+def _text_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int | None) -> Tensor:
+    """Causal attention of T queries on `before` + T keys, in query blocks that meet only the keys they can see."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    total = k.shape[2]
+    if window is None or window >= total:
+        return _masked_attention(q, k, v, before, window).transpose(1, 2)
+    block = min(max(window, 64), _MAX_QUERY_BLOCK)
+    # keys are cut once at block borders: the backward of one split is one concatenation
+    head = before % block
+    sizes = ([head] if head else []) + [min(block, total - i) for i in range(head, total, block)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    keys, values = k.split(sizes, dim=2), v.split(sizes, dim=2)
+    queries = q.split(block, dim=2)
+    outputs = []
+    first = starts.index(before)
+    for i, queries_i in enumerate(queries):
+        here = first + i
+        low = next(j for j in range(here + 1) if starts[j] + sizes[j] > starts[here] - window + 1)
+        outputs.append(
+            _masked_attention(
+                queries_i,
+                torch.cat(keys[low : here + 1], dim=2),
+                torch.cat(values[low : here + 1], dim=2),
+                starts[here] - starts[low],
+                window,
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int | None) -> Tensor:
+    """q [R, heads, T, dim] against k, v [R, kv_heads, before + T, dim]."""
+    grouped = q.shape[1] != k.shape[1]
+    if before == 0 and (window is None or window >= k.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    query = torch.arange(before, k.shape[2], device=q.device)[:, None]
+    key = torch.arange(k.shape[2], device=q.device)
+    mask = key <= query
+    if window is not None:
+        mask &= key > query - window
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+
+def _branch_attention(
+    q: Tensor, k: Tensor, v: Tensor, past: TokenHistory, window: int | None
+) -> Tensor:
+    """Attention of branches: one softmax over the text's keys (shared) and each branch's own."""
+    assert past.text is not None
+    history = past.append((k, v))
+    arguments = (q, *history.own, *past.text, past, window)
+    if torch.is_grad_enabled():
+        # scores over the text are [branches * k, S]: made again in the backward rather than kept
+        return checkpoint(_branch_attention_core, *arguments, use_reentrant=False)
+    return _branch_attention_core(*arguments)
+
+
+def _branch_attention_core(
+    q: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    past: TokenHistory,
+    window: int | None,
+) -> Tensor:
+    streams, length, heads, dim = q.shape
+    kv_heads, before = text_k.shape[2], past.own_length
+    compute = at_least_float32(q.dtype)
+    scale = dim**-0.5
+    low, high = _visible_range(past, window)
+    text_k, text_v = text_k[:, low:high].transpose(1, 2), text_v[:, low:high].transpose(1, 2)
+    groups = StreamGroups(past.rows, text_k.shape[0])
+
+    def by_head(x: Tensor) -> Tensor:  # [rows, n, heads, dim] -> [rows, kv_heads, heads/kv_heads * n, dim]
+        rows, n = x.shape[:2]
+        x = x.reshape(rows, n, kv_heads, heads // kv_heads, dim)
+        return x.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, dim)
+
+    def streams_first(x: Tensor) -> Tensor:  # the inverse, then [streams, kv_heads, heads/kv_heads, T, last]
+        rows, last = x.shape[0], x.shape[-1]
+        x = x.reshape(rows, kv_heads, heads // kv_heads, -1, last).permute(0, 3, 1, 2, 4)
+        return groups.scatter(x.contiguous()).permute(0, 2, 3, 1, 4)
+
+    text_scores = by_head(groups.gather(q)) @ text_k.transpose(-1, -2)
+    text_scores = streams_first(text_scores).to(compute) * scale
+    q_own = q.reshape(streams, length, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
+    own_scores = (q_own @ own_k.permute(0, 2, 3, 1).unsqueeze(2)).to(compute) * scale
+
+    query = torch.arange(length, device=q.device)[:, None] + before
+    own = torch.arange(before + length, device=q.device)
+    own_mask = own <= query
+    limit = torch.tensor(past.limit, device=q.device)[:, None, None]
+    text = torch.arange(low, high, device=q.device)
+    text_mask = (text < limit).expand(streams, length, -1)
+    if window is not None:
+        own_mask = own_mask & (own > query - window)
+        text_mask = text_mask & (text > limit + query - window)
+    text_scores = text_scores.masked_fill(~text_mask[:, None, None], float("-inf"))
+    own_scores = own_scores.masked_fill(~own_mask, float("-inf"))
+
+    weights = torch.cat([text_scores, own_scores], dim=-1).softmax(dim=-1).to(q.dtype)
+    text_weights, own_weights = weights.split([high - low, before + length], dim=-1)
+    by_stream = text_weights.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, -1)
+    rows = groups.gather(by_stream)
+    rows = rows.reshape(groups.num_rows, -1, kv_heads, heads // kv_heads, high - low)
+    rows = rows.permute(0, 2, 3, 1, 4).reshape(groups.num_rows, kv_heads, -1, high - low)
+    out = streams_first(rows @ text_v) + own_weights @ own_v.transpose(1, 2).unsqueeze(2)
+    return out.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, dim)
+
+
+def _visible_range(past: TokenHistory, window: int | None) -> tuple[int, int]:
+    """The text tokens that some branch can see, [low, high)."""
+    high = max(past.limit)
+    if window is None:
+        return 0, high
+    return max(0, min(past.limit) + past.own_length - window + 1), high
+
+
+@dataclass(frozen=True)
+class AttentionState(FastWeightState):
+    """Keys (rotated) and values of the visible past, and the tokens consumed, of R streams."""
+
+    history: TokenHistory
+    position: tuple[int, ...]
+
+    @property
+    def num_streams(self) -> int:
+        return len(self.position)
+
+    def select(self, indices: Sequence[int]) -> AttentionState:
+        return AttentionState(
+            self.history.select(indices), tuple(self.position[i] for i in indices)
+        )
+
+
+@dataclass(frozen=True)
+class AttentionTape(LayerTape):
+    """A text's keys and values; `first` is the position of the first of them."""
+
+    keys: Tensor
+    values: Tensor
+    first: int
+
+    def at(self, batch_index: Sequence[int], position: Sequence[int]) -> AttentionState:
+        limit = [p - self.first for p in position]
+        history = TokenHistory.branch((self.keys, self.values), batch_index, limit)
+        return AttentionState(history, tuple(position))
+
+
+class SelfAttention(Mixer):
+    """Grouped-query softmax attention with rotary positions, heads sharded over tensor-parallel ranks."""
+
+    def __init__(
+        self,
+        config: FastWeightConfig,
+        submodules: MixerSubmodules,
+        layer_number: int,
+        pg_collection: Any,
+    ) -> None:
+        super().__init__(config, pg_collection.tp)
+        options = config.arch.attention
+        assert options is not None
+        self.options = options
+        self.head_dim = config.hidden_size // options.num_heads
+        kv_size = options.kv_heads * self.head_dim
+        self.in_proj = PackedColumnParallelLinear(
+            submodules.in_proj,
+            config,
+            [
+                Projection("q_proj", config.hidden_size, options.qkv_bias),
+                Projection("k_proj", kv_size, options.qkv_bias),
+                Projection("v_proj", kv_size, options.qkv_bias),
+            ],
+            self.tp_group,
+        )
+        self.o_proj = self.build_output_projection(submodules, config.hidden_size)
+
+    def mix(
+        self, x: Tensor, state: FastWeightState | None, output_state: bool, record: bool
+    ) -> MixerOutput:
+        assert state is None or isinstance(state, AttentionState)
+        packed = self.in_proj(x)
+        tokens = self.streams_first(packed, state)
+        streams, length = tokens.shape[:2]
+        parts = self.in_proj.split(tokens)
+        q, k, v = (
+            parts[name].reshape(streams, length, -1, self.head_dim)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        position = state.position if state is not None else (0,) * streams
+        table = rotary_table(position, length, self.head_dim, self.options.rope_theta, q)
+        q, k = rotate(q, table), rotate(k, table)
+        past = state.history if state is not None else None
+        window = self.options.window_size
+        out = attend(q, k, v, past, window)
+        history = extend_history(past, (k, v), window) if output_state else None
+        return MixerOutput(
+            self.project_output(out.flatten(2), x),
+            AttentionState(history, tuple(p + length for p in position)) if history else None,
+            record_text(past, k, v, position) if record else None,
+        )
+
+
+def extend_history(
+    past: TokenHistory | None, new: tuple[Tensor, ...], window: int | None
+) -> TokenHistory:
+    """The past with the new tokens, cut to what a window can still see where the stream has no text behind it."""
+    history = TokenHistory(new) if past is None else past.append(new)
+    if window is None or history.text is not None:
+        return history
+    return history.keep_last(window - 1)
+
+
+def record_text(
+    past: TokenHistory | None, k: Tensor, v: Tensor, position: Sequence[int]
+) -> AttentionTape:
+    """The tape of a text forward: all streams at one position, none a branch."""
+    assert len(set(position)) == 1 and (past is None or past.text is None)
+    if past is None:
+        return AttentionTape(k, v, position[0])
+    keys, values = past.append((k, v)).own
+    return AttentionTape(keys, values, position[0] - past.own_length)

@@ -1,0 +1,252 @@
+"""What DeltaNet and GatedDeltaNet share: projections, short convolution, matrix state, output norm and gate.
+
+State of a stream: the last conv_size - 1 inputs of the convolution and S [heads, K, V], at least float32. The tape keeps
+the states at the kernel's chunk boundaries (autograd holds them anyway) and the tensors the forward made; a state between
+two boundaries is replayed from the few tokens since the last one.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from refine_kernels.dispatch import causal_conv1d, chunk_delta_rule, chunk_gated_delta_rule
+from torch import Tensor
+
+from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
+from refine_mcore.models.parallel_layers import (
+    PackedColumnParallelLinear,
+    Projection,
+    at_least_float32,
+    replicated_parameter,
+    rms_norm,
+    row_sharded_parameter,
+    shared_by_heads,
+)
+from refine_mcore.models.state import FastWeightState, LayerTape, gather_tokens, take_streams
+from refine_mcore.models.transformer_config import FastWeightConfig
+
+_L2_EPS = 1e-6
+CHUNK_SIZE = 64
+
+
+@dataclass(frozen=True)
+class DeltaRuleState(FastWeightState):
+    """conv [R, conv_size - 1, channels]: the last inputs of the convolution; recurrent [R, heads, K, V]: S."""
+
+    conv: Tensor
+    recurrent: Tensor
+
+    @property
+    def num_streams(self) -> int:
+        return self.recurrent.shape[0]
+
+    def select(self, indices: Sequence[int]) -> DeltaRuleState:
+        return DeltaRuleState(
+            take_streams(self.conv, indices), take_streams(self.recurrent, indices)
+        )
+
+
+class RecurrenceInputs(NamedTuple):
+    """k [R, T, heads, K] of unit norm, v [R, T, heads, V], write strength beta and log decay g [R, T, heads]."""
+
+    k: Tensor
+    v: Tensor
+    beta: Tensor
+    g: Tensor | None
+
+
+class HeadLayout(NamedTuple):
+    """Heads over all ranks: query/key heads of width `key`, value heads of width `value`."""
+
+    key_heads: int
+    value_heads: int
+    key: int
+    value: int
+
+
+class DeltaRuleMixer(Mixer):
+    """Delta-rule sequence mixer; a family says its heads, its extra projections and its gates."""
+
+    def __init__(
+        self,
+        config: FastWeightConfig,
+        submodules: MixerSubmodules,
+        layer_number: int,
+        pg_collection: Any,
+    ) -> None:
+        super().__init__(config, pg_collection.tp)
+        mixer: Any = config.arch.mixer
+        self.options = mixer
+        self.heads = self.head_layout(config.hidden_size)
+        key_size = self.heads.key_heads * self.heads.key
+        value_size = self.heads.value_heads * self.heads.value
+        self.in_proj = PackedColumnParallelLinear(
+            submodules.in_proj,
+            config,
+            [
+                Projection("q_proj", key_size),
+                Projection("k_proj", key_size),
+                Projection("v_proj", value_size),
+                *self.gate_projections(),
+                *([Projection("g_proj", value_size)] if mixer.use_gate else []),
+            ],
+            self.tp_group,
+        )
+        self.conv_sizes = self.in_proj.local_sizes[:3]
+        self.conv_width = mixer.conv_size if mixer.use_short_conv else 1
+        self.raw_parameters = {"o_norm": "o_norm.weight"}
+        if mixer.use_short_conv:
+            for name, size in zip(("q_conv1d", "k_conv1d", "v_conv1d"), self.conv_sizes, strict=True):
+                shape = (size, 1, mixer.conv_size)
+                self.register_parameter(name, row_sharded_parameter(shape, config))
+                self.raw_parameters[name] = f"{name}.weight"
+        self.row_sharded = frozenset(self.raw_parameters) - {"o_norm"}
+        self.o_norm = replicated_parameter((self.heads.value,), config)
+        self.o_proj = self.build_output_projection(submodules, value_size)
+
+    @abstractmethod
+    def head_layout(self, hidden_size: int) -> HeadLayout:
+        """The family's heads."""
+
+    @abstractmethod
+    def gate_projections(self) -> list[Projection]:
+        """The projections that the gates are made of, beside q, k, v."""
+
+    @abstractmethod
+    def gates(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """beta and g [R, T, local value heads] from the named projections, in at least float32."""
+
+    def mix(
+        self, x: Tensor, state: FastWeightState | None, output_state: bool, record: bool
+    ) -> MixerOutput:
+        assert state is None or isinstance(state, DeltaRuleState)
+        tokens = self.streams_first(self.in_proj(x), state)
+        parts = self.in_proj.split(tokens)
+        convolved, conv_tail = self.convolve(tokens, state)
+        q, inputs = self.recurrence_inputs(convolved, parts)
+        initial = state.recurrent if state is not None else None
+        o, final, boundaries = self.recurrence(q, inputs, initial)
+        assert o is not None
+        y = rms_norm(o, shared_by_heads(self.o_norm, self.tp_group), self.config.layernorm_epsilon)
+        if self.options.use_gate:
+            y = y * F.silu(parts["g_proj"]).reshape(y.shape)
+        tape = None
+        if record:
+            past = state.conv if state is not None else None
+            tape = DeltaRuleTape(self, tokens, convolved, past, [*boundaries, final])
+        return MixerOutput(
+            self.project_output(y.flatten(2), x),
+            DeltaRuleState(conv_tail, final) if output_state else None,
+            tape,
+        )
+
+    def convolve(self, tokens: Tensor, state: DeltaRuleState | None) -> tuple[Tensor, Tensor]:
+        """SiLU of the short convolution of q, k, v [R, T, channels], and the inputs the next token needs."""
+        raw = tokens[..., : sum(self.conv_sizes)]
+        if not self.options.use_short_conv:
+            return self.activate(raw), raw[:, :0]
+        weight = torch.cat([self.q_conv1d, self.k_conv1d, self.v_conv1d])
+        past = state.conv if state is not None else None
+        activation = None if self.qk_identity else "silu"
+        out, tail = causal_conv1d(raw, weight, past, activation)
+        return (self.activate(out) if activation is None else out), tail
+
+    @property
+    def qk_identity(self) -> bool:
+        """True if q and k take no activation after the convolution."""
+        return getattr(self.options, "qk_activation", "silu") == "identity"
+
+    def activate(self, x: Tensor) -> Tensor:
+        """SiLU on v, and on q and k unless the family leaves them as they are."""
+        if not self.qk_identity:
+            return F.silu(x)
+        q, k, v = x.split(self.conv_sizes, dim=-1)
+        return torch.cat([q, k, F.silu(v)], dim=-1)
+
+    def recurrence_inputs(
+        self, convolved: Tensor, parts: dict[str, Tensor]
+    ) -> tuple[Tensor, RecurrenceInputs]:
+        """q [R, T, heads, K] and what the state is written with."""
+        q, k, v = convolved.split(self.conv_sizes, dim=-1)
+        streams, length = v.shape[:2]
+        q, k = (_unit_norm(y.reshape(streams, length, -1, self.heads.key)) for y in (q, k))
+        groups = self.heads.value_heads // self.heads.key_heads
+        if groups > 1:
+            q, k = q.repeat_interleave(groups, dim=2), k.repeat_interleave(groups, dim=2)
+        v = v.reshape(streams, length, -1, self.heads.value)
+        return q, RecurrenceInputs(k, v, *self.gates(parts))
+
+    def recurrence(
+        self, q: Tensor | None, inputs: RecurrenceInputs, initial_state: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+        """Output, final state and the states before each chunk; q=None only advances the state."""
+        k, v, beta, g = inputs
+        options: dict[str, Any] = {"initial_state": initial_state, "chunk_size": CHUNK_SIZE}
+        if g is None:
+            return chunk_delta_rule(q, k, v, beta, **options)
+        return chunk_gated_delta_rule(q, k, v, beta, g, **options)
+
+
+class DeltaRuleTape(LayerTape):
+    """Packed projections and convolution outputs of the text, and the states at chunk boundaries (the last is final)."""
+
+    def __init__(
+        self,
+        mixer: DeltaRuleMixer,
+        tokens: Tensor,
+        convolved: Tensor,
+        past: Tensor | None,
+        boundaries: list[Tensor],
+    ) -> None:
+        self.mixer, self.tokens, self.convolved = mixer, tokens, convolved
+        self.past, self.boundaries = past, boundaries
+
+    def at(self, batch_index: Sequence[int], position: Sequence[int]) -> DeltaRuleState:
+        starts = [p // CHUNK_SIZE * CHUNK_SIZE for p in position]
+        recurrent = torch.stack(
+            [
+                self.boundaries[s // CHUNK_SIZE][b]
+                for s, b in zip(starts, batch_index, strict=True)
+            ]
+        )
+        rest = [p - s for p, s in zip(position, starts, strict=True)]
+        if max(rest) > 0:
+            recurrent = self._replay(recurrent, batch_index, starts, rest)
+        return DeltaRuleState(self._conv_tail(batch_index, position), recurrent)
+
+    def _replay(
+        self, states: Tensor, batch_index: Sequence[int], starts: list[int], rest: list[int]
+    ) -> Tensor:
+        """The states after `rest[r]` more tokens; shorter rows are filled with writes of strength zero."""
+        length, last = max(rest), self.tokens.shape[1] - 1
+        index = [[min(s + i, last) for i in range(length)] for s in starts]
+        packed = gather_tokens(self.tokens, batch_index, index)
+        convolved = gather_tokens(self.convolved, batch_index, index)
+        _, inputs = self.mixer.recurrence_inputs(convolved, self.mixer.in_proj.split(packed))
+        steps = torch.arange(length, device=states.device)
+        valid = (steps < torch.tensor(rest, device=states.device)[:, None])[..., None]
+        beta = inputs.beta * valid
+        g = None if inputs.g is None else inputs.g * valid
+        return self.mixer.recurrence(None, inputs._replace(beta=beta, g=g), states)[1]
+
+    def _conv_tail(self, batch_index: Sequence[int], position: Sequence[int]) -> Tensor:
+        """The last conv_size - 1 inputs of the convolution before each position."""
+        width, channels = self.mixer.conv_width - 1, sum(self.mixer.conv_sizes)
+        if min(position) >= width:
+            index = [list(range(p - width, p)) for p in position]
+            return gather_tokens(self.tokens, batch_index, index)[..., :channels]
+        raw = self.tokens[..., :channels]
+        past = raw.new_zeros(raw.shape[0], width, channels) if self.past is None else self.past
+        index = [list(range(p, p + width)) for p in position]
+        return gather_tokens(torch.cat([past, raw], dim=1), batch_index, index)
+
+
+def _unit_norm(x: Tensor) -> Tensor:
+    """x / sqrt(sum x^2 + eps) over the last dimension, in at least float32."""
+    x = x.to(at_least_float32(x.dtype))
+    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + _L2_EPS)

@@ -1,0 +1,78 @@
+"""Megatron's transformer layer and block with an explicit fast-weight state in and out.
+
+`TransformerLayer` calls its attention with fixed keyword arguments and `TransformerBlock.forward` takes no others, so both
+forwards are written here around the modules Megatron builds; construction, checkpoint names and the MLP half are
+Megatron's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from refine_mcore.models.mixer import MixerOutput
+from refine_mcore.models.state import FastWeightState, LayerTape
+
+
+class FastWeightLayer(TransformerLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x)), on [s, b, h]."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        state: FastWeightState | None = None,
+        *,
+        output_state: bool = False,
+        record: bool = False,
+    ) -> MixerOutput:
+        mixed = self.self_attention(
+            self.input_layernorm(hidden_states), state, output_state=output_state, record=record
+        )
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        hidden_states = add((mixed.hidden_states, None), hidden_states, self.hidden_dropout)
+        return mixed._replace(hidden_states=self._forward_mlp(hidden_states))
+
+
+class BlockOutput(NamedTuple):
+    """Hidden states [s, b, h] (after the final norm on the last stage), and per layer the state and tape asked for."""
+
+    hidden_states: Tensor
+    states: list[FastWeightState] | None
+    tapes: list[LayerTape] | None
+
+
+class FastWeightBlock(TransformerBlock):
+    """The layers of one pipeline stage, and the final norm on the last."""
+
+    def forward(
+        self,
+        hidden_states: Tensor | None,
+        states: Sequence[FastWeightState] | None = None,
+        *,
+        output_states: bool = False,
+        record: bool = False,
+    ) -> BlockOutput:
+        if not self.pre_process:
+            hidden_states = self.input_tensor
+        # Megatron's pipeline schedules free outputs in place, which views do not allow
+        hidden_states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
+        new_states: list[Any] = []
+        tapes: list[Any] = []
+        for index, layer in enumerate(self.layers):
+            state = None if states is None else states[index]
+            hidden_states, state, tape = layer(
+                hidden_states, state, output_state=output_states, record=record
+            )
+            new_states.append(state)
+            tapes.append(tape)
+        if self.final_layernorm is not None:
+            hidden_states = self.final_layernorm(hidden_states)
+            hidden_states = make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
+        return BlockOutput(
+            hidden_states, new_states if output_states else None, tapes if record else None
+        )

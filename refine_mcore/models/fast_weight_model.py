@@ -1,0 +1,134 @@
+"""The language model: embedding, fast-weight block, output layer, for one pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from torch import Tensor
+
+from refine_mcore.models.fast_weight_block import FastWeightBlock
+from refine_mcore.models.layer_specs import block_spec
+from refine_mcore.models.state import FastWeightState, StateTape
+from refine_mcore.models.transformer_config import FastWeightConfig, padded_vocab_size
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """hidden [s, b, h]: after the final norm on the last stage, else what the next stage takes.
+
+    `states` (per layer, after the tokens) and `tape` (of this forward) only if asked for.
+    """
+
+    hidden: Tensor
+    states: list[FastWeightState] | None = None
+    tape: StateTape | None = None
+
+
+class FastWeightModel(LanguageModule):
+    """A fast-weight language model. Parameters are uninitialised until `initialize` or a checkpoint fills them.
+
+    `logits` is a separate step, so that a caller makes them only for the rows it needs.
+    """
+
+    def __init__(
+        self,
+        config: FastWeightConfig,
+        pg_collection: Any,
+        *,
+        transformer_engine: bool = False,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ) -> None:
+        super().__init__(config, pg_collection)
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = config.arch.tie_embeddings
+        self.vocab_size = padded_vocab_size(config.arch, config.tensor_model_parallel_size)
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocab_size=self.vocab_size,
+                max_sequence_length=0,
+                position_embedding_type="none",
+                tp_group=self.tp_group,
+            )
+        spec = block_spec(
+            config, pipeline_rank=self.pp_group.rank(), transformer_engine=transformer_engine
+        )
+        self.decoder = FastWeightBlock(
+            config,
+            spec,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+        )
+        if post_process:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                self.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and config.arch.tie_embeddings,
+                tp_group=self.tp_group,
+            )
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """The previous stage's output, as Megatron's schedules hand it over."""
+        if isinstance(input_tensor, list):
+            (input_tensor,) = input_tensor
+        self.decoder.set_input_tensor(input_tensor)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        states: Sequence[FastWeightState] | None = None,
+        *,
+        start: int = 0,
+        output_states: bool = False,
+        record: bool = False,
+    ) -> ModelOutput:
+        """Consume tokens [R, T] of R streams, from `states` if given.
+
+        `record` asks for a tape of these T tokens; `start` is how many tokens the texts had consumed before them.
+        """
+        embedded = self.embedding(tokens, None) if self.pre_process else None
+        out = self.decoder(embedded, states, output_states=output_states, record=record)
+        tape = None
+        if out.tapes is not None:
+            tape = StateTape(tuple(out.tapes), start, start + tokens.shape[1])
+        return ModelOutput(out.hidden_states, out.states, tape)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits [s, b, V / tp] of final hidden states [s, b, h]; columns past the vocabulary are padding."""
+        weight = None
+        if self.share_embeddings_and_output_weights:
+            weight = self.shared_embedding_or_output_weight()
+        return self.output_layer(hidden, weight=weight)[0]
+
+    def num_parameters(self) -> int:
+        """Parameters held by this rank."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def build_model(
+    config: FastWeightConfig, pg_collection: Any, *, transformer_engine: bool = False
+) -> FastWeightModel:
+    """This rank's stage of the model, with uninitialised parameters."""
+    rank, stages = pg_collection.pp.rank(), pg_collection.pp.size()
+    return FastWeightModel(
+        config,
+        pg_collection,
+        transformer_engine=transformer_engine,
+        pre_process=rank == 0,
+        post_process=rank == stages - 1,
+    )
+
+
+

@@ -1,0 +1,88 @@
+"""Random initialisation by checkpoint name, the same at every layout.
+
+Each parameter is drawn whole from a generator seeded by (seed, checkpoint key), and each rank keeps its shard, so that runs
+at different tensor- and pipeline-parallel sizes start from the same model. The distributions are those of the reference
+implementations (MODELS 1, 2.5, 7).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from torch import Tensor
+
+from refine_mcore.models.architecture import Architecture, LaCTOptions
+from refine_mcore.models.fast_weight_model import FastWeightModel
+
+_DRAW = Callable[[torch.Generator, tuple[int, ...]], Tensor]
+
+
+def initialize(model: FastWeightModel, seed: int) -> None:
+    """Fill every parameter of this rank from its reference distribution."""
+    with torch.no_grad():
+        for tensor in sharded_tensors(model):
+            generator = torch.Generator().manual_seed(_key_seed(seed, tensor.key))
+            whole = _distribution(tensor.key, model.config.arch)(generator, tensor.global_shape)
+            tensor.data.copy_(whole[tensor.global_slice()])
+
+
+def sharded_tensors(model: FastWeightModel) -> list[ShardedTensor]:
+    """This rank's shards of all parameters under their checkpoint keys; writing to `.data` writes the parameter."""
+    sharded = model.sharded_state_dict(metadata=checkpoint_metadata())
+    apply_factories(sharded)
+    return [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
+
+
+def checkpoint_metadata() -> dict:
+    """A fresh metadata dict for `sharded_state_dict` (Megatron writes into it): layers are stored one by one."""
+    return {"non_homogeneous_layers": True}
+
+
+def _key_seed(seed: int, key: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _normal(std: float) -> _DRAW:
+    return lambda generator, shape: torch.randn(shape, generator=generator) * std
+
+
+def _constant(value: float) -> _DRAW:
+    return lambda generator, shape: torch.full(shape, value)
+
+
+def _distribution(key: str, arch: Architecture) -> _DRAW:
+    name = key.rpartition("self_attention.")[2] if "self_attention." in key else key
+    if name.endswith((".bias", "qk_offset")):
+        return _constant(0.0)
+    if name.endswith(("norm.weight", "layernorm.weight", "qk_scale")):
+        return _constant(1.0)
+    if name == "A_log":
+        return lambda generator, shape: (torch.rand(shape, generator=generator) * 16).log()
+    if name == "dt_bias":
+        return _inverse_softplus_of_log_uniform
+    if isinstance(arch.mixer, LaCTOptions) and name.partition(".")[0] in ("w0", "w1", "w2"):
+        return _normal(_fast_weight_std(name, arch.mixer, arch.hidden_size))
+    return _normal(arch.initializer_range)
+
+
+def _fast_weight_std(name: str, options: LaCTOptions, hidden_size: int) -> float:
+    dim = options.fast_head_dim(hidden_size)
+    if name.endswith("w_left"):
+        assert options.low_rank is not None
+        return options.init_gain / math.sqrt(options.low_rank)
+    if name.endswith("w_right"):
+        return options.init_gain / math.sqrt(dim)
+    return 1 / math.sqrt(options.fast_hidden_dim(hidden_size) if name == "w1" else dim)
+
+
+def _inverse_softplus_of_log_uniform(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    """softplus^-1 of a step drawn log-uniformly from [1e-3, 0.1]."""
+    low, high = math.log(1e-3), math.log(0.1)
+    step = (low + (high - low) * torch.rand(shape, generator=generator)).exp()
+    return step + torch.log(-torch.expm1(-step))

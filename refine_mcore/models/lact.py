@@ -1,0 +1,463 @@
+"""LaCT (Zhang et al. 2025, arXiv 2505.23884): window attention plus large-chunk fast weights, as `lact_swiglu` computes it.
+
+One qkv feeds both branches; the fast branch reads each chunk with the weights from before that chunk's own update
+(MODELS 2.1-2.8). Departures from the published code, none of which changes a padding-free text:
+
+* The chunk grid is anchored at each stream's own first token, and a branch keeps its text's grid. The published rollouts
+  left-pad, which shifts the grid and writes the padding into the fast weights.
+* A chunk's update is made when its next token arrives, so a state between chunks is the last weights plus the open chunk.
+* Newton-Schulz runs in the precision `muon_dtype` says (the published code always casts to bfloat16).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from refine_kernels.dispatch import (
+    FastWeights,
+    RowNorms,
+    apply_fast_weights,
+    chunk_lact,
+    update_fast_weights,
+)
+from torch import Tensor
+
+from refine_mcore.models.attention import (
+    AttentionState,
+    AttentionTape,
+    attend,
+    extend_history,
+    record_text,
+    rotary_table,
+    rotate,
+)
+from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
+from refine_mcore.models.parallel_layers import (
+    PackedColumnParallelLinear,
+    Projection,
+    at_least_float32,
+    replicated_parameter,
+    rms_norm,
+    row_sharded_parameter,
+    shared_by_heads,
+)
+from refine_mcore.models.state import (
+    FastWeightState,
+    LayerTape,
+    StreamGroups,
+    TokenHistory,
+    take_streams,
+)
+from refine_mcore.models.transformer_config import FastWeightConfig
+
+_NORM_EPS = 1e-5  # of the output norm, the qk norm and the unit norm of fast queries and keys
+_BASE_RATE = 0.001
+_RATE_SHIFT = _BASE_RATE + math.log(-math.expm1(-_BASE_RATE))  # softplus(_RATE_SHIFT) = _BASE_RATE
+
+
+class FastInputs(NamedTuple):
+    """Per token and fast head: fk, fv [R, T, n, d], rates lr [R, T, n, 3], momentum mu [R, T, n] (or none)."""
+
+    fk: Tensor
+    fv: Tensor
+    lr: Tensor
+    mu: Tensor | None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As the tuple a TokenHistory keeps."""
+        return self[:3] if self.mu is None else self  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class LaCTState(FastWeightState):
+    """Window keys and values, the weights in force, the open chunk.
+
+    Stream r uses row `weight_rows[r]` of `weights`, so that branches of one chunk share them. The open chunk is the last
+    `position - start of chunk` tokens of `pending`; at the end of a full chunk it is that chunk, not yet written.
+    """
+
+    attention: AttentionState
+    weights: FastWeights
+    weight_rows: tuple[int, ...]
+    pending: TokenHistory
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Tokens consumed by each stream."""
+        return self.attention.position
+
+    @property
+    def num_streams(self) -> int:
+        return len(self.position)
+
+    def select(self, indices: Sequence[int]) -> LaCTState:
+        return LaCTState(
+            self.attention.select(indices),
+            self.weights,
+            tuple(self.weight_rows[i] for i in indices),
+            self.pending.select(indices),
+        )
+
+
+def open_chunk_length(position: int, chunk_size: int) -> int:
+    """Tokens of the chunk in force that a stream at `position` has consumed: 1 to chunk_size, 0 only at the start."""
+    return position - weights_index(position, chunk_size) * chunk_size
+
+
+def weights_index(position: int, chunk_size: int) -> int:
+    """How many updates a stream at `position` has made: the one of a full chunk waits for the next token."""
+    return max(0, -(-position // chunk_size) - 1)
+
+
+class LaCT(Mixer):
+    """Window attention and SwiGLU fast weights in parallel; fast heads are sharded with the attention heads they hold."""
+
+    def __init__(
+        self,
+        config: FastWeightConfig,
+        submodules: MixerSubmodules,
+        layer_number: int,
+        pg_collection: Any,
+    ) -> None:
+        super().__init__(config, pg_collection.tp)
+        options: Any = config.arch.mixer
+        self.options = options
+        hidden, heads = config.hidden_size, options.num_fast_heads
+        self.head_dim = hidden // options.num_attention_heads
+        self.fast_dim = options.fast_head_dim(hidden)
+        self.in_proj = PackedColumnParallelLinear(
+            submodules.in_proj,
+            config,
+            [
+                *(Projection(f"{name}_proj", hidden, options.qkv_bias) for name in "qkv"),
+                Projection("lr_proj", 3 * heads, bias=True),
+                *([Projection("momentum_proj", heads, True)] if options.use_momentum else []),
+                *([Projection("ttt_scale_proj", heads, True)] if options.learnable_scale else []),
+            ],
+            self.tp_group,
+        )
+        self._build_fast_weights(hidden // self.tp_size, heads // self.tp_size)
+        self.o_proj = self.build_output_projection(submodules, hidden)
+
+    def _build_fast_weights(self, width: int, heads: int) -> None:
+        options, config, dim = self.options, self.config, self.fast_dim
+        hidden = options.fast_hidden_dim(config.hidden_size)
+        shapes = {"qk_scale": (width, 2), "qk_offset": (width, 2), "w1": (heads, dim, hidden)}
+        for name in ("w0", "w2"):
+            if options.low_rank is None:
+                shapes[name] = (heads, hidden, dim)
+            else:
+                shapes[f"{name}.w_left"] = (heads, hidden, options.low_rank)
+                shapes[f"{name}.w_right"] = (heads, options.low_rank, dim)
+        if options.qk_norm:
+            shapes |= {"q_norm.weight": (width,), "k_norm.weight": (width,)}
+        self.raw_parameters = {name.replace(".", "_"): name for name in shapes}
+        self.row_sharded = frozenset(self.raw_parameters)
+        for attribute, name in self.raw_parameters.items():
+            self.register_parameter(attribute, row_sharded_parameter(shapes[name], config))
+        self.raw_parameters["ttt_norm"] = "ttt_norm.weight"
+        self.ttt_norm = replicated_parameter((dim,), config)
+
+    def mix(
+        self, x: Tensor, state: FastWeightState | None, output_state: bool, record: bool
+    ) -> MixerOutput:
+        assert state is None or isinstance(state, LaCTState)
+        tokens = self.streams_first(self.in_proj(x), state)
+        streams, length = tokens.shape[:2]
+        parts = self.in_proj.split(tokens)
+        q, k, v = parts["q_proj"], parts["k_proj"], parts["v_proj"]
+        if self.options.qk_norm:
+            q, k = self._full_width_norm(q, self.q_norm_weight), self._full_width_norm(k, self.k_norm_weight)
+        position = state.position if state is not None else (0,) * streams
+        table = rotary_table(position, length, self.head_dim, self.options.rope_theta, q)
+        fq, inputs = self._fast_inputs(q, k, v, parts, table)
+
+        q, k, v = (y.reshape(streams, length, -1, self.head_dim) for y in (q, k, v))
+        q, k = rotate(q, table), rotate(k, table)
+        past = state.attention.history if state is not None else None
+        window = self.options.window_size
+        attended = attend(q, k, v, past, window)
+
+        read, weights = self._fast_weight_branch(fq, inputs, state)
+        y = rms_norm(read, shared_by_heads(self.ttt_norm, self.tp_group), _NORM_EPS)
+        if self.options.learnable_scale:
+            y = y * F.silu(parts["ttt_scale_proj"])[..., None]
+        out = self.project_output(attended.flatten(2) + y.flatten(2), x)
+        tape = None
+        if record:
+            tape = self._record(record_text(past, k, v, position), inputs, state, weights)
+        if not output_state:
+            return MixerOutput(out, None, tape)
+        attention = AttentionState(
+            extend_history(past, (k, v), window), tuple(p + length for p in position)
+        )
+        return MixerOutput(out, self._next_state(attention, inputs, state, weights), tape)
+
+    # -- features of the fast branch -------------------------------------------------------------------------------
+
+    def _fast_inputs(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        parts: dict[str, Tensor],
+        table: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, FastInputs]:
+        """fq [R, T, n, d] and what the weights are written with (MODELS 2.3, 2.4)."""
+        scale, offset = self.qk_scale, self.qk_offset
+        fq, fk, fv = q * scale[:, 0] + offset[:, 0], k * scale[:, 1] + offset[:, 1], v
+        if self.options.qkv_silu:
+            fq, fk = F.silu(fq), F.silu(fk)
+            fv = F.silu(fv) if self.options.v_silu else fv
+        fq, fk, fv = (y.reshape(*y.shape[:2], -1, self.fast_dim) for y in (fq, fk, fv))
+        fq, fk = _unit_norm(fq), _unit_norm(fk)
+        if self.options.fast_rope:
+            fq, fk = self._rotate_fast(fq, table), self._rotate_fast(fk, table)
+        dtype = at_least_float32(q.dtype)
+        rates = F.softplus(parts["lr_proj"].to(dtype) + _RATE_SHIFT)
+        mu = None
+        if self.options.use_momentum:
+            mu = torch.sigmoid(parts["momentum_proj"].to(dtype))
+        return fq, FastInputs(fk, fv, rates.reshape(*rates.shape[:2], -1, 3), mu)
+
+    def _rotate_fast(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotary positions in the attention's heads, whatever the fast head width."""
+        by_attention_head = x.reshape(*x.shape[:2], -1, self.head_dim)
+        return rotate(by_attention_head, table).reshape(x.shape)
+
+    def _full_width_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm over all heads of all ranks; the mean square and its gradient are summed over ranks."""
+        wide = x.to(at_least_float32(x.dtype))
+        square = wide.square().sum(dim=-1, keepdim=True)
+        square = reduce_from_tensor_model_parallel_region(square, group=self.tp_group)
+        square = copy_to_tensor_model_parallel_region(square, group=self.tp_group)
+        mean = square / (x.shape[-1] * self.tp_size)
+        return (wide * torch.rsqrt(mean + _NORM_EPS) * weight).to(x.dtype)
+
+    # -- the fast weights ------------------------------------------------------------------------------------------
+
+    def initial_weights(self, streams: int) -> tuple[FastWeights, RowNorms]:
+        """The learned initial fast weights for each stream, and their row norms (MODELS 2.5)."""
+        compute = at_least_float32(self.w1.dtype)
+
+        def matrix(name: str) -> Tensor:
+            if self.options.low_rank is None:
+                return getattr(self, name).to(compute)
+            left, right = getattr(self, f"{name}_w_left"), getattr(self, f"{name}_w_right")
+            product = left.to(compute) @ right.to(compute)
+            return product + 0.5 * torch.eye(*product.shape[1:], dtype=compute, device=product.device)
+
+        initial = FastWeights(*(w[None] for w in (matrix("w0"), self.w1.to(compute), matrix("w2"))))
+        norms = initial.row_norms()
+        return FastWeights(*(w.expand(streams, -1, -1, -1) for w in initial[:3])), norms
+
+    @property
+    def _update_options(self) -> dict[str, Any]:
+        muon_dtype = getattr(torch, self.options.muon_dtype)
+        if muon_dtype == torch.float32:
+            muon_dtype = None  # the weights' own precision, at least float32
+        return {
+            "muon": self.options.use_muon,
+            "muon_dtype": muon_dtype,
+            "prenorm": self.options.prenorm,
+        }
+
+    def _fast_weight_branch(
+        self, fq: Tensor, inputs: FastInputs, state: LaCTState | None
+    ) -> tuple[Tensor, _WeightsInForce]:
+        """Read [R, T, n, d] of all new tokens, and the weights that were in force."""
+        streams, length = fq.shape[:2]
+        initial, norms = self.initial_weights(streams)
+        if state is None:
+            read, chunks = self._chunks(fq, inputs, initial, norms)
+            return read, _WeightsInForce(chunks, chunks[-1], tuple(range(streams)))
+        size = self.options.chunk_size
+        opened = [open_chunk_length(p, size) for p in state.position]
+        staying = [r for r in range(streams) if opened[r] + length <= size]
+        if len(staying) == streams:
+            read = self._read_shared(fq, state, norms, staying)
+            return read, _WeightsInForce([state.weights], state.weights, state.weight_rows)
+        groups = [staying] if staying else []
+        crossing = sorted({n for n in opened if n + length > size})
+        groups += [[r for r in range(streams) if opened[r] == n] for n in crossing]
+        reads, ends, chunks = [], [], []
+        for group in groups:
+            if group is staying:
+                reads.append(self._read_shared(take_streams(fq, group), state, norms, group))
+                ends.append(_weight_rows(state.weights, [state.weight_rows[r] for r in group]))
+            else:
+                part = FastInputs(*(None if y is None else take_streams(y, group) for y in inputs))
+                read, chunks = self._cross_chunks(take_streams(fq, group), part, state, norms, group)
+                reads.append(read)
+                ends.append(chunks[-1])
+        order = [r for group in groups for r in group]
+        back = [order.index(r) for r in range(streams)]
+        in_force = _WeightsInForce(chunks, _join_weights(ends), tuple(back))
+        return take_streams(torch.cat(reads), back), in_force
+
+    def _chunks(
+        self, fq: Tensor, inputs: FastInputs, weights: FastWeights, norms: RowNorms
+    ) -> tuple[Tensor, list[FastWeights]]:
+        size = self.options.chunk_size
+        return chunk_lact(fq, *inputs, weights, norms, chunk_size=size, **self._update_options)
+
+    def _read_shared(
+        self, fq: Tensor, state: LaCTState, norms: RowNorms, streams: list[int]
+    ) -> Tensor:
+        """Reads that reach no chunk boundary; streams that share weights meet them in one product."""
+        rows = [state.weight_rows[r] for r in streams]
+        used = sorted(set(rows))
+        weights = state.weights
+        if len(used) < weights.w0.shape[0]:
+            weights = _weight_rows(weights, used)
+        groups = StreamGroups([used.index(r) for r in rows], len(used))
+        read = apply_fast_weights(weights, norms, groups.gather(fq), prenorm=self.options.prenorm)
+        return groups.scatter(read)
+
+    def _cross_chunks(
+        self, fq: Tensor, inputs: FastInputs, state: LaCTState, norms: RowNorms, streams: list[int]
+    ) -> tuple[Tensor, list[FastWeights]]:
+        """Streams equally far in their chunk, and past its end: finish it, write it, go on chunk by chunk.
+
+        Returns the reads and the weights in force, the incoming ones first.
+        """
+        size = self.options.chunk_size
+        opened = open_chunk_length(state.position[streams[0]], size)
+        weights = _weight_rows(state.weights, [state.weight_rows[r] for r in streams])
+        rest = size - opened
+        read = [apply_fast_weights(weights, norms, fq[:, :rest], prenorm=self.options.prenorm)]
+        begun = [state.pending.last(r, opened) for r in streams]
+        chunk = FastInputs(
+            *(
+                None if y is None else torch.cat([torch.cat([b[i] for b in begun]), y[:, :rest]], 1)
+                for i, y in enumerate(inputs)
+            )
+        )
+        written = update_fast_weights(weights, norms, *chunk, **self._update_options)
+        rest_inputs = FastInputs(*(None if y is None else y[:, rest:] for y in inputs))
+        rest_read, chunks = self._chunks(fq[:, rest:], rest_inputs, written, norms)
+        return torch.cat([*read, rest_read], dim=1), [weights, *chunks]
+
+    # -- state and tape --------------------------------------------------------------------------------------------
+
+    def _next_state(
+        self,
+        attention: AttentionState,
+        inputs: FastInputs,
+        state: LaCTState | None,
+        weights: _WeightsInForce,
+    ) -> LaCTState:
+        tensors = inputs.tensors()
+        pending = TokenHistory(tensors) if state is None else state.pending.append(tensors)
+        if pending.text is None:
+            pending = pending.keep_last(
+                max(open_chunk_length(p, self.options.chunk_size) for p in attention.position)
+            )
+        return LaCTState(attention, weights.last, weights.rows, pending)
+
+    def _record(
+        self,
+        attention: AttentionTape,
+        inputs: FastInputs,
+        state: LaCTState | None,
+        weights: _WeightsInForce,
+    ) -> LaCTTape:
+        assert weights.rows == tuple(range(len(weights.rows))), "a tape needs texts, not branches"
+        tensors = inputs.tensors()
+        if state is None:
+            return LaCTTape(self.options.chunk_size, attention, tensors, 0, weights.chunks, 0)
+        start = state.position[0]
+        history = state.pending.append(tensors)
+        first_chunk = weights_index(start, self.options.chunk_size)
+        return LaCTTape(
+            self.options.chunk_size,
+            attention,
+            history.own,
+            start - state.pending.own_length,
+            weights.chunks,
+            first_chunk,
+        )
+
+
+class _WeightsInForce(NamedTuple):
+    """Weights during each chunk of a forward (of one group of streams), and at its end the row each stream uses."""
+
+    chunks: list[FastWeights]
+    last: FastWeights
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LaCTTape(LayerTape):
+    """A text's keys, values and chunk inputs, and the weights in force during each of its chunks.
+
+    `first` is the position of the first token in `inputs`, `first_chunk` the index of the first entry of `chunks`.
+    """
+
+    chunk_size: int
+    attention: AttentionTape
+    inputs: tuple[Tensor, ...]
+    first: int
+    chunks: list[FastWeights]
+    first_chunk: int
+
+    def at(self, batch_index: Sequence[int], position: Sequence[int]) -> LaCTState:
+        in_force = [
+            (weights_index(p, self.chunk_size) - self.first_chunk, b)
+            for p, b in zip(position, batch_index, strict=True)
+        ]
+        distinct = sorted(set(in_force))
+        weights = _join_weights([_weight_rows(self.chunks[i], [b]) for i, b in distinct])
+        limit = [p - self.first for p in position]
+        return LaCTState(
+            self.attention.at(batch_index, position),
+            weights,
+            tuple(distinct.index(pair) for pair in in_force),
+            TokenHistory.branch(self.inputs, batch_index, limit),
+        )
+
+
+def _map_weights(weights: FastWeights, momentum: Any, function: Any) -> FastWeights:
+    buffers = None if momentum is None else tuple(function(m) for m in momentum)
+    return FastWeights(*(function(w) for w in weights[:3]), momentum=buffers)
+
+
+def _weight_rows(weights: FastWeights, rows: list[int]) -> FastWeights:
+    """The chosen rows; a single one is a view, more are gathered."""
+    if len(rows) == 1:
+        row = rows[0]
+        return _map_weights(weights, weights.momentum, lambda w: w[row : row + 1])
+    return _map_weights(weights, weights.momentum, lambda w: take_streams(w, rows))
+
+
+def _join_weights(parts: list[FastWeights]) -> FastWeights:
+    """All rows of all parts; before its first update a stream's momentum buffers are zeros."""
+    if len(parts) == 1:
+        return parts[0]
+    if any(part.momentum is not None for part in parts):
+        parts = [
+            part
+            if part.momentum is not None
+            else part._replace(momentum=tuple(torch.zeros_like(w) for w in part[:3]))
+            for part in parts
+        ]
+        momentum: Any = tuple(torch.cat(m) for m in zip(*(p.momentum for p in parts), strict=True))  # type: ignore[arg-type]
+    else:
+        momentum = None
+    return FastWeights(*(torch.cat(w) for w in list(zip(*parts, strict=True))[:3]), momentum=momentum)
+
+
+def _unit_norm(x: Tensor) -> Tensor:
+    """x / (|x| + eps) over the last dimension; unlike the delta rules' norm the eps is outside the root."""
+    wide = x.to(at_least_float32(x.dtype))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / (norm + _NORM_EPS)).to(x.dtype)

@@ -1,0 +1,223 @@
+"""What the mixers need beside Megatron's own parallel layers.
+
+* `PackedColumnParallelLinear`: several projections of one input as a single column-parallel matrix (one GEMM, one
+  gather under sequence parallelism, one all-reduce of the input gradient), each rank holding its heads' rows of every
+  part. Checkpoints name the parts, so that they reshard.
+* `RMSNorm`: Megatron's torch norm refuses sequence parallelism.
+* Helpers for parameters that Megatron has no layer for: sharded by rows, or replicated per-head gains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor
+
+_PACKED_WEIGHT = "linear.weight"
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the dtype itself where it is wider: numerics never go below their input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def row_sharded_parameter(shape: tuple[int, ...], config: TransformerConfig) -> torch.nn.Parameter:
+    """An uninitialised parameter whose dim 0 is this rank's share of a tensor-parallel split."""
+    parameter = torch.nn.Parameter(
+        torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+    )
+    set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+    return parameter
+
+
+def replicated_parameter(shape: tuple[int, ...], config: TransformerConfig) -> torch.nn.Parameter:
+    """An uninitialised parameter that every tensor-parallel rank holds whole.
+
+    Read it through `shared_by_heads` inside the tensor-parallel region: each rank sees only its own heads' gradient,
+    and that summed exactly once is the right one, with and without sequence parallelism.
+    """
+    return torch.nn.Parameter(
+        torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+    )
+
+
+def shared_by_heads(parameter: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tensor:
+    """A replicated parameter as used by this rank's heads: identity forward, summed over ranks backward."""
+    return copy_to_tensor_model_parallel_region(parameter, group=tp_group)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in at least float32, returned in x's dtype."""
+    compute = at_least_float32(x.dtype)
+    return F.rms_norm(x.to(compute), weight.shape, weight.to(compute), eps).to(x.dtype)
+
+
+class RMSNorm(torch.nn.Module):
+    """RMS norm over the hidden dimension of [s, b, h]; under sequence parallelism its gain's gradient is summed."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = replicated_parameter((hidden_size,), config)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One part of a packed projection: its checkpoint name, its width over all ranks, whether it has a bias."""
+
+    name: str
+    size: int
+    bias: bool = False
+
+
+class PackedColumnParallelLinear(MegatronModule):
+    """y_i = x W_i^T (+ b_i) for several parts i, as one column-parallel product; rows of each part are sharded.
+
+    forward: [s, b, h] (s / tp under sequence parallelism) -> [s, b, sum of local part sizes], without biases.
+    `split` cuts that into the parts and adds the biases.
+    """
+
+    def __init__(
+        self,
+        linear: ModuleSpec | type,
+        config: TransformerConfig,
+        projections: list[Projection],
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        super().__init__(config)
+        self.tp_group = tp_group
+        self.projections = projections
+        ranks = tp_group.size()
+        self.local_sizes = [projection.size // ranks for projection in projections]
+        self.linear = build_module(
+            linear,
+            config.hidden_size,
+            sum(projection.size for projection in projections),
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=tp_group,
+        )
+        self.biases = torch.nn.ParameterDict(
+            {
+                projection.name: row_sharded_parameter((size,), config)
+                for projection, size in zip(projections, self.local_sizes, strict=True)
+                if projection.bias
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)[0]
+
+    def split(self, packed: Tensor) -> dict[str, Tensor]:
+        """The parts by name, each [..., local size], views of `packed` unless they have a bias."""
+        parts = torch.split(packed, self.local_sizes, dim=-1)
+        named = {p.name: part for p, part in zip(self.projections, parts, strict=True)}
+        return {
+            name: part + self.biases[name] if name in self.biases else part
+            for name, part in named.items()
+        }
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Each part under its own checkpoint name beside this module: `…q_proj.weight`, not `…in_proj.linear.weight`."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        dp_group = metadata["dp_cp_group"]
+        siblings = prefix.removesuffix(".").rpartition(".")[0] + "."
+
+        def build(key: str, packed: Tensor, replica_id: Any, flattened_range: Any) -> list[Any]:
+            assert flattened_range is None, "packed projections are saved whole"
+            start = key.removesuffix(f".{_PACKED_WEIGHT}").rpartition(".")[0]
+            parts = torch.split(packed.detach(), self.local_sizes, dim=0)
+            return [
+                make_tp_sharded_tensor_for_checkpoint(
+                    part,
+                    f"{start}.{projection.name}.weight",
+                    0,
+                    replica_id=replica_id,
+                    prepend_offsets=sharded_offsets,
+                    tp_group=self.tp_group,
+                    dp_cp_group=dp_group,
+                )
+                for projection, part in zip(self.projections, parts, strict=True)
+            ]
+
+        weight_key = f"{prefix}{_PACKED_WEIGHT}"
+        replica_id = (0, 0, dp_group.rank())
+        sharded: ShardedStateDict = {
+            weight_key: ShardedTensorFactory(
+                weight_key, self.linear.weight, build, torch.cat, replica_id
+            )
+        }
+        for name, bias in self.biases.items():
+            sharded[f"{prefix}biases.{name}"] = make_tp_sharded_tensor_for_checkpoint(
+                bias,
+                f"{siblings}{name}.bias",
+                0,
+                prepend_offsets=sharded_offsets,
+                tp_group=self.tp_group,
+                dp_cp_group=dp_group,
+            )
+        return sharded
+
+
+class MixerModule(MegatronModule):
+    """Base of the sequence mixers.
+
+    `raw_parameters` maps the attribute name of each parameter held directly to its name in checkpoints;
+    those in `row_sharded` are saved as shards of dim 0, the others as replicas.
+    """
+
+    raw_parameters: dict[str, str] = {}
+    row_sharded: frozenset[str] = frozenset()
+
+    def __init__(self, config: TransformerConfig, tp_group: torch.distributed.ProcessGroup) -> None:
+        super().__init__(config)
+        self.tp_group = tp_group
+        self.tp_size = tp_group.size()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        own: dict[str, Any] = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        sharded = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            {name: 0 for name in own if name in self.row_sharded},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name in own:
+            sharded[f"{prefix}{name}"].key = f"{prefix}{self.raw_parameters[name]}"
+        for name, module in self.named_children():
+            sharded |= sharded_state_dict_default(
+                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
+            )
+        return sharded

@@ -1,0 +1,205 @@
+"""The state a fast-weight layer carries, and the tape that reads it at any position of a training forward.
+
+*Position* is the number of tokens consumed; the first token after position p is predicted by logits[p - 1].
+
+A `FastWeightState` holds, for R streams, everything one layer needs to go on: it is the prefix. A `LayerTape` is what
+a forward over texts [B, T] leaves behind so that the state at any position can be read afterwards inside the autograd
+graph; reading gathers O(R * state) and never copies a prefix. `StateTape` is the layers' tapes together.
+
+Stream bookkeeping (which text a stream belongs to, how many tokens it consumed) lives on the host as Python integers:
+every shape and every decision that depends on it is known without asking the device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+def detach_tree(value: Any) -> Any:
+    """`value` with every tensor in it detached, through tuples, lists and dataclasses."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(detach_tree(item) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(detach_tree(item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: detach_tree(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def take_streams(x: Tensor, indices: Sequence[int]) -> Tensor:
+    """x [R, ...] at the given streams; x itself if that is all of them in order."""
+    if list(indices) == list(range(x.shape[0])):
+        return x
+    return x.index_select(0, torch.tensor(list(indices), device=x.device))
+
+
+@dataclass(frozen=True)
+class FastWeightState(ABC):
+    """What one layer carries from one token to the next, for R streams."""
+
+    @property
+    @abstractmethod
+    def num_streams(self) -> int:
+        """R."""
+
+    @abstractmethod
+    def select(self, indices: Sequence[int]) -> Self:
+        """The states of the streams `indices` (repeats allowed). What streams have in common stays shared."""
+
+    def fork(self, n: int) -> Self:
+        """Every stream n times in a row: R streams become R * n, [r0, r0, …, r1, r1, …]."""
+        return self.select([stream for stream in range(self.num_streams) for _ in range(n)])
+
+    def detach(self) -> Self:
+        """The same state outside the autograd graph."""
+        return detach_tree(self)
+
+
+class LayerTape(ABC):
+    """One layer's record of a forward over texts [B, T]."""
+
+    @abstractmethod
+    def at(self, batch_index: Sequence[int], position: Sequence[int]) -> FastWeightState:
+        """The states of R streams: stream r has consumed `position[r]` tokens of text `batch_index[r]`."""
+
+
+@dataclass(frozen=True)
+class StateTape:
+    """The tapes of a stack of layers, from one forward; `at` reads all of them."""
+
+    layers: tuple[LayerTape, ...]
+    start: int  # tokens consumed before the forward
+    stop: int  # tokens consumed after it
+
+    def at(self, batch_index: Sequence[int], position: Sequence[int]) -> list[FastWeightState]:
+        """Per layer, the states of R streams at (batch_index[r], position[r]), start <= position <= stop."""
+        batch_index, position = list(map(int, batch_index)), list(map(int, position))
+        assert len(batch_index) == len(position) > 0
+        assert self.start <= min(position) and max(position) <= self.stop, (
+            f"positions {min(position)} to {max(position)} are not on a tape of {self.start} to {self.stop}"
+        )
+        return [layer.at(batch_index, position) for layer in self.layers]
+
+
+class StreamGroups:
+    """Lays R streams out by the shared row each belongs to, so that a row's streams meet its tensors in one product.
+
+    `gather` turns [R, T, ...] into [rows, M * T, ...] (M: most streams of one row, short rows padded with a repeat),
+    `scatter` undoes it.
+    """
+
+    def __init__(self, rows: Sequence[int], num_rows: int) -> None:
+        members: list[list[int]] = [[] for _ in range(num_rows)]
+        slot = []
+        for stream, row in enumerate(rows):
+            slot.append(len(members[row]))
+            members[row].append(stream)
+        self.num_rows = num_rows
+        self.per_row = max(map(len, members))
+        padded = [m + [m[0] if m else 0] * (self.per_row - len(m)) for m in members]
+        order = [stream for row in padded for stream in row]
+        self._order = order
+        self._places = [row * self.per_row + place for row, place in zip(rows, slot, strict=True)]
+
+    def gather(self, x: Tensor) -> Tensor:
+        x = take_streams(x, self._order)
+        return x.reshape(self.num_rows, self.per_row * x.shape[1], *x.shape[2:])
+
+    def scatter(self, y: Tensor) -> Tensor:
+        y = y.reshape(self.num_rows * self.per_row, y.shape[1] // self.per_row, *y.shape[2:])
+        return take_streams(y, self._places)
+
+
+def gather_tokens(x: Tensor, batch_index: Sequence[int], token_index: list[list[int]]) -> Tensor:
+    """x [B, T, c], token_index [R][n] -> [R, n, c]: chosen tokens of text batch_index[r] for each stream r.
+
+    One `index_select` over the texts' tokens in the order they lie in memory: no copy of the texts, and a backward
+    of one scatter-add.
+    """
+    texts, length = x.shape[:2]
+    time_first = texts > 1 and x.stride(0) < x.stride(1)
+    rows = (x.transpose(0, 1) if time_first else x).reshape(texts * length, -1)
+    step_text, step_token = (1, texts) if time_first else (length, 1)
+    flat = [
+        b * step_text + t * step_token
+        for b, tokens in zip(batch_index, token_index, strict=True)
+        for t in tokens
+    ]
+    picked = rows.index_select(0, torch.tensor(flat, device=x.device))
+    return picked.reshape(len(token_index), -1, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class TokenHistory:
+    """Per-token tensors (keys and values, a chunk not yet written) of the recent past of R streams.
+
+    Stream r's past is the first `limit[r]` tokens of `text[rows[r]]`, then its own tokens. The text part is shared by
+    all branches and only ever read under a mask; a stream that did not branch keeps its past in `own` alone.
+    Every tensor is [streams or texts, tokens, ...].
+    """
+
+    own: tuple[Tensor, ...]
+    text: tuple[Tensor, ...] | None = None
+    rows: tuple[int, ...] = ()
+    limit: tuple[int, ...] = ()
+
+    @property
+    def own_length(self) -> int:
+        return self.own[0].shape[1]
+
+    @classmethod
+    def branch(
+        cls, text: tuple[Tensor, ...], rows: Sequence[int], limit: Sequence[int]
+    ) -> TokenHistory:
+        """Streams that have just left their texts after `limit` tokens of them: no tokens of their own yet."""
+        none = tuple(x.new_empty(len(rows), 0, *x.shape[2:]) for x in text)
+        return cls(none, text, tuple(rows), tuple(limit))
+
+    def append(self, new: tuple[Tensor, ...]) -> TokenHistory:
+        """The history with `new` [R, T, ...] behind it."""
+        own = tuple(torch.cat([a, b], dim=1) for a, b in zip(self.own, new, strict=True))
+        return replace(self, own=own)
+
+    def keep_last(self, tokens: int) -> TokenHistory:
+        """Drop all but the last own tokens (streams without a text)."""
+        assert self.text is None
+        start = max(0, self.own_length - tokens)
+        return replace(self, own=tuple(x[:, start:] for x in self.own))
+
+    def select(self, indices: Sequence[int]) -> TokenHistory:
+        """The histories of the given streams. Repeats share: own tokens become a text of their own if there is none."""
+        if self.text is None:
+            if len(set(indices)) == len(indices):
+                return replace(self, own=_rows(self.own, indices))
+            return TokenHistory.branch(self.own, indices, [self.own_length] * len(indices))
+        return replace(
+            self,
+            own=_rows(self.own, indices),
+            rows=tuple(self.rows[i] for i in indices),
+            limit=tuple(self.limit[i] for i in indices),
+        )
+
+    def last(self, stream: int, tokens: int) -> tuple[Tensor, ...]:
+        """The last `tokens` tokens of one stream, each [1, tokens, ...]; copies them."""
+        of_own = min(tokens, self.own_length)
+        own = tuple(x[stream : stream + 1, x.shape[1] - of_own :] for x in self.own)
+        if tokens == of_own:
+            return own
+        assert self.text is not None, "a stream holds fewer tokens than were asked for"
+        stop = self.limit[stream]
+        start = stop - (tokens - of_own)
+        row = self.rows[stream]
+        past = tuple(x[row : row + 1, start:stop] for x in self.text)
+        return tuple(torch.cat([a, b], dim=1) for a, b in zip(past, own, strict=True))
+
+
+def _rows(tensors: tuple[Tensor, ...], indices: Sequence[int]) -> tuple[Tensor, ...]:
+    return tuple(take_streams(x, indices) for x in tensors)

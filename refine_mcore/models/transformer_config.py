@@ -1,0 +1,124 @@
+"""`FastWeightConfig`: Megatron's `TransformerConfig` with an `Architecture` in it.
+
+The architecture says what the model is; this joins it with how a run holds it (dtype, parallel sizes) and checks
+that the two fit, in sentences that name the sizes that would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from refine_mcore.errors import UserError
+from refine_mcore.models.architecture import Architecture, DeltaNetOptions, LaCTOptions
+
+
+@dataclass
+class FastWeightConfig(TransformerConfig):
+    """TransformerConfig of a fast-weight model; build it with `transformer_config`."""
+
+    architecture: Architecture | None = None
+
+    @property
+    def arch(self) -> Architecture:
+        assert self.architecture is not None
+        return self.architecture
+
+
+def transformer_config(
+    architecture: Architecture,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    sequence_parallel: bool = False,
+    **megatron_options: Any,
+) -> FastWeightConfig:
+    """The Megatron configuration that runs `architecture` in `dtype` at the given layout.
+
+    `megatron_options` are further `TransformerConfig` fields (recompute, pipeline split, ...). Losses and gradients
+    are plain sums over the global batch, so per-token scaling is on. Raises UserError where a size does not divide.
+    """
+    check_layout(architecture, tensor_parallel, pipeline_parallel)
+    return FastWeightConfig(
+        architecture=architecture,
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.intermediate_size,
+        num_attention_heads=_attention_heads(architecture),
+        kv_channels=architecture.hidden_size // _attention_heads(architecture),
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        init_method_std=architecture.initializer_range,
+        # weights are drawn or loaded by name after construction, the same at every layout (initialization.py)
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+        sequence_parallel=sequence_parallel and tensor_parallel > 1,
+        **megatron_options,
+    )
+
+
+def check_layout(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int) -> None:
+    """Raise UserError unless heads, MLP width and layers divide as the layout asks."""
+    sharded = {"MLP width": architecture.intermediate_size, **_sharded_heads(architecture)}
+    for name, size in sharded.items():
+        if size % tensor_parallel:
+            fitting = ", ".join(str(n) for n in _common_divisors(sharded.values()))
+            raise UserError(
+                f"tensor parallel size {tensor_parallel} does not divide the model's {name} of {size}; "
+                f"sizes that work: {fitting}"
+            )
+    if pipeline_parallel > architecture.num_layers:
+        raise UserError(
+            f"{pipeline_parallel} pipeline stages for a model of {architecture.num_layers} layers: "
+            f"use at most {architecture.num_layers}"
+        )
+
+
+def padded_vocab_size(architecture: Architecture, tensor_parallel: int) -> int:
+    """The vocabulary rounded up to a multiple of the tensor-parallel size; the padding counts as -inf."""
+    return -(-architecture.vocab_size // tensor_parallel) * tensor_parallel
+
+
+def _attention_heads(architecture: Architecture) -> int:
+    mixer = architecture.mixer
+    return mixer.num_attention_heads if isinstance(mixer, LaCTOptions) else mixer.num_heads
+
+
+def _sharded_heads(architecture: Architecture) -> dict[str, int]:
+    mixer = architecture.mixer
+    if isinstance(mixer, LaCTOptions):
+        heads = {
+            "attention head count": mixer.num_attention_heads,
+            "fast-weight head count": mixer.num_fast_heads,
+        }
+    elif isinstance(mixer, DeltaNetOptions):
+        heads = {"head count": mixer.num_heads}
+    else:
+        heads = {"head count": mixer.num_heads, "value head count": mixer.value_heads}
+    if architecture.attention is not None:
+        heads["hybrid attention head count"] = architecture.attention.num_heads
+        heads["hybrid key/value head count"] = architecture.attention.kv_heads
+    return heads
+
+
+def _common_divisors(sizes: Iterable[int]) -> list[int]:
+    values = list(sizes)
+    return [n for n in range(1, min(values) + 1) if all(size % n == 0 for size in values)]
