@@ -1,0 +1,1 @@
+"""Rollouts branched in place from the states of a training forward: where to branch, decoding, scoring."""

@@ -1,0 +1,83 @@
+"""Where rollouts leave their texts, and the randomness of each draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from refine_kernels.dispatch import combine_keys, counter_uniform
+from torch import Tensor
+
+from refine_mcore.models.state import gather_tokens
+
+
+@dataclass(frozen=True)
+class Branches:
+    """R branch points over a batch of texts: branch r leaves text `batch_index[r]` after `position[r]` tokens.
+
+    Rows are sequence-major, then position. All on the host: reading positions back is the step's one planned sync.
+    """
+
+    batch_index: tuple[int, ...]
+    position: tuple[int, ...]
+
+    @classmethod
+    def at(cls, positions: Tensor | Sequence[Sequence[int]]) -> Branches:
+        """Branches at positions [B, c]."""
+        rows = positions.tolist() if isinstance(positions, Tensor) else positions
+        return cls(
+            tuple(b for b, row in enumerate(rows) for _ in row),
+            tuple(int(p) for row in rows for p in row),
+        )
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def fork(self, n: int) -> Branches:
+        """Every branch n times in a row."""
+        return Branches(
+            tuple(b for b in self.batch_index for _ in range(n)),
+            tuple(p for p in self.position for _ in range(n)),
+        )
+
+    def rows_before(self, x: Tensor) -> Tensor:
+        """x [S, B, c] at the last token of each prefix: [R, c]; its logits give the first rollout token."""
+        index = [[p - 1] for p in self.position]
+        return gather_tokens(x.transpose(0, 1), self.batch_index, index)[:, 0]
+
+    def rows_after(self, x: Tensor, k: int) -> Tensor:
+        """x [S, B, c] at the k text tokens that follow each prefix: [R, k, c]."""
+        index = [list(range(p, p + k)) for p in self.position]
+        return gather_tokens(x.transpose(0, 1), self.batch_index, index)
+
+
+class _Draw(IntEnum):
+    POSITION = 1
+    TOKEN = 2
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """Every random draw of a step as a function of (seed, step, sample, position, rollout, token) and nothing else.
+
+    The layout of a run - tensor, pipeline, data parallel, micro-batches - cannot show in it.
+    """
+
+    seed: int
+    step: int
+
+    def position_uniforms(self, sample_index: Tensor, num_chunks: int) -> Tensor:
+        """[B, c] in (0, 1), one per sample and chunk."""
+        keys = combine_keys(self.seed, self.step, _Draw.POSITION, sample_index)
+        return counter_uniform(keys, torch.arange(num_chunks, device=sample_index.device))
+
+    def token_keys(self, sample_index: Tensor, branches: Branches, n: int, token: int) -> Tensor:
+        """[R * n] keys for the draw of rollout token number `token` of every rollout."""
+        device = sample_index.device
+        samples = sample_index[torch.tensor(branches.batch_index, device=device)]
+        position = torch.tensor(branches.position, device=device)
+        keys = combine_keys(self.seed, self.step, _Draw.TOKEN, samples, position)
+        rollout = torch.arange(n, device=device)
+        return combine_keys(keys[:, None], rollout, token).flatten()

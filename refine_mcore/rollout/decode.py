@@ -1,0 +1,47 @@
+"""Sampling k tokens for all branches together, from their states, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from refine_kernels.dispatch import log_probs_and_entropy, sample_tokens
+from torch import Tensor
+
+from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.state import FastWeightState
+from refine_mcore.rollout.vocabulary import vocabulary_options
+
+
+@torch.no_grad()
+def decode(
+    model: FastWeightModel,
+    states: Sequence[FastWeightState],
+    logits: Tensor,
+    k: int,
+    keys: Callable[[int], Tensor] | None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Roll out k tokens for R streams.
+
+    `logits` [R, V / tp] emit the first token; `keys(j)` [R] decide the draw of token j, None decodes greedily. A token
+    is drawn from softmax(logits / temperature). Returns tokens [R, k], their log-probs [R, k] under that distribution as
+    seen by these passes, and the logits [R, k, V / tp] that emitted them.
+    """
+    states = [state.detach() for state in states]
+    options = vocabulary_options(model)
+    tokens, log_probs, emitted = [], [], []
+    for j in range(k):
+        draw = None if keys is None else keys(j)
+        token = sample_tokens(logits, draw, temperature=temperature, **options)
+        log_prob, _ = log_probs_and_entropy(
+            logits, token, with_entropy=False, temperature=temperature, **options
+        )
+        tokens.append(token)
+        log_probs.append(log_prob)
+        emitted.append(logits)
+        if j < k - 1:
+            out = model(token[:, None], states, output_states=True)
+            assert out.states is not None
+            states, logits = out.states, model.logits(out.hidden)[0]
+    return torch.stack(tokens, 1), torch.stack(log_probs, 1), torch.stack(emitted, 1)

@@ -1,0 +1,120 @@
+"""The published schedule, kept as the reference that tests and benchmarks compare against: every rollout runs its own prefix
+again, to generate, to score for old log-probs and rewards, and to train.
+
+Departures from the published code, so that the comparison is with the best form of copying: generation uses a state cache
+(the published LaCT re-runs the prefix for every token), and prefixes are not padded (their chunk grid is the text's).
+Given the same randomness its loss and gradient are those of the `fused` mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from refine_mcore.rollout.branches import Branches
+from refine_mcore.rollout.decode import decode
+from refine_mcore.rollout.scoring import BranchScores, rollout_log_probs
+from refine_mcore.training.refine_loss import (
+    Rollouts,
+    ScoredRollouts,
+    TextBatch,
+    choose_branches,
+    describe,
+    ntp_loss,
+    policy_loss,
+    reward_rollouts,
+    text_pass,
+)
+from refine_mcore.training.step_metrics import WorkMetrics
+from refine_mcore.training.step_modes import StepContext, Work
+
+
+def prefix_copy(context: StepContext, batches: Sequence[TextBatch]) -> Iterator[list[Work]]:
+    """One optimizer step on the ReFINE loss: a work item per text and one per branch."""
+    targets = context.global_targets(batches)
+    denominator = context.policy_denominator(batches)
+    items: list[Work] = []
+    for batch in batches:
+        with torch.no_grad():
+            scored, described = _collect(context, batch)
+        items.append(partial(_train_on_text, context, batch, described, targets))
+        items += [
+            partial(_train_on_branch, context, batch, scored, row, denominator)
+            for row in range(len(scored.rollouts.branches))
+        ]
+    yield items
+
+
+def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, WorkMetrics]:
+    """Positions, rollouts, old log-probs, rewards and advantages of a batch, each branch from its own prefix."""
+    text = text_pass(context.model, batch, with_entropy=True, record=False)
+    branches = choose_branches(text, batch, context.config, context.randomness)
+    rows = range(len(branches))
+    drawn = [_generate(context, batch, branches, row) for row in rows]
+    tokens, log_probs = (torch.cat(part) for part in zip(*drawn, strict=True))
+    rollouts = Rollouts(branches, tokens, log_probs)
+    scores = [_score(context, batch, rollouts, row) for row in rows]
+    joined = BranchScores(*(torch.cat(part) for part in zip(*scores, strict=True)))
+    scored = reward_rollouts(text, batch, rollouts, joined, context.config)
+    return scored, describe(batch, text, scored)
+
+
+def _train_on_text(
+    context: StepContext, batch: TextBatch, described: WorkMetrics, targets: Tensor
+) -> tuple[Tensor, WorkMetrics]:
+    text = text_pass(context.model, batch, with_entropy=False, record=False)
+    loss = ntp_loss(text, batch, targets)
+    sums = {"loss_ntp": loss.detach()} | described.sums
+    return context.config.ntp_weight * loss, WorkMetrics(sums, described.texts)
+
+
+def _train_on_branch(
+    context: StepContext, batch: TextBatch, scored: ScoredRollouts, row: int, denominator: float
+) -> tuple[Tensor, WorkMetrics]:
+    n = context.config.rollouts_per_position
+    rows = slice(row * n, row * n + n)
+    scores = _score(context, batch, scored.rollouts, row)
+    part = ScoredRollouts(
+        scored.rollouts, scored.old_log_probs[rows], scored.rewards[rows], scored.advantages[rows]
+    )
+    loss, sums = policy_loss(scores.log_probs, part, context.config, denominator)
+    return context.config.policy_weight * loss, WorkMetrics(sums)
+
+
+def _generate(
+    context: StepContext, batch: TextBatch, branches: Branches, row: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probs [n, k] of the n rollouts of one branch, from a prefill of its prefix."""
+    model, config, n = context.model, context.config, context.config.rollouts_per_position
+    branch = Branches((branches.batch_index[row],), (branches.position[row],))
+    out = model(_prefix(batch, branches, row)[None], output_states=True)
+    assert out.states is not None
+    tokens, log_probs, _ = decode(
+        model,
+        [state.fork(n) for state in out.states],
+        model.logits(out.hidden[-1:])[0].expand(n, -1),
+        config.rollout_tokens,
+        lambda j: context.randomness.token_keys(batch.sample_index, branch, n, j),
+        config.rollout_temperature,
+    )
+    return tokens, log_probs
+
+
+def _score(context: StepContext, batch: TextBatch, rollouts: Rollouts, row: int) -> BranchScores:
+    """Scores [n, k] of one branch's rollouts from a full pass over prefix and rollout."""
+    n = context.config.rollouts_per_position
+    prefix = _prefix(batch, rollouts.branches, row)
+    tokens = rollouts.tokens[row * n : row * n + n]
+    hidden = context.model(torch.cat([prefix.expand(n, -1), tokens], dim=1)).hidden
+    emitting = hidden[len(prefix) - 1 : -1].transpose(0, 1)
+    log_probs = rollout_log_probs(
+        context.model, emitting, tokens, context.config.rollout_temperature
+    )
+    return BranchScores(log_probs, hidden[len(prefix) :].transpose(0, 1))
+
+
+def _prefix(batch: TextBatch, branches: Branches, row: int) -> Tensor:
+    return batch.tokens[branches.batch_index[row], : branches.position[row]]

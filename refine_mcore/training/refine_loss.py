@@ -1,0 +1,218 @@
+"""The parts a ReFINE step is made of: text pass, rollouts, rewards, losses. `step_modes.py` puts them in order.
+
+Losses are sums over the global number of valid targets, handed in as denominators, so that micro-batches and ranks add up
+to the same loss at every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from refine_kernels.dispatch import log_probs_and_entropy
+from torch import Tensor
+
+from refine_mcore.config import RefineConfig
+from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.state import FastWeightState, StateTape
+from refine_mcore.objective.advantages import group_ids, group_relative_advantages
+from refine_mcore.objective.losses import clipped_policy_loss
+from refine_mcore.objective.positions import select_positions
+from refine_mcore.objective.rewards import sequence_reward
+from refine_mcore.rollout.branches import Branches, Randomness
+from refine_mcore.rollout.decode import decode
+from refine_mcore.rollout.scoring import BranchScores
+from refine_mcore.rollout.vocabulary import vocabulary_options
+from refine_mcore.training.step_metrics import TextRecord, WorkMetrics
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """tokens [B, S], mask [B, S] of valid tokens (padding only behind them), sample_index [B]: place in the data order."""
+
+    tokens: Tensor
+    mask: Tensor
+    sample_index: Tensor
+
+    def num_targets(self) -> Tensor:
+        """Valid next-token targets, a 0-dim tensor."""
+        return (self.mask[:, 1:] & self.mask[:, :-1]).sum()
+
+
+@dataclass(frozen=True)
+class TextPass:
+    """One forward over the texts: hidden [S, B, d], logits [S, B, V / tp], log_probs and entropy [B, S], the tape.
+
+    log_probs[b, t] is of token t + 1, entropy[b, t] of its distribution; both are meaningless at the last token.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    log_probs: Tensor
+    entropy: Tensor | None
+    tape: StateTape | None
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Rollouts of a batch: R = B c branches, n each, sequence-major; drawn_log_probs are those the decode passes saw."""
+
+    branches: Branches
+    tokens: Tensor  # [R n, k]
+    drawn_log_probs: Tensor  # [R n, k]
+
+
+@dataclass(frozen=True)
+class ScoredRollouts:
+    """Rollouts with what the policy loss needs of the time they were made: old_log_probs [R n, k], advantages [R n]."""
+
+    rollouts: Rollouts
+    old_log_probs: Tensor
+    rewards: Tensor
+    advantages: Tensor
+
+
+def text_pass(
+    model: FastWeightModel, batch: TextBatch, *, with_entropy: bool, record: bool
+) -> TextPass:
+    """Forward over the texts; next-token log-probs, and if asked for entropies and the tape."""
+    out = model(batch.tokens, record=record)
+    logits = model.logits(out.hidden)
+    targets = batch.tokens.roll(-1, dims=1).transpose(0, 1)
+    log_probs, entropy = log_probs_and_entropy(
+        logits, targets, with_entropy=with_entropy, **vocabulary_options(model)
+    )
+    entropy = None if entropy is None else entropy.transpose(0, 1)
+    return TextPass(out.hidden, logits, log_probs.transpose(0, 1), entropy, out.tape)
+
+
+def ntp_loss(text: TextPass, batch: TextBatch, denominator: Tensor) -> Tensor:
+    """-sum log p(next token) over valid targets / denominator (Eq. 2, averaged over the whole batch)."""
+    valid = batch.mask[:, 1:] & batch.mask[:, :-1]
+    return -(text.log_probs[:, :-1] * valid).sum() / denominator
+
+
+def choose_branches(
+    text: TextPass, batch: TextBatch, config: RefineConfig, randomness: Randomness
+) -> Branches:
+    """One position per chunk and text (Eq. 5, 6); brings the positions to the host."""
+    assert text.entropy is not None
+    positions = select_positions(
+        text.entropy,
+        batch.mask,
+        config.num_chunks,
+        config.smoothing_window or config.rollout_tokens,
+        config.selection_temperature,
+        config.selection,
+        (config.margin_left, config.margin_right),
+        randomness.position_uniforms(batch.sample_index, config.num_chunks),
+        ignore_masked=config.pooling_ignores_padding,
+        entropy_of=config.entropy_of,
+    )
+    return Branches.at(positions)
+
+
+def branch_states(text: TextPass, branches: Branches, n: int) -> list[FastWeightState]:
+    """Per layer, the states of n streams at every branch, read from the tape of `text` with its gradients."""
+    assert text.tape is not None
+    return [state.fork(n) for state in text.tape.at(branches.batch_index, branches.position)]
+
+
+def roll_out(
+    model: FastWeightModel,
+    states: Sequence[FastWeightState],
+    first_logits: Tensor,
+    batch: TextBatch,
+    branches: Branches,
+    config: RefineConfig,
+    randomness: Randomness,
+) -> Rollouts:
+    """n rollouts of k tokens from every branch; `states` and `first_logits` [R n, V / tp] are those of the streams."""
+    n = config.rollouts_per_position
+    tokens, log_probs, _ = decode(
+        model,
+        states,
+        first_logits.detach(),
+        config.rollout_tokens,
+        lambda j: randomness.token_keys(batch.sample_index, branches, n, j),
+        config.rollout_temperature,
+    )
+    return Rollouts(branches, tokens, log_probs)
+
+
+def reward_rollouts(
+    text: TextPass,
+    batch: TextBatch,
+    rollouts: Rollouts,
+    scores: BranchScores,
+    config: RefineConfig,
+) -> ScoredRollouts:
+    """Rewards against the text's own continuation (Eq. 9, 11, 12) and group-relative advantages; no gradient."""
+    n, k = config.rollouts_per_position, config.rollout_tokens
+    branches = rollouts.branches.fork(n)
+    with torch.no_grad():
+        rewards = sequence_reward(
+            config.reward,
+            scores.hidden,
+            branches.rows_after(text.hidden, k),
+            rollouts.tokens,
+            branches.rows_after(batch.tokens.transpose(0, 1)[..., None], k)[..., 0],
+            cosine_weight=config.reward_weights[0],
+            binary_weight=config.reward_weights[1],
+        )
+        groups = group_ids(
+            config.grouping, batch.tokens.shape[0], config.num_chunks, n, device=rewards.device
+        )
+        advantages = group_relative_advantages(
+            rewards, groups, config.normalize_std, config.advantage_eps
+        )
+    return ScoredRollouts(rollouts, scores.log_probs.detach(), rewards, advantages)
+
+
+def policy_loss(
+    log_probs: Tensor, scored: ScoredRollouts, config: RefineConfig, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped policy loss of the rollouts / denominator, and the sums it reports."""
+    loss, metrics = clipped_policy_loss(
+        log_probs,
+        scored.old_log_probs,
+        scored.advantages,
+        torch.ones_like(log_probs),
+        config.clip_low,
+        config.clip_high,
+        config.dual_clip,
+        config.aggregation,
+        denominator=denominator,
+    )
+    tokens = torch.tensor(float(log_probs.numel()))
+    sums = {"clipped": metrics["clip_fraction"] * tokens, "policy_tokens": tokens}
+    return loss, {"loss_policy": loss.detach()} | sums
+
+
+def describe(batch: TextBatch, text: TextPass, scored: ScoredRollouts) -> WorkMetrics:
+    """What the log shows of a batch's rollouts; reported once per text."""
+    rollouts, texts = scored.rollouts, batch.tokens.shape[0]
+    assert text.entropy is not None
+    drift = (scored.old_log_probs - rollouts.drawn_log_probs).abs().sum()
+    sums = {
+        "entropy": (text.entropy.detach() * batch.mask).sum(),
+        "entropy_count": batch.mask.sum(),
+        "drift": drift,
+        "rollout_tokens": torch.tensor(float(rollouts.tokens.numel())),
+    }
+    positions = torch.tensor(rollouts.branches.position, device=rollouts.tokens.device)
+    record = TextRecord(
+        batch.sample_index,
+        positions.reshape(texts, -1),
+        rollouts.tokens.reshape(texts, -1),
+        scored.rewards.reshape(texts, -1),
+    )
+    return WorkMetrics(sums, record)
+
+
+def policy_denominator(num_sequences: int, config: RefineConfig) -> float:
+    """What policy losses of `num_sequences` sequences over all ranks are divided by: their tokens, or their rollouts."""
+    rollouts = num_sequences * config.num_chunks * config.rollouts_per_position
+    return float(rollouts * (config.rollout_tokens if config.aggregation == "token-mean" else 1))
+

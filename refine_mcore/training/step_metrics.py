@@ -1,0 +1,95 @@
+"""What a step reports: sums over micro-batches, and per text the positions, rollouts and rewards.
+
+Everything stays on the device until `StepAccumulator.reduce`, which brings the whole step to the host in one go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """Per text of a micro-batch: sample_index [B], positions [B, c], tokens [B, c n k], rewards [B, c n]."""
+
+    sample_index: Tensor
+    positions: Tensor
+    tokens: Tensor
+    rewards: Tensor
+
+
+@dataclass(frozen=True)
+class WorkMetrics:
+    """`sums` add up over micro-batches and ranks; `texts` is reported once per text and step."""
+
+    sums: dict[str, Tensor]
+    texts: TextRecord | None = None
+
+
+@dataclass(frozen=True)
+class ReducedMetrics:
+    """One step on the host. Rollout fields are None in a step without rollouts; texts are in sample order."""
+
+    loss_ntp: float
+    loss_policy: float | None = None
+    reward_mean: float | None = None
+    reward_std: float | None = None
+    entropy_mean: float | None = None
+    clip_fraction: float | None = None
+    log_prob_drift: float | None = None
+    positions: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+@dataclass
+class StepAccumulator:
+    """Collects the metrics of one step (all its optimizer steps) on one rank."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    texts: list[TextRecord] = field(default_factory=list)
+
+    def add(self, metrics: WorkMetrics) -> None:
+        for name, value in metrics.sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if metrics.texts is not None:
+            self.texts.append(metrics.texts)
+
+    def reduce(self, dp_group: dist.ProcessGroup, optimizer_steps: int) -> ReducedMetrics:
+        """Sum over data-parallel ranks. Losses are averaged over the optimizer steps of the batch."""
+        names = sorted(self.sums)
+        total = torch.stack([self.sums[name].double() for name in names])
+        dist.all_reduce(total, group=dp_group)
+        sums = dict(zip(names, total.tolist(), strict=True))
+        values: dict[str, Any] = {"loss_ntp": sums["loss_ntp"] / optimizer_steps}
+        if "loss_policy" in sums:
+            values["loss_policy"] = sums["loss_policy"] / optimizer_steps
+            values["entropy_mean"] = sums["entropy"] / sums["entropy_count"]
+            values["clip_fraction"] = sums["clipped"] / sums["policy_tokens"]
+            values["log_prob_drift"] = sums["drift"] / sums["rollout_tokens"]
+            values |= self._reduce_texts(dp_group)
+        return ReducedMetrics(**values)
+
+    def _reduce_texts(self, dp_group: dist.ProcessGroup) -> dict[str, Any]:
+        order = _gather([record.sample_index for record in self.texts], dp_group).argsort()
+        rewards = _gather([record.rewards for record in self.texts], dp_group)[order].double()
+        return {
+            "reward_mean": rewards.mean().item(),
+            "reward_std": rewards.std().item() if rewards.numel() > 1 else 0.0,
+            "positions": _gather([record.positions for record in self.texts], dp_group)[order],
+            "tokens": _gather([record.tokens for record in self.texts], dp_group)[order],
+        }
+
+
+def _gather(parts: list[Tensor], dp_group: dist.ProcessGroup) -> Tensor:
+    """All ranks' rows, on the host."""
+    local = torch.cat(parts)
+    if dp_group.size() == 1:
+        return local.cpu()
+    shards = [torch.empty_like(local) for _ in range(dp_group.size())]
+    dist.all_gather(shards, local.contiguous(), group=dp_group)
+    return torch.cat(shards).cpu()
