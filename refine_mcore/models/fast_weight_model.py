@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
@@ -45,6 +46,7 @@ class FastWeightModel(LanguageModule):
         post_process: bool = True,
     ) -> None:
         super().__init__(config, pg_collection)
+        self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = pre_process, post_process
         self.share_embeddings_and_output_weights = config.arch.tie_embeddings
         self.vocab_size = padded_vocab_size(config.arch, config.tensor_model_parallel_size)

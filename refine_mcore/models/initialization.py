@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 
+from refine_mcore import compat
 from refine_mcore.models.architecture import Architecture, LaCTOptions
 from refine_mcore.models.fast_weight_model import FastWeightModel
 
@@ -33,14 +34,9 @@ def initialize(model: FastWeightModel, seed: int) -> None:
 
 def sharded_tensors(model: FastWeightModel) -> list[ShardedTensor]:
     """This rank's shards of all parameters under their checkpoint keys; writing to `.data` writes the parameter."""
-    sharded = model.sharded_state_dict(metadata=checkpoint_metadata())
+    sharded = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
     apply_factories(sharded)
     return [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
-
-
-def checkpoint_metadata() -> dict:
-    """A fresh metadata dict for `sharded_state_dict` (Megatron writes into it): layers are stored one by one."""
-    return {"non_homogeneous_layers": True}
 
 
 def _key_seed(seed: int, key: str) -> int:

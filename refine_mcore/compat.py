@@ -1,0 +1,114 @@
+"""What depends on the version of megatron-core, and repairs of its bugs. Nothing else does.
+
+The repairs concern every installation without Transformer Engine and Apex, with CUDA or not; what
+only a machine without CUDA needs is in `platform`. Line numbers are those of megatron-core 0.16.1.
+"""
+
+import functools
+import warnings
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from refine_mcore.errors import UserError
+
+SUPPORTED_VERSION = "0.16.1"
+
+
+def check_version() -> None:
+    """Raise `UserError` unless the megatron-core installed is the one this module knows.
+
+    The repairs below and the CPU seam replace parts of its code, so a near miss is not good enough.
+    """
+    try:
+        installed = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        installed = "not installed"
+    if installed != SUPPORTED_VERSION:
+        raise UserError(f"megatron-core {SUPPORTED_VERSION} is required, found: {installed}")
+
+
+def checkpoint_metadata() -> dict[str, Any]:
+    """Fresh `metadata` for `sharded_state_dict`; fresh because Megatron writes into it.
+
+    Its default optimizer sharding, `fully_sharded_model_space`, cannot hold the `step` of torch's
+    Adam and fails; `fully_reshardable` also loads at any other layout. Layers are stored one by one,
+    since those of a hybrid differ.
+    """
+    return {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+
+
+def prime_optimizer(optimizer: Any) -> None:
+    """Give a Megatron optimizer over torch's Adam its empty state (step 0, zero moments).
+
+    Call it before building the `sharded_state_dict` to load into: that template lists the state
+    that exists, and torch's Adam has none before its first step (distrib_optimizer.py:640 asserts
+    one `step`; the initialisation in optimizer/__init__.py:391 omits it). Fused Adam keeps its step
+    elsewhere and is left alone, as is state that already exists.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = part.optimizer
+        if not isinstance(adam, torch.optim.Adam):
+            continue
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    adam.state[parameter].update(
+                        step=torch.zeros((), dtype=torch.float32),
+                        exp_avg=torch.zeros_like(parameter.data),
+                        exp_avg_sq=torch.zeros_like(parameter.data),
+                    )
+
+
+@functools.cache
+def repair_megatron() -> None:
+    """Repair, once per process, what fails without Transformer Engine and Apex."""
+    # optimizer.py:66 asks its shards, views without gradients of their own, for `.grad`.
+    warnings.filterwarnings(
+        "ignore", message="The .grad attribute of a Tensor", module="megatron.core.optimizer"
+    )
+    _repair_output_discarding_recompute()
+    _repair_distributed_optimizer_loading()
+
+
+def _repair_output_discarding_recompute() -> None:
+    """`CheckpointWithoutOutput(fp8=False)` asks for fp8, hence Transformer Engine.
+
+    random.py:636 tests `fp8 is not None`, and the layers that recompute their norms
+    (`recompute_modules: [layernorm]`) rely on the default.
+    """
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+
+
+def _repair_distributed_optimizer_loading() -> None:
+    """Loading the state of `DistributedOptimizer` over torch's Adam.
+
+    `_set_main_param_and_optimizer_states` (938) copies into every entry that Adam holds, but the
+    checkpoint has no `step` per parameter: KeyError. `load_state_dict` (825) hands ONE `step`
+    tensor to all parameters, which Adam then increments once per parameter: a resumed run silently
+    goes on with wrong bias corrections.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load_state_dict = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(set_states)
+    def set_states_keeping_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        step = {"step": state["step"]} if "step" in state else {}
+        set_states(self, model_param, {**tensors, **step})
+
+    @functools.wraps(load_state_dict)
+    def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_keeping_step
+    DistributedOptimizer.load_state_dict = load_with_own_steps

@@ -1,0 +1,40 @@
+"""Run configuration: typed dataclasses <- YAML file <- dotted overrides, every mistake a
+one-sentence `UserError`.
+
+`schema` says what can be set, `loader` is the generic machinery, `checks` holds what one field
+cannot say alone.
+"""
+
+from refine_mcore.config.checks import data_parallel_layout, validate
+from refine_mcore.config.loader import config_from_dict, load_config, save_config, to_dict
+from refine_mcore.config.run_directory import prepare_run_directory
+from refine_mcore.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RefineConfig,
+    RunConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RefineConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "config_from_dict",
+    "data_parallel_layout",
+    "load_config",
+    "prepare_run_directory",
+    "save_config",
+    "to_dict",
+    "validate",
+]

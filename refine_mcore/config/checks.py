@@ -1,0 +1,117 @@
+"""What no single field can say: combinations of settings that cannot work."""
+
+from __future__ import annotations
+
+from refine_mcore.config.schema import Config
+from refine_mcore.errors import UserError
+
+
+def validate(config: Config, source: str) -> None:
+    """Raises UserError for the first impossible combination; `source` names the file."""
+    for check in (_check_required, _check_batches, _check_schedule, _check_parallel, _check_refine):
+        problem = check(config)
+        if problem:
+            raise UserError(f"{source}: {problem}")
+
+
+def data_parallel_layout(config: Config, world_size: int) -> tuple[int, int]:
+    """(data-parallel size, micro-batches per rank and step) on `world_size` ranks.
+
+    Raises UserError if the ranks do not fill whole model replicas or the batch does not divide over
+    them.
+    """
+    parallel, training = config.parallel, config.training
+    replica = parallel.tensor * parallel.pipeline
+    if world_size % replica:
+        raise UserError(
+            f"{world_size} ranks do not divide into model replicas of "
+            f"parallel.tensor x parallel.pipeline = {replica} ranks"
+        )
+    data_parallel = world_size // replica
+    per_pass = training.micro_batch_size * data_parallel
+    batches = {"training.global_batch_size": training.global_batch_size}
+    if config.refine.mode == "two_phase" and config.refine.mini_batch_size is not None:
+        batches["refine.mini_batch_size"] = config.refine.mini_batch_size
+    for key, size in batches.items():
+        if size % per_pass:
+            raise UserError(
+                f"{key} ({size}) must be a multiple of training.micro_batch_size x data-parallel "
+                f"ranks ({training.micro_batch_size} x {data_parallel})"
+            )
+    return data_parallel, training.global_batch_size // per_pass
+
+
+def _check_required(config: Config) -> str | None:
+    if config.model.preset is None and config.model.checkpoint is None:
+        return "model.preset or model.checkpoint must be given"
+    if not config.data.paths:
+        return "data.paths must name at least one file"
+    return None
+
+
+def _check_batches(config: Config) -> str | None:
+    training, mini = config.training, config.refine.mini_batch_size
+    if training.global_batch_size % training.micro_batch_size:
+        return (
+            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+            f"training.micro_batch_size ({training.micro_batch_size})"
+        )
+    if config.refine.mode != "two_phase" or mini is None:
+        return None
+    if training.global_batch_size % mini:
+        return (
+            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+            f"refine.mini_batch_size ({mini})"
+        )
+    if mini % training.micro_batch_size:
+        return (
+            f"refine.mini_batch_size ({mini}) must be a multiple of "
+            f"training.micro_batch_size ({training.micro_batch_size})"
+        )
+    return None
+
+
+def _check_schedule(config: Config) -> str | None:
+    optimizer, training = config.optimizer, config.training
+    if training.ntp_warmup_steps > training.steps:
+        return (
+            f"training.ntp_warmup_steps ({training.ntp_warmup_steps}) must not exceed "
+            f"training.steps ({training.steps})"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        return (
+            f"optimizer.min_lr ({optimizer.min_lr}) must not exceed optimizer.lr ({optimizer.lr})"
+        )
+    decay_key = "training.steps" if optimizer.lr_decay_steps is None else "optimizer.lr_decay_steps"
+    decay_steps = optimizer.lr_decay_steps or training.steps
+    if optimizer.lr_warmup_steps >= decay_steps:
+        return (
+            f"optimizer.lr_warmup_steps ({optimizer.lr_warmup_steps}) must be below "
+            f"{decay_key} ({decay_steps})"
+        )
+    return None
+
+
+def _check_parallel(config: Config) -> str | None:
+    if config.parallel.sequence_parallel and config.parallel.tensor == 1:
+        return "parallel.sequence_parallel needs parallel.tensor of at least 2"
+    return None
+
+
+def _check_refine(config: Config) -> str | None:
+    refine, length = config.refine, config.data.sequence_length
+    if refine.mode == "ntp":  # draws no positions
+        return None
+    if refine.margin_left + refine.margin_right > length:
+        return (
+            f"data.sequence_length ({length}) is shorter than refine.margin_left + "
+            f"refine.margin_right ({refine.margin_left} + {refine.margin_right})"
+        )
+    if refine.num_chunks > length:
+        return f"refine.num_chunks ({refine.num_chunks}) exceeds data.sequence_length ({length})"
+    if refine.rollout_tokens > refine.margin_right:
+        return (
+            f"refine.rollout_tokens ({refine.rollout_tokens}) exceeds refine.margin_right "
+            f"({refine.margin_right}), the fewest tokens that follow a position"
+        )
+    return None

@@ -1,0 +1,36 @@
+"""Claims the directory a run writes to, refusing what it would overwrite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from refine_mcore.config.loader import save_config
+from refine_mcore.config.schema import Config
+from refine_mcore.errors import UserError
+
+
+def prepare_run_directory(config: Config) -> Path:
+    """Creates RUN (`run.directory`) with the resolved `config.yaml` in it and returns it. One rank
+    calls this.
+
+    An existing RUN is accepted if it is empty, or if it is an earlier run (has a `config.yaml`) and
+    `checkpoint.resume` is `auto`. Raises UserError otherwise, and where RUN cannot be created or
+    written.
+    """
+    run = Path(config.run.directory)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        occupied = any(run.iterdir())
+    except FileExistsError:
+        raise UserError(f"run.directory {run} exists and is not a directory") from None
+    except OSError as error:
+        raise UserError(f"run.directory {run} cannot be used: {error.strerror}") from None
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise UserError(f"run.directory {run} is not writable")
+    if occupied and config.checkpoint.resume == "never":
+        raise UserError(f"run.directory {run} exists and checkpoint.resume is never")
+    if occupied and not (run / "config.yaml").is_file():
+        raise UserError(f"run.directory {run} exists and holds something other than a run")
+    save_config(config, run / "config.yaml")
+    return run

@@ -1,0 +1,209 @@
+"""Everything a run can be told, with meaning, unit and default. Plain data: no torch, no Megatron.
+
+Defaults are the mid-training values of the official ReFINE code (arXiv 2602.16704). Where they
+leave the paper's wording: `clip_grad` is 1.0 (the paper's table says 0.2, which its code uses for
+the PPO clip only), `entropy_of` is the rollout token, and the margins and the zero padding that
+counts in the entropy pooling are in the code alone. The default mode is `fused` (one optimizer step
+per batch); the published schedule of several is `two_phase`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound on a number: `holds(value)` must be true; `text` tells the user ("at least 1")."""
+
+    holds: Callable[[float], bool]
+    text: str
+
+
+PositiveInt = Annotated[int, Limit(lambda x: x >= 1, "at least 1")]
+NonNegativeInt = Annotated[int, Limit(lambda x: x >= 0, "at least 0")]
+PositiveFloat = Annotated[float, Limit(lambda x: x > 0, "greater than 0")]
+NonNegativeFloat = Annotated[float, Limit(lambda x: x >= 0, "at least 0")]
+Fraction = Annotated[float, Limit(lambda x: 0 <= x < 1, "at least 0 and below 1")]
+AboveOne = Annotated[float, Limit(lambda x: x > 1, "greater than 1")]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model. A preset gives the architecture, a checkpoint its weights too; one is needed."""
+
+    # Name of a preset architecture; without a checkpoint its weights start at random.
+    preset: str | None = None
+    # Converted checkpoint (directory) to start from; a preset given as well must agree with it.
+    checkpoint: str | None = None
+    # Architecture fields set over the preset, by dotted name (`mixer.chunk_size: 512`); nested
+    # mappings mean the same.
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Long documents. Relative paths start at the working directory."""
+
+    # Text files: `.jsonl` with a `text` field in every line, or `.txt` holding one document each.
+    paths: tuple[str, ...] = ("examples/data/public_domain.jsonl",)
+    # SentencePiece model file.
+    tokenizer: str = "examples/data/tokenizer.model"
+    # Tokens per window; a window lies within one document.
+    sequence_length: PositiveInt = 16384
+    # Seed of the order of the windows (each epoch has its own order).
+    seed: NonNegativeInt = 1234
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """The ReFINE objective and how a step computes it."""
+
+    # ntp: next-token loss only. fused: rollouts branched from the one forward, one optimizer step
+    # per batch. two_phase: stored rollouts, several optimizer steps per batch. prefix_copy: the
+    # published schedule, for reference.
+    mode: Literal["ntp", "fused", "two_phase", "prefix_copy"] = "fused"
+
+    # c: equal chunks per sequence, one rollout position drawn in each.
+    num_chunks: PositiveInt = 8
+    # k: tokens per rollout.
+    rollout_tokens: PositiveInt = 5
+    # n: rollouts per position.
+    rollouts_per_position: PositiveInt = 1
+    # How the position in a chunk is chosen: by the softmax of the smoothed entropy, evenly, or at
+    # the raw extreme.
+    selection: Literal["entropy", "uniform", "argmax", "argmin"] = "entropy"
+    # Whose entropy weighs a position: that of the first rollout token, or of the last prefix token
+    # (the paper's Eq. 5).
+    entropy_of: Literal["rollout_token", "prefix_token"] = "rollout_token"
+    # Temperature of the softmax.
+    selection_temperature: PositiveFloat = 1.0
+    # Tokens the entropy is averaged over before the softmax (even values pool over one more); null:
+    # rollout_tokens.
+    smoothing_window: PositiveInt | None = None
+    # Divide the pooled entropy by the number of valid positions in the window instead of by its
+    # width.
+    pooling_ignores_padding: bool = False
+    # Fewest tokens before a position, and after it: positions outside are clamped. In tokens.
+    margin_left: PositiveInt = 20
+    margin_right: PositiveInt = 20
+    # Temperature of the rollouts' sampling.
+    rollout_temperature: PositiveFloat = 1.0
+
+    # R: hidden-state cosine, token match, their weighted sum, or normalised token edit similarity.
+    reward: Literal["cosine", "binary", "hybrid", "edit"] = "cosine"
+    # Weights of cosine and binary in the hybrid reward.
+    reward_weights: tuple[NonNegativeFloat, NonNegativeFloat] = (1.0, 1.0)
+    # Which rollouts share a baseline: one per position of a sequence, the n of one position, or all
+    # c * n of a sequence.
+    grouping: Literal["sequence", "position", "joint"] = "sequence"
+    # Divide advantages by the group's standard deviation plus advantage_eps.
+    normalize_std: bool = True
+    advantage_eps: PositiveFloat = 1e-6
+
+    # PPO clip: the probability ratio stays in [1 - clip_low, 1 + clip_high].
+    clip_low: Fraction = 0.2
+    clip_high: NonNegativeFloat = 0.2
+    # Bound of the loss at negative advantages, in multiples of the advantage.
+    dual_clip: AboveOne = 3.0
+    # How token losses become one number.
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = "token-mean"
+    # Total loss = ntp_weight * NTP + policy_weight * policy (lambda_SFT, lambda_RL).
+    ntp_weight: NonNegativeFloat = 1.0
+    policy_weight: NonNegativeFloat = 0.2
+
+    # Sequences per optimizer step in two_phase (other modes take the whole batch); null:
+    # global_batch_size.
+    mini_batch_size: PositiveInt | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule. Schedule lengths are in steps of the run (batches)."""
+
+    lr: PositiveFloat = 1e-6
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+    # Largest global gradient norm; 0 switches clipping off.
+    clip_grad: NonNegativeFloat = 1.0
+    # The learning rate rises linearly from 0 over this many steps.
+    lr_warmup_steps: NonNegativeInt = 0
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    # Step at which the decay ends at min_lr; null: training.steps.
+    lr_decay_steps: PositiveInt | None = None
+    min_lr: NonNegativeFloat = 0.0
+    # Shard the optimizer state over data-parallel ranks.
+    use_distributed_optimizer: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length, batch and precision."""
+
+    # Batches of the whole run, NTP warm-up included; one line of metrics each.
+    steps: PositiveInt = 100
+    # Leading steps that train on the next-token loss alone.
+    ntp_warmup_steps: NonNegativeInt = 0
+    # Sequences per forward pass on one rank.
+    micro_batch_size: PositiveInt = 1
+    # Sequences per step over all ranks.
+    global_batch_size: PositiveInt = 128
+    # Seed of weights, positions and rollouts.
+    seed: NonNegativeInt = 1234
+    # Precision of weights and activations; states, losses and rewards are at least float32.
+    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
+    # Steps between log lines where there is no progress bar.
+    log_interval: PositiveInt = 1
+    # full: recompute each layer in the backward pass instead of keeping its activations.
+    recompute: Literal["full"] | None = None
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of Megatron's groups; what is left of the ranks is data parallel."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    # Shard the activations between tensor-parallel blocks over the sequence.
+    sequence_parallel: bool = False
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Training checkpoints (weights, optimizer, data position) under RUN/checkpoints."""
+
+    # Training checkpoint of another run to go on from.
+    load: str | None = None
+    # Steps between checkpoints; the last step is always saved.
+    save_interval: PositiveInt = 50
+    # auto: go on from RUN's own last checkpoint if there is one. never: RUN must not exist yet.
+    resume: Literal["auto", "never"] = "auto"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go and what is shown."""
+
+    # RUN: configuration, metrics, TensorBoard events and checkpoints.
+    directory: str = "runs/refine"
+    tensorboard: bool = True
+    # Progress bar on a terminal (log lines elsewhere); false: neither.
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)

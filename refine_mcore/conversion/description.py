@@ -1,0 +1,146 @@
+"""What travels inside a checkpoint beside its tensors: the architecture and its HF origin.
+
+    architecture.json            the `Architecture`, for whoever loads the checkpoint
+    hf/                          config.json and tokenizer files, byte for byte
+    hf/safetensors_headers/      the header of each original weight file, so that an export has the
+                                 same files, names, dtypes and order
+
+A training run that starts from a converted checkpoint passes all of it on with `copy_description`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refine_mcore.conversion.safetensors_file import Header, parse_header
+from refine_mcore.errors import UserError
+from refine_mcore.models.architecture import Architecture
+
+ARCHITECTURE_FILE = "architecture.json"
+HF_DIRECTORY = "hf"
+HF_CONFIG = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_HEADERS = "safetensors_headers"
+_LATEST_FILE = "latest_checkpointed_iteration.txt"
+
+# Configuration and tokenizers; never code, never pickles.
+_TRAVELLERS = (
+    HF_CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    INDEX_FILE,
+)
+
+
+@dataclass(frozen=True)
+class Description:
+    """A checkpoint's architecture, its `hf` directory if it has one, and the original headers."""
+
+    architecture: Architecture
+    hf_directory: Path | None
+    headers: dict[str, Header]
+
+
+def write_description(
+    directory: Path,
+    architecture: Architecture,
+    hf_source: Path | None = None,
+    headers: dict[str, Header] | None = None,
+) -> None:
+    """Write the description into a checkpoint directory; the HF files come from `hf_source`."""
+    text = json.dumps(architecture.to_dict(), indent=2)
+    (directory / ARCHITECTURE_FILE).write_text(text + "\n")
+    if hf_source is None:
+        return
+    hf = directory / HF_DIRECTORY
+    (hf / _HEADERS).mkdir(parents=True)
+    copy_travellers(hf_source, hf)
+    for name, header in (headers or {}).items():
+        (hf / _HEADERS / f"{name}.json").write_bytes(header.text)
+
+
+def copy_description(source: Path, target: Path, architecture: Architecture) -> None:
+    """Pass a checkpoint's HF files on to the checkpoint `target`, now of `architecture`."""
+    write_description(target, architecture)
+    if (source / HF_DIRECTORY).is_dir():
+        shutil.copytree(source / HF_DIRECTORY, target / HF_DIRECTORY)
+
+
+def read_description(directory: Path) -> Description:
+    """The description of a checkpoint. Raises UserError if it is absent or damaged."""
+    path = directory / ARCHITECTURE_FILE
+    try:
+        data = read_json_object(path)
+    except FileNotFoundError:
+        raise UserError(f"{directory} does not say what model it holds: no {path.name}") from None
+    try:
+        architecture = Architecture.from_dict(data)
+    except (UserError, TypeError) as error:  # TypeError: a value of another type
+        raise UserError(f"{path}: {error}") from None
+    hf = directory / HF_DIRECTORY
+    headers = {}
+    for file in sorted((hf / _HEADERS).glob("*.json")):
+        headers[file.name.removesuffix(".json")] = parse_header(file.read_bytes(), str(file))
+    return Description(architecture, hf if hf.is_dir() else None, headers)
+
+
+def copy_travellers(source: Path, target: Path) -> None:
+    """Copy the configuration and tokenizer files that `source` has."""
+    for pattern in _TRAVELLERS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                try:
+                    content = file.read_bytes()
+                except OSError as error:
+                    raise UserError(f"{file} cannot be read: {error.strerror}") from None
+                (target / file.name).write_bytes(content)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path`, or the newest iteration of a training run's checkpoint directory.
+
+    Raises UserError if `path` is no directory, or its record of the newest iteration is unusable.
+    """
+    if not path.is_dir():
+        state = "is not a directory" if path.exists() else "does not exist"
+        raise UserError(f"checkpoint {path} {state}")
+    latest = path / _LATEST_FILE
+    if not latest.is_file():
+        return path
+    text = latest.read_text(errors="replace").strip()
+    if not text.isdecimal():
+        raise UserError(f"{latest} should hold an iteration number, not {text[:40]!r}")
+    iteration = path / f"iter_{int(text):07d}"
+    if not iteration.is_dir():
+        raise UserError(f"{latest} names iteration {text}, but {iteration} does not exist")
+    return iteration
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises FileNotFoundError, and UserError for bad content."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return data

@@ -1,0 +1,199 @@
+"""Megatron `torch_dist` checkpoint -> Hugging Face model directory.
+
+A checkpoint that came from HF and was not changed since gives the same files, byte for byte. One
+that was trained gives the same files with new values. One that never was an HF model gives a single
+weight file and a config made from its architecture, and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refine_mcore.conversion.description import (
+    HF_CONFIG,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Description,
+    copy_travellers,
+    find_checkpoint,
+    read_description,
+    read_json_object,
+)
+from refine_mcore.conversion.finite import require_finite
+from refine_mcore.conversion.hf_config import architecture_from_hf, hf_config
+from refine_mcore.conversion.hf_directory import EMBEDDINGS, LM_HEAD
+from refine_mcore.conversion.output_directory import new_directory
+from refine_mcore.conversion.parameters import (
+    VOCABULARY_KEYS,
+    HFParameter,
+    checkpoint_shapes,
+    hf_parameter_map,
+)
+from refine_mcore.conversion.safetensors_file import (
+    FLOAT_DTYPES,
+    Header,
+    build_header,
+    safetensors_dtype,
+    torch_dtype,
+    write_file,
+)
+from refine_mcore.conversion.torch_dist import CheckpointReader
+from refine_mcore.errors import UserError
+
+Report = Callable[[str], None]
+
+
+def export_hf(checkpoint: Path, output: Path, dtype: str | None, report: Report) -> None:
+    """Write the model of `checkpoint` as an HF directory, one tensor in memory at a time.
+
+    `dtype` (a safetensors name) converts every tensor; None keeps the dtypes recorded at import, or
+    else the checkpoint's. `report` is told once if values are converted. Raises UserError if the
+    checkpoint is incomplete or damaged, a value is not finite, or `output` cannot be written.
+    """
+    directory = find_checkpoint(checkpoint)
+    description = read_description(directory)
+    table = {parameter.name: parameter for parameter in hf_parameter_map(description.architecture)}
+    reader = CheckpointReader(directory)
+    _require_complete(reader, list(table.values()), directory)
+    headers = _headers(description, reader, table, dtype, directory)
+    _report_conversion(headers, reader, table, report)
+
+    with new_directory(output) as temporary:
+        if description.hf_directory is not None:
+            copy_travellers(description.hf_directory, temporary)
+        elif dtype is None:  # no config says what the weights are: let the new one do
+            dtype = headers[SINGLE_FILE].tensors[EMBEDDINGS].dtype
+        _write_config(description, temporary / HF_CONFIG, dtype, report)
+        _update_index(temporary / INDEX_FILE, headers)
+        for file, header in headers.items():
+
+            def read(name: str, header: Header = header) -> torch.Tensor:
+                target = torch_dtype(header.tensors[name].dtype)
+                return _read(reader, _source(table, name), target, directory)
+
+            write_file(temporary / file, header, read)
+
+
+def _source(table: dict[str, HFParameter], name: str) -> HFParameter:
+    """The parameter behind an HF tensor: a tied `lm_head.weight` is the embedding."""
+    return table[EMBEDDINGS if name == LM_HEAD and name not in table else name]
+
+
+def _read(
+    reader: CheckpointReader, parameter: HFParameter, dtype: torch.dtype, directory: Path
+) -> torch.Tensor:
+    tensor, row = torch.empty(parameter.shape, dtype=dtype), 0
+    for part in parameter.parts:
+        reader.read_rows(part.key, part.start, tensor[row : row + part.rows])
+        row += part.rows
+    require_finite(tensor, f"{directory}: {parameter.name} as {str(dtype).removeprefix('torch.')}")
+    return tensor
+
+
+def _require_complete(reader: CheckpointReader, table: list[HFParameter], directory: Path) -> None:
+    """Every tensor of the model, in its shape; vocabularies may be padded."""
+    for key, shape in checkpoint_shapes(table).items():
+        if key not in reader:
+            raise UserError(f"{directory} lacks the tensor {key}")
+        stored = reader.shape(key)
+        padded = key in VOCABULARY_KEYS and stored[0] >= shape[0] and stored[1:] == shape[1:]
+        if stored != shape and not padded:
+            raise UserError(
+                f"{directory}: {key} has shape {list(stored)}, but architecture.json makes it "
+                f"{list(shape)}"
+            )
+        if safetensors_dtype(reader.dtype(key)) is None:
+            raise UserError(
+                f"{directory}: {key} is {reader.dtype(key)}, not a floating-point dtype"
+            )
+
+
+def _headers(
+    description: Description,
+    reader: CheckpointReader,
+    table: dict[str, HFParameter],
+    dtype: str | None,
+    directory: Path,
+) -> dict[str, Header]:
+    """The headers to write: the original ones wherever nothing differs."""
+    if not description.headers:
+        tensors = {
+            name: (dtype or _stored_dtype(reader, parameter), parameter.shape)
+            for name, parameter in table.items()
+        }
+        return {SINGLE_FILE: build_header(tensors, {"format": "pt"})}
+    shapes = {
+        name: entry.shape
+        for header in description.headers.values()
+        for name, entry in header.tensors.items()
+    }
+    expected = {name: parameter.shape for name, parameter in table.items()}
+    if description.architecture.tie_embeddings and LM_HEAD in shapes:
+        expected[LM_HEAD] = expected[EMBEDDINGS]
+    if shapes != expected:
+        raise UserError(f"{directory}: hf/ and architecture.json describe different models")
+    return {
+        file: header
+        if dtype is None or all(entry.dtype == dtype for entry in header.tensors.values())
+        else build_header(
+            {name: (dtype, entry.shape) for name, entry in header.tensors.items()}, header.metadata
+        )
+        for file, header in description.headers.items()
+    }
+
+
+def _stored_dtype(reader: CheckpointReader, parameter: HFParameter) -> str:
+    """The widest dtype among the parts."""
+    stored = (safetensors_dtype(reader.dtype(part.key)) for part in parameter.parts)
+    return min((name for name in stored if name is not None), key=FLOAT_DTYPES.index)
+
+
+def _report_conversion(
+    headers: dict[str, Header],
+    reader: CheckpointReader,
+    table: dict[str, HFParameter],
+    report: Report,
+) -> None:
+    converted = {
+        (_stored_dtype(reader, _source(table, name)), entry.dtype)
+        for header in headers.values()
+        for name, entry in header.tensors.items()
+    }
+    changes = sorted(f"{stored} to {written}" for stored, written in converted if stored != written)
+    if changes:
+        report(f"the checkpoint's values are converted from {', '.join(changes)}")
+
+
+def _write_config(description: Description, path: Path, dtype: str | None, report: Report) -> None:
+    """Leave the original config as it is unless training or `dtype` changed what it says."""
+    config: dict[str, Any] = {}
+    changed = hf_config(description.architecture)
+    if path.exists():
+        config = read_json_object(path)
+        before = hf_config(architecture_from_hf(config, str(path)))
+        changed = {key: value for key, value in changed.items() if before.get(key) != value}
+        if changed:
+            report(f"config.json is changed in {', '.join(sorted(changed))}, as the model was")
+    if dtype is not None:
+        name = "dtype" if "dtype" in config else "torch_dtype"  # newer and older transformers
+        changed[name] = str(torch_dtype(dtype)).removeprefix("torch.")
+    if any(config.get(key) != value for key, value in changed.items()):
+        text = json.dumps(config | changed, indent=2, sort_keys=True)
+        path.write_text(text + "\n")
+
+
+def _update_index(path: Path, headers: dict[str, Header]) -> None:
+    """A shard index states the total size, which another dtype changes."""
+    if not path.exists():
+        return
+    index = read_json_object(path)
+    metadata = index.get("metadata")
+    total = sum(header.data_bytes for header in headers.values())
+    if isinstance(metadata, dict) and metadata.get("total_size", total) != total:
+        metadata["total_size"] = total
+        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,68 @@
+"""Reads long documents: `.jsonl` (an object with a `text` per line) and `.txt` (one document)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from refine_mcore.errors import UserError
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from (`file` or `file:line`), for messages."""
+
+    text: str
+    origin: str
+
+
+def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
+    """The documents of all files in order, one at a time (a corpus need not fit in memory as text).
+
+    Raises UserError naming file and line for a missing or unreadable file, another extension, text
+    that is not UTF-8, a line that is not a JSON object with a string `text`, and a file without any
+    document.
+    """
+    for path in map(Path, paths):
+        reader = _READERS.get(path.suffix)
+        if reader is None:
+            raise UserError(f"{path}: documents are read from .jsonl and .txt files only")
+        empty = True
+        try:
+            for document in reader(path):
+                empty = False
+                yield document
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        if empty:
+            raise UserError(f"{path}: holds no documents")
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            origin = f"{path}:{number}"
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except ValueError:  # bad JSON and bad UTF-8 alike
+                raise UserError(f"{origin}: the line is not valid JSON in UTF-8") from None
+            text = record.get("text") if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                raise UserError(f"{origin}: the line is not an object with a string field 'text'")
+            yield Document(text, origin)
+
+
+def _read_txt(path: Path) -> Iterator[Document]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    if text.strip():
+        yield Document(text, str(path))
+
+
+_READERS = {".jsonl": _read_jsonl, ".txt": _read_txt}

@@ -1,0 +1,82 @@
+"""How well a rollout continues the text: one self-supervised reward per rollout (Eqs. 9, 11, 12).
+
+Deviations from the authors' code: it computes the cosine in the dtype of the hidden states
+(bf16, steps of about 0.003), here at least fp32; the two weights of the hybrid reward, 1 and 1 in
+Eq. 12, are parameters; `edit` is not in the paper, which names edit distance as future work.
+Hidden states are those after the final norm, each taken after its token was consumed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+REWARD_KINDS = ("cosine", "binary", "hybrid", "edit")
+
+
+@torch.no_grad()
+def sequence_reward(
+    kind: str,
+    rollout_hidden: Tensor,
+    target_hidden: Tensor,
+    rollout_tokens: Tensor,
+    target_tokens: Tensor,
+    *,
+    cosine_weight: float = 1.0,
+    binary_weight: float = 1.0,
+) -> Tensor:
+    """Reward of each rollout, without gradient: the policy gradient treats it as a constant.
+
+    cosine  (1/k) sum_j cos(rollout_hidden_j, target_hidden_j); a zero vector counts 0
+    binary  (1/k) sum_j [rollout_token_j = target_token_j]
+    hybrid  cosine_weight * cosine + binary_weight * binary
+    edit    1 - levenshtein(rollout_tokens, target_tokens) / k
+
+    Args:
+        kind: one of `REWARD_KINDS`.
+        rollout_hidden, target_hidden: [R, k, d].
+        rollout_tokens, target_tokens: [R, k], integer.
+        cosine_weight, binary_weight: of the hybrid reward.
+
+    Returns:
+        [R], in the dtype of the hidden states but at least fp32.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    dtype = torch.promote_types(rollout_hidden.dtype, torch.float32)
+    if kind == "cosine":
+        return _cosine(rollout_hidden.to(dtype), target_hidden.to(dtype))
+    if kind == "binary":
+        return _match(rollout_tokens, target_tokens, dtype)
+    if kind == "hybrid":
+        cosine = _cosine(rollout_hidden.to(dtype), target_hidden.to(dtype))
+        return cosine_weight * cosine + binary_weight * _match(rollout_tokens, target_tokens, dtype)
+    if kind == "edit":
+        return 1 - _levenshtein(rollout_tokens, target_tokens).to(dtype) / rollout_tokens.shape[1]
+    raise ValueError(f"unknown reward {kind!r}; use one of {REWARD_KINDS}")
+
+
+def _cosine(rollout: Tensor, target: Tensor) -> Tensor:
+    return F.cosine_similarity(rollout, target, dim=-1).mean(-1)
+
+
+def _match(rollout: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
+    return (rollout == target).to(dtype).mean(-1)
+
+
+def _levenshtein(rollout: Tensor, target: Tensor) -> Tensor:
+    """Edit distance of each pair of rows, [R, k] and [R, k] -> [R], all rows at once.
+
+    Row i of the dynamic programme is d[j] = min(t[j], d[j - 1] + 1), where t holds the best of
+    deletion and substitution. Unrolled, d[j] - j = min over l <= j of (t[l] - l): a running
+    minimum in place of the loop over j.
+    """
+    length = target.shape[1]
+    offset = torch.arange(length + 1, device=target.device)
+    distance = offset.expand(target.shape[0], -1)
+    for i in range(length):
+        substitution = distance[:, :-1] + (rollout[:, i : i + 1] != target)
+        best = torch.minimum(substitution, distance[:, 1:] + 1)
+        best = torch.cat([distance[:, :1] + 1, best], dim=1)
+        distance = (best - offset).cummin(1).values + offset
+    return distance[:, -1]

@@ -1,0 +1,250 @@
+"""The seam between CUDA with NCCL and CPU with gloo. Nothing else asks whether there is a GPU.
+
+With CUDA this is plain Megatron-Core. Without it, megatron-core 0.16.1 needs help in three ways,
+given by `initialize` and nowhere else:
+
+1. calls to `torch.cuda` (streams, random state, current device) get their CPU counterparts;
+2. functions that hold a device as a literal ('cuda', 'torch.cuda.FloatTensor') get the CPU's;
+3. Megatron's CUDA random state becomes the state of the one CPU generator.
+
+No function of Megatron is copied or reimplemented. Covered are the tensor-parallel layers and
+random states, recomputation, the schedules without pipelining and 1F1B, DDP, the optimizers and
+gradient clipping, and `torch_dist` checkpoints. Outside that (interleaved schedules, fp16 loss
+scaling, context parallelism) Megatron stops with PyTorch's own "no CUDA" errors.
+
+Programs call `initialize`, `init_distributed`, `initialize_model_parallel`, and `shutdown` at the
+end. Megatron is imported by these calls only, so that a program can refuse bad input at once. A
+program that saves checkpoints must guard its entry with `if __name__ == "__main__"`: saving starts
+a helper process that imports the main module again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import logging
+import os
+import warnings
+from datetime import timedelta
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from refine_mcore import compat
+from refine_mcore.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+# The functions of megatron.core, by module, that name a CUDA device or tensor type literally.
+_DEVICE_LITERALS = {
+    "tensor_parallel.data": ("_build_key_size_numel_dictionaries",),
+    "pipeline_parallel.schedules": (
+        "forward_step",
+        "forward_backward_no_pipelining",
+        "forward_backward_pipelining_without_interleaving",
+    ),
+    "optimizer.clip_grads": (
+        "get_grad_norm_fp32",
+        "clip_grad_by_total_norm_fp32",
+        "count_zeros_fp32",
+    ),
+    "optimizer.optimizer": (
+        "MixedPrecisionOptimizer.__init__",
+        "Float16OptimizerWithFloat16Params.__init__",
+        "FP32Optimizer.__init__",
+    ),
+    "optimizer.distrib_optimizer": (
+        "DistributedOptimizer.__init__",
+        "DistributedOptimizer._build_model_and_main_param_groups",
+    ),
+    "dist_checkpointing.exchange_utils": (
+        "_get_empty_tensor_for_exchange",
+        "exchange_loaded_tensors_gather_rounds",
+    ),
+    "dist_checkpointing.strategies.state_dict_saver": ("verify_global_md_reuse",),
+    "transformer.utils": ("get_default_causal_mask", "get_sliding_window_causal_mask"),
+    "utils": ("local_multi_tensor_l2_norm",),
+}
+
+_process_group_timeout = timedelta(minutes=10)
+
+
+@functools.cache
+def initialize() -> None:
+    """Make megatron-core usable here. Call it first; further calls do nothing.
+
+    Raises `UserError` if the installed megatron-core is not the supported version.
+    """
+    compat.check_version()
+    compat.repair_megatron()
+    if not torch.cuda.is_available():
+        _stand_in_for_torch_cuda()
+        _use_cpu_random_state()
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
+        for module, names in _DEVICE_LITERALS.items():
+            for name in names:
+                _move_literals_to_cpu(_resolve(module, name))
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU (by LOCAL_RANK), or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """The collective backend that serves `device()`: 'nccl' or 'gloo'."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def init_distributed(timeout_s: float = 600.0) -> None:
+    """Join the ranks that torchrun started, or, started plainly, be a world of one.
+
+    A collective that a rank does not reach fails after `timeout_s`, in this group and in those of
+    `initialize_model_parallel`. A world of one keeps its rendezvous in memory: no port, no file,
+    no clash between runs on one machine.
+    """
+    global _process_group_timeout
+    _process_group_timeout = timedelta(seconds=timeout_s)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend(), timeout=_process_group_timeout)
+    else:
+        dist.init_process_group(
+            backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=_process_group_timeout
+        )
+
+
+def initialize_model_parallel(
+    tensor: int = 1, pipeline: int = 1, seed: int = 0
+) -> ProcessGroupCollection:
+    """Lay out the ranks as tensor x pipeline x data parallel and seed Megatron's random states.
+
+    Returns the process groups to hand to the modules. Call after `init_distributed`; a second call
+    replaces the layout. Raises `UserError` if the sizes do not divide the number of ranks.
+    """
+    initialize()
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    world_size = dist.get_world_size()
+    if min(tensor, pipeline) < 1 or world_size % (tensor * pipeline):
+        raise UserError(
+            f"tensor parallel {tensor} x pipeline parallel {pipeline} "
+            f"does not divide the {world_size} rank(s) started"
+        )
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        distributed_timeout_minutes=_process_group_timeout / timedelta(minutes=1),
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def shutdown() -> None:
+    """Leave all process groups: the end of this process's part in the job."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def _stand_in_for_torch_cuda() -> None:
+    """Point the `torch.cuda` calls on Megatron's CPU-capable paths at their CPU counterparts.
+
+    `torch.cuda.is_available()` stays False. Every name gets a function of its own: torch.compile
+    refuses one object registered under two names.
+    """
+    cuda: Any = torch.cuda
+    for owner, names in (
+        (cuda, ("synchronize", "set_device", "empty_cache")),
+        (cuda.nvtx, ("range_push", "range_pop")),
+    ):
+        for name in names:
+            setattr(owner, name, lambda *args, **kwargs: None)
+    for owner in (torch.Tensor, torch.nn.Module):
+        owner.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.current_stream = lambda *args: torch.cpu.current_stream()
+    cuda.default_stream = lambda *args: torch.cpu.current_stream()
+    cuda.stream = lambda stream: torch.cpu.stream(stream)
+    cuda.Stream = _Stream
+
+
+class _Stream(torch.cpu.Stream):
+    """A CPU stream that accepts the arguments of a CUDA stream.
+
+    A class and not a function, because Megatron writes `torch.cuda.Stream | None` annotations.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+
+def _use_cpu_random_state() -> None:
+    """Let Megatron's random state tracker switch the CPU generator instead of the GPU's.
+
+    Its setter queues the change until CUDA starts, which here is never: without this, the
+    tensor-parallel regions would silently draw from the wrong state.
+    """
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    cuda: Any = torch.cuda
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    for owner in (cuda, cuda.random):
+        owner.get_rng_state = lambda device=None: torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    random._set_cuda_rng_state = set_rng_state
+    # The tracker reports CPU draws inside its regions, which is here exactly what should happen.
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
+
+
+def _resolve(module: str, name: str) -> Any:
+    """The function `name` (dotted for a method) of megatron.core's `module`, undecorated."""
+    found: Any = importlib.import_module(f"megatron.core.{module}")
+    for part in name.split("."):
+        found = getattr(found, part)
+    return inspect.unwrap(getattr(found, "__func__", found))
+
+
+def _move_literals_to_cpu(function: Any) -> None:
+    """Replace the CUDA device names among the constants of `function`, in place.
+
+    In place means in its code object, so that every module that imported the function is served.
+    Raises if there is none: then Megatron has changed and `_DEVICE_LITERALS` is out of date.
+    """
+    code = function.__code__
+    moved = _on_cpu(code)
+    if moved.co_consts == code.co_consts:
+        raise RuntimeError(f"megatron-core's {function.__qualname__} names no CUDA device any more")
+    function.__code__ = moved
+
+
+def _on_cpu(constant: Any) -> Any:
+    """`constant` with CUDA device and tensor type names replaced, in nested constants too."""
+    if isinstance(constant, CodeType):
+        return constant.replace(co_consts=tuple(map(_on_cpu, constant.co_consts)))
+    if isinstance(constant, tuple):
+        return tuple(map(_on_cpu, constant))
+    if constant == "cuda":
+        return "cpu"
+    if isinstance(constant, str) and constant.startswith("torch.cuda."):
+        return constant.replace("torch.cuda.", "torch.", 1)
+    return constant

@@ -1,0 +1,1 @@
+"""Training: the ReFINE step, the optimizer loop around it, checkpoints and metrics."""

@@ -1,0 +1,128 @@
+"""Training checkpoints: weights, optimizer, schedule and data position, as Megatron `torch_dist`.
+
+    RUN/checkpoints/iter_0000040/          one checkpoint; appears by rename once it is complete
+    RUN/checkpoints/latest_checkpointed_iteration.txt
+
+A checkpoint carries the architecture and, if the run began from one, the Hugging Face files (conversion/description.py),
+so that `tools/convert_hf.py export` reads it like a converted one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from refine_mcore import compat
+from refine_mcore.conversion.description import copy_description, find_checkpoint, write_description
+from refine_mcore.conversion.torch_dist import read_metadata
+from refine_mcore.errors import UserError
+from refine_mcore.models.fast_weight_model import FastWeightModel
+
+_LATEST = "latest_checkpointed_iteration.txt"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: batches done and samples consumed."""
+
+    step: int = 0
+    consumed_samples: int = 0
+
+
+def load_weights(model: FastWeightModel, checkpoint: Path) -> None:
+    """Fill the model from a checkpoint of any layout and dtype. Raises UserError if it does not fit."""
+    directory = find_checkpoint(checkpoint)
+    read_metadata(directory)  # refuses foreign pickles before Megatron opens any
+    sharded = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
+    model.load_state_dict(_load({"model": sharded}, directory)["model"])
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint of a run's checkpoint directory, if it has one."""
+    if not (directory / _LATEST).is_file():
+        return None
+    return find_checkpoint(directory)
+
+
+def save_training(
+    directory: Path,
+    progress: Progress,
+    model: FastWeightModel,
+    optimizer: Any,
+    scheduler: Any,
+    origin: Path | None,
+) -> Path:
+    """Write the checkpoint of `progress.step`; every rank calls it. `origin` is what the run's weights came from."""
+    final = directory / f"iter_{progress.step:07d}"
+    partial = directory / f".iter_{progress.step:07d}.partial"
+    first_rank = dist.get_rank() == 0
+    if first_rank:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"cannot write checkpoint {final}: {error.strerror}") from None
+    dist.barrier()
+    dist_checkpointing.save(
+        _training_state(progress, model, optimizer, scheduler, is_loading=False), str(partial)
+    )
+    if first_rank:
+        architecture = model.config.arch
+        if origin is None:
+            write_description(partial, architecture)
+        else:
+            copy_description(find_checkpoint(origin), partial, architecture)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        marker = directory / f".{_LATEST}.partial"
+        marker.write_text(f"{progress.step}\n")
+        os.replace(marker, directory / _LATEST)
+    dist.barrier()
+    return final
+
+
+def load_training(
+    checkpoint: Path, model: FastWeightModel, optimizer: Any, scheduler: Any
+) -> Progress:
+    """Restore weights, optimizer and schedule from a training checkpoint; returns where the run was."""
+    directory = find_checkpoint(checkpoint)
+    read_metadata(directory)
+    compat.prime_optimizer(optimizer)
+    template = _training_state(Progress(), model, optimizer, scheduler, is_loading=True)
+    state = _load(template, directory)
+    if "progress" not in state:
+        raise UserError(f"{directory} holds weights only: name it as model.checkpoint, not checkpoint.load")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return Progress(**state["progress"])
+
+
+def _training_state(
+    progress: Progress, model: FastWeightModel, optimizer: Any, scheduler: Any, is_loading: bool
+) -> dict[str, Any]:
+    weights = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(
+            weights, is_loading=is_loading, metadata=compat.checkpoint_metadata()
+        ),
+        "scheduler": scheduler.state_dict(),
+        "progress": {"step": progress.step, "consumed_samples": progress.consumed_samples},
+    }
+
+
+def _load(template: dict[str, Any], directory: Path) -> dict[str, Any]:
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    try:
+        return dist_checkpointing.load(template, str(directory))
+    except CheckpointingException as error:
+        reason = str(error).split("\n", 1)[0]
+        raise UserError(f"checkpoint {directory} does not fit the model: {reason}") from None

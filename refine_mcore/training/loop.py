@@ -1,0 +1,200 @@
+"""The training loop behind `examples/pretrain_refine.py`: next-token warm-up, then ReFINE steps, with metrics and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from refine_mcore import platform
+from refine_mcore.config import Config, data_parallel_layout, prepare_run_directory
+from refine_mcore.data import LongDocumentWindows, Tokenizer, batch_iterator, build_dataset, load_tokenizer
+from refine_mcore.errors import UserError
+from refine_mcore.models.transformer_config import check_layout
+from refine_mcore.training.checkpointing import (
+    Progress,
+    latest_checkpoint,
+    load_training,
+    save_training,
+)
+from refine_mcore.training.metrics import MetricsWriter, StepMetrics, short_hash
+from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
+from refine_mcore.training.refine_loss import TextBatch
+from refine_mcore.training.setup import check_supported, resolve_architecture, training_model
+from refine_mcore.training.show import show_rollouts
+from refine_mcore.training.step import TrainStep
+from refine_mcore.training.step_metrics import ReducedMetrics
+
+
+def train(config: Config) -> None:
+    """Run the whole training described by `config` on the ranks that were started."""
+    check_supported(config)
+    architecture = resolve_architecture(config)
+    check_layout(architecture, config.parallel.tensor, config.parallel.pipeline)
+    platform.initialize()
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)
+    platform.init_distributed()
+    try:
+        _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
+        _Run(config, dataset, tokenizer, num_micro_batches).train()
+    finally:
+        platform.shutdown()
+
+
+class _Run:
+    def __init__(
+        self,
+        config: Config,
+        dataset: LongDocumentWindows,
+        tokenizer: Tokenizer,
+        num_micro_batches: int,
+    ) -> None:
+        self.config, self.dataset, self.tokenizer = config, dataset, tokenizer
+        self.num_micro_batches = num_micro_batches
+        self.first_rank = dist.get_rank() == 0
+        self.directory = Path(config.run.directory)
+        _on_first_rank(lambda: prepare_run_directory(config))
+        self.groups = platform.initialize_model_parallel(
+            config.parallel.tensor, config.parallel.pipeline, config.training.seed
+        )
+        self.model = training_model(config, self.groups)
+        self.wrapped = wrap_data_parallel(self.model, config.optimizer, self.groups)
+        self.optimizer, self.scheduler = build_optimizer(
+            self.wrapped, config, getattr(torch, config.training.dtype)
+        )
+        self.progress = self._resume()
+
+    def _resume(self) -> Progress:
+        """Go on from the run's own newest checkpoint, else from `checkpoint.load`, else begin."""
+        source = latest_checkpoint(self.directory / "checkpoints")
+        if source is None and self.config.checkpoint.load is not None:
+            source = Path(self.config.checkpoint.load)
+        if source is None:
+            return Progress()
+        progress = load_training(source, self.model, self.optimizer, self.scheduler)
+        self._say(f"resumed from {source} at step {progress.step}")
+        return progress
+
+    def train(self) -> None:
+        """All remaining steps, then what was learnt and where it lies."""
+        config = self.config
+        if self.progress.step >= config.training.steps:
+            self._say(f"{self.directory} has already run its {config.training.steps} steps")
+        else:
+            self._steps()
+        if config.refine.mode != "ntp":
+            samples = show_rollouts(self.model, self.dataset, self.tokenizer, config)
+            self._say(samples)
+        self._say(
+            f"metrics      {self.directory / 'metrics.jsonl'}\n"
+            + (f"TensorBoard  tensorboard --logdir {self.directory}\n" if config.run.tensorboard else "")
+            + f"checkpoint   {latest_checkpoint(self.directory / 'checkpoints')}"
+        )
+
+    def _steps(self) -> None:
+        config, step = self.config, self.progress.step
+        run_step = TrainStep(
+            self.wrapped, self.optimizer, config.refine, config.training.seed, self.groups
+        )
+        batches = self._batches()
+        writer = self._writer() if self.first_rank else None
+        try:
+            while step < config.training.steps:
+                started = time.perf_counter()
+                mode = "ntp" if step < config.training.ntp_warmup_steps else None
+                lr = self.optimizer.param_groups[0]["lr"]
+                micro_batches = list(islice(batches, self.num_micro_batches))
+                reduced, grad_norm = run_step(micro_batches, step, mode)
+                self.scheduler.step(increment=1)
+                if writer is not None:
+                    seconds = time.perf_counter() - started
+                    writer.write(self._step_metrics(step, reduced, grad_norm, lr, seconds))
+                step += 1
+                self.progress = Progress(step, step * config.training.global_batch_size)
+                if step % config.checkpoint.save_interval == 0 or step == config.training.steps:
+                    self._save()
+        finally:
+            if writer is not None:
+                writer.close()
+
+    def _batches(self) -> Iterator[TextBatch]:
+        device = platform.device()
+        for batch in batch_iterator(
+            self.dataset,
+            self.progress.consumed_samples,
+            self.config.training.micro_batch_size,
+            self.groups.dp.rank(),
+            self.groups.dp.size(),
+        ):
+            yield TextBatch(
+                *(
+                    batch[name].to(device, non_blocking=True)
+                    for name in ("tokens", "mask", "sample_index")
+                )
+            )
+
+    def _save(self) -> None:
+        origin = self.config.model.checkpoint
+        save_training(
+            self.directory / "checkpoints",
+            self.progress,
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            None if origin is None else Path(origin),
+        )
+
+    def _writer(self) -> MetricsWriter:
+        run, training = self.config.run, self.config.training
+        return MetricsWriter(
+            self.directory,
+            run.tensorboard,
+            run.progress,
+            training.steps,
+            self.progress.step,
+            training.log_interval,
+        )
+
+    def _step_metrics(
+        self, step: int, reduced: ReducedMetrics, grad_norm: float, lr: float, seconds: float
+    ) -> StepMetrics:
+        tokens = self.config.training.global_batch_size * self.config.data.sequence_length
+        return StepMetrics(
+            step=step,
+            loss_ntp=reduced.loss_ntp,
+            grad_norm=grad_norm,
+            lr=float(lr),
+            tokens_per_second=tokens / seconds,
+            step_seconds=seconds,
+            loss_policy=reduced.loss_policy,
+            reward_mean=reduced.reward_mean,
+            reward_std=reduced.reward_std,
+            entropy_mean=reduced.entropy_mean,
+            clip_fraction=reduced.clip_fraction,
+            log_prob_drift=reduced.log_prob_drift,
+            positions=None if reduced.positions is None else short_hash(reduced.positions),
+            rollout_tokens=None if reduced.tokens is None else short_hash(reduced.tokens),
+        )
+
+    def _say(self, text: str) -> None:
+        if self.first_rank:
+            print(text, flush=True)
+
+
+def _on_first_rank(action: object) -> None:
+    """Run `action` on rank 0; a UserError there ends every rank with the same sentence."""
+    assert callable(action)
+    message: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            message = [str(error)]
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])

@@ -1,0 +1,165 @@
+"""What rank 0 reports of each step: a JSON line, TensorBoard scalars and a progress line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from refine_mcore.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of `metrics.jsonl`. ReFINE's fields are null in a next-token step."""
+
+    # Completed steps before this one: the first step of a run is 0.
+    step: int
+    # Mean next-token loss per target, in nats.
+    loss_ntp: float
+    grad_norm: float
+    lr: float
+    # Text tokens over all ranks, per second of the step; rollout tokens do not count.
+    tokens_per_second: float
+    step_seconds: float
+    # Clipped policy loss, unweighted.
+    loss_policy: float | None = None
+    # Mean and standard deviation of the rewards of all rollouts.
+    reward_mean: float | None = None
+    reward_std: float | None = None
+    # Mean entropy over the text's positions, in nats.
+    entropy_mean: float | None = None
+    # Share of rollout tokens whose ratio was clipped.
+    clip_fraction: float | None = None
+    # Mean absolute difference between the decode passes' log-probs and the scored ones, in nats.
+    log_prob_drift: float | None = None
+    # `short_hash` of all positions and all rollout tokens, in the order of the global samples.
+    positions: str | None = None
+    rollout_tokens: str | None = None
+
+
+def short_hash(values: Tensor) -> str:
+    """12 hex digits that identify integers: the head of SHA-256 over them as little-endian int64.
+
+    Equal for all layouts if the caller passes the values in the order of the global samples.
+    """
+    data = values.detach().to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+class MetricsWriter:
+    """Appends steps to RUN/metrics.jsonl and RUN/tensorboard, and shows progress on stderr.
+
+    `first_step` is the step about to run: on resume, lines and events of that step and later ones
+    (and a line cut short by a crash) are dropped first. On a terminal progress is one line that is
+    redrawn; elsewhere it is a line every `log_interval` steps. Raises UserError if the files cannot
+    be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        tensorboard: bool,
+        progress: bool,
+        total_steps: int,
+        first_step: int = 0,
+        log_interval: int = 1,
+    ) -> None:
+        self._total_steps = total_steps
+        self._log_interval = log_interval
+        self._start = time.monotonic()
+        self._first_step = first_step
+        path = run_dir / "metrics.jsonl"
+        try:
+            _truncate(path, first_step)
+            self._file = path.open("a", encoding="utf-8")
+            self._events = (
+                _event_writer(run_dir / "tensorboard", first_step) if tensorboard else None
+            )
+        except OSError as error:
+            raise UserError(f"cannot write metrics in {run_dir}: {error.strerror}") from None
+        self._bar: tqdm | None = None
+        self._log_lines = progress and not sys.stderr.isatty()
+        if progress and sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Records and shows one finished step."""
+        record = asdict(metrics)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in record.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(name, value, metrics.step)
+        if self._bar is not None:
+            self._bar.set_postfix_str(_summary(metrics), refresh=False)
+            self._bar.update()
+        elif self._log_lines and self._is_logged(metrics.step):
+            print(self._log_line(metrics), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the progress bar and closes the files."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._events is not None:
+            self._events.close()
+        self._file.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _is_logged(self, step: int) -> bool:
+        done = step + 1
+        return done % self._log_interval == 0 or done == self._total_steps
+
+    def _log_line(self, metrics: StepMetrics) -> str:
+        done = metrics.step + 1
+        per_step = (time.monotonic() - self._start) / (done - self._first_step)
+        eta = tqdm.format_interval(per_step * (self._total_steps - done))
+        return f"step {done}/{self._total_steps} | {_summary(metrics)} | ETA {eta}"
+
+
+def _summary(metrics: StepMetrics) -> str:
+    reward = "" if metrics.reward_mean is None else f"reward {metrics.reward_mean:.4f} | "
+    return f"NTP loss {metrics.loss_ntp:.4f} | {reward}{metrics.tokens_per_second:,.0f} tokens/s"
+
+
+def _event_writer(directory: Path, first_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, needed only here
+
+    return SummaryWriter(str(directory), purge_step=first_step)
+
+
+def _truncate(path: Path, first_step: int) -> None:
+    """Keeps the lines of steps before `first_step`; the new file appears by rename."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] < first_step:
+                kept.append(line)
+        except ValueError:  # cut short by a crash
+            continue
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,62 @@
+"""From a run's configuration to its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refine_mcore.config import Config
+from refine_mcore.conversion.description import find_checkpoint, read_description
+from refine_mcore.errors import UserError
+from refine_mcore.models.architecture import Architecture
+from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
+from refine_mcore.models.initialization import initialize
+from refine_mcore.models.presets import preset
+from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.training.checkpointing import load_weights
+
+
+def resolve_architecture(config: Config) -> Architecture:
+    """The architecture a run asks for: its checkpoint's or its preset's, with the overrides on top."""
+    model = config.model
+    named = preset(model.preset) if model.preset is not None else None
+    if model.checkpoint is not None:
+        stored = read_description(find_checkpoint(Path(model.checkpoint))).architecture
+        if named is not None and named != stored:
+            raise UserError(
+                f"model.preset {model.preset} is not the architecture of model.checkpoint {model.checkpoint}"
+            )
+        named = stored
+    assert named is not None, "validate() asks for a preset or a checkpoint"
+    return named.with_overrides(dict(model.overrides))
+
+
+def check_supported(config: Config) -> None:
+    """Raise UserError for layouts and options that the step does not run yet."""
+    if config.parallel.pipeline > 1:
+        raise UserError("parallel.pipeline must be 1: the ReFINE step does not run in a pipeline yet")
+    if config.parallel.sequence_parallel:
+        raise UserError("parallel.sequence_parallel must be false: the ReFINE step does not support it yet")
+    if config.training.recompute is not None:
+        raise UserError("training.recompute must be null: the tape does not support recomputation yet")
+
+
+def training_model(config: Config, pg_collection: Any) -> FastWeightModel:
+    """This rank's model, with the weights of `model.checkpoint` or drawn from `training.seed`."""
+    model = build_model(
+        transformer_config(
+            resolve_architecture(config),
+            dtype=getattr(torch, config.training.dtype),
+            tensor_parallel=config.parallel.tensor,
+            pipeline_parallel=config.parallel.pipeline,
+            sequence_parallel=config.parallel.sequence_parallel,
+        ),
+        pg_collection,
+    )
+    if config.model.checkpoint is not None:
+        load_weights(model, Path(config.model.checkpoint))
+    else:
+        initialize(model, config.training.seed)
+    return model

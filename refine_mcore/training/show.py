@@ -1,0 +1,44 @@
+"""A look at what the model does: a few rollouts beside the text they leave."""
+
+from __future__ import annotations
+
+import torch
+
+from refine_mcore.config import Config
+from refine_mcore.data import LongDocumentWindows, Tokenizer
+from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.rollout.branches import Branches, Randomness
+from refine_mcore.training.refine_loss import TextBatch, branch_states, choose_branches, roll_out, text_pass
+
+_CONTEXT_TOKENS = 16
+_SHOWN = 3
+
+
+@torch.no_grad()
+def show_rollouts(
+    model: FastWeightModel, dataset: LongDocumentWindows, tokenizer: Tokenizer, config: Config
+) -> str:
+    """Three rollouts of the first text, at positions chosen as in training, as lines of text."""
+    refine = config.refine
+    device = next(model.parameters()).device
+    tokens = dataset[0][None].to(device)
+    batch = TextBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros(1, dtype=torch.long, device=device))
+    randomness = Randomness(config.training.seed, config.training.steps)
+    text = text_pass(model, batch, with_entropy=True, record=True)
+    chosen = choose_branches(text, batch, refine, randomness)
+    branches = Branches(chosen.batch_index[:_SHOWN], chosen.position[:_SHOWN])
+    n = refine.rollouts_per_position
+    logits = branches.fork(n).rows_before(text.logits)
+    states = branch_states(text, branches, n)
+    rollouts = roll_out(model, states, logits, batch, branches, refine, randomness).tokens[::n]
+    ids = tokens[0].tolist()
+    lines = []
+    for position, rollout in zip(branches.position, rollouts.tolist(), strict=True):
+        before = tokenizer.ids_to_text(ids[max(0, position - _CONTEXT_TOKENS) : position])
+        truth = tokenizer.ids_to_text(ids[position : position + refine.rollout_tokens])
+        lines += [
+            f"after {position} tokens: … {' '.join(before.split())}",
+            f"    rollout  {tokenizer.ids_to_text(rollout)}",
+            f"    text     {truth}",
+        ]
+    return "\n".join(lines)

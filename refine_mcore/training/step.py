@@ -1,0 +1,82 @@
+"""One training step: a batch through its mode, each optimizer step through Megatron's own schedule and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from refine_mcore.config import RefineConfig
+from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.rollout.branches import Randomness
+from refine_mcore.training.prefix_copy import prefix_copy
+from refine_mcore.training.refine_loss import TextBatch
+from refine_mcore.training.step_metrics import ReducedMetrics, StepAccumulator
+from refine_mcore.training.step_modes import StepContext, StepMode, Work, fused, ntp, two_phase
+
+STEP_MODES: dict[str, StepMode] = {
+    "ntp": ntp,
+    "fused": fused,
+    "two_phase": two_phase,
+    "prefix_copy": prefix_copy,
+}
+
+
+class TrainStep:
+    """Runs steps of any mode on one wrapped model and its optimizer."""
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        optimizer: Any,
+        config: RefineConfig,
+        seed: int,
+        pg_collection: Any,
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._config, self._seed, self._groups = config, seed, pg_collection
+
+    def __call__(
+        self, batches: Sequence[TextBatch], step: int, mode: str | None = None
+    ) -> tuple[ReducedMetrics, float]:
+        """Train on this rank's micro-batches of batch `step`; `mode` overrides the configured one.
+
+        Returns the step's metrics over all ranks and the gradient norm before clipping (of the last optimizer step).
+        """
+        module: FastWeightModel = self._model.module
+        context = StepContext(
+            module, self._config, Randomness(self._seed, step), self._groups.dp
+        )
+        metrics, grad_norm, steps = StepAccumulator(), 0.0, 0
+        for work in STEP_MODES[mode or self._config.mode](context, batches):
+            self._model.zero_grad_buffer()
+            self._optimizer.zero_grad()
+            forward_backward(self._model, work, metrics)
+            _, norm, _ = self._optimizer.step()
+            grad_norm, steps = float(norm or 0.0), steps + 1
+        return metrics.reduce(self._groups.dp, steps), grad_norm
+
+
+def forward_backward(
+    model: DistributedDataParallel, work: list[Work], metrics: StepAccumulator
+) -> None:
+    """Forward and backward of all work items by Megatron's schedule; gradients are summed over ranks and items."""
+
+    def forward_step(items: Iterator[Work], model: Any) -> tuple[Tensor, Any]:
+        loss, reported = next(items)()
+        metrics.add(reported)
+        no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
+        return loss, lambda loss: (loss, no_tokens, {})
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(work),
+        model=[model],
+        num_microbatches=len(work),
+        seq_length=1,
+        micro_batch_size=1,
+    )
