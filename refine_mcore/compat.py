@@ -29,12 +29,27 @@ def check_version() -> None:
         raise UserError(f"megatron-core {SUPPORTED_VERSION} is required, found: {installed}")
 
 
+def silence_warnings() -> None:
+    """Hide what is said at run time about megatron-core's code, which users cannot change.
+
+    Its import warnings are hidden by the package itself, before its first import.
+    """
+    for message, category in (
+        # The optimizer asks its shards, views without gradients of their own, for `.grad` (66).
+        ("The .grad attribute of a Tensor that is not a leaf", UserWarning),
+        # It calls torch by names that newer torch replaces.
+        ("`torch.distributed.(reduce_scatter|all_gather_into)_tensor` is", FutureWarning),
+        ("`load_state_dict` is deprecated", FutureWarning),
+    ):
+        warnings.filterwarnings("ignore", message=message, category=category)
+
+
 def checkpoint_metadata() -> dict[str, Any]:
     """Fresh `metadata` for `sharded_state_dict`; fresh because Megatron writes into it.
 
     Its default optimizer sharding, `fully_sharded_model_space`, cannot hold the `step` of torch's
-    Adam and fails; `fully_reshardable` also loads at any other layout. Layers are stored one by one,
-    since those of a hybrid differ.
+    Adam and fails; `fully_reshardable` also loads at any other layout. Layers are stored one by
+    one, since those of a hybrid differ.
     """
     return {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
 
@@ -64,10 +79,6 @@ def prime_optimizer(optimizer: Any) -> None:
 @functools.cache
 def repair_megatron() -> None:
     """Repair, once per process, what fails without Transformer Engine and Apex."""
-    # optimizer.py:66 asks its shards, views without gradients of their own, for `.grad`.
-    warnings.filterwarnings(
-        "ignore", message="The .grad attribute of a Tensor", module="megatron.core.optimizer"
-    )
     _repair_output_discarding_recompute()
     _repair_distributed_optimizer_loading()
 

@@ -80,6 +80,7 @@ def initialize() -> None:
     Raises `UserError` if the installed megatron-core is not the supported version.
     """
     compat.check_version()
+    compat.silence_warnings()
     compat.repair_megatron()
     if not torch.cuda.is_available():
         _stand_in_for_torch_cuda()

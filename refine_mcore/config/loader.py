@@ -35,16 +35,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     otherwise is taken as typed. Raises UserError for an unreadable file, bad YAML, an unknown key,
     a wrong type and an impossible value.
     """
-    config = _build(_read_yaml(Path(path)), str(path))
+    return config_from_dict(_read_yaml(Path(path)), str(path), overrides)
+
+
+def config_from_dict(
+    data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()
+) -> Config:
+    """The validated configuration of plain data, with overrides as in `load_config`; `source` names
+    its origin in errors."""
+    config = _build(data, source)
     for override in overrides:
         config = _override(config, override)
-    validate(config, str(path))
-    return config
-
-
-def config_from_dict(data: Mapping[str, Any], source: str) -> Config:
-    """The validated configuration of plain data; `source` names its origin in errors."""
-    config = _build(data, source)
     validate(config, source)
     return config
 

@@ -176,11 +176,12 @@ def _branch_attention_core(
 
 
 def _visible_range(past: TokenHistory, window: int | None) -> tuple[int, int]:
-    """The text tokens that some branch can see, [low, high)."""
-    high = max(past.limit)
+    """The text tokens that some branch can see, [low, high); never none, a hidden one where branches see none."""
+    high = max(1, *past.limit)
     if window is None:
         return 0, high
-    return max(0, min(past.limit) + past.own_length - window + 1), high
+    low = min(past.limit) + past.own_length - window + 1
+    return min(max(0, low), high - 1), high
 
 
 @dataclass(frozen=True)
@@ -202,13 +203,15 @@ class AttentionState(FastWeightState):
 
 @dataclass(frozen=True)
 class AttentionTape(LayerTape):
-    """A text's keys and values; `first` is the position of the first of them."""
+    """A text's keys and values; `first` is the position of the first of them, `start` that of the forward."""
 
     keys: Tensor
     values: Tensor
     first: int
+    start: int
 
-    def at(self, batch_index: Sequence[int], position: Sequence[int]) -> AttentionState:
+    def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> AttentionState:
+        position = [self.start + tokens for tokens in offset]
         limit = [p - self.first for p in position]
         history = TokenHistory.branch((self.keys, self.values), batch_index, limit)
         return AttentionState(history, tuple(position))
@@ -284,6 +287,6 @@ def record_text(
     """The tape of a text forward: all streams at one position, none a branch."""
     assert len(set(position)) == 1 and (past is None or past.text is None)
     if past is None:
-        return AttentionTape(k, v, position[0])
+        return AttentionTape(k, v, position[0], position[0])
     keys, values = past.append((k, v)).own
-    return AttentionTape(keys, values, position[0] - past.own_length)
+    return AttentionTape(keys, values, position[0] - past.own_length, position[0])

@@ -206,18 +206,18 @@ class DeltaRuleTape(LayerTape):
         self.mixer, self.tokens, self.convolved = mixer, tokens, convolved
         self.past, self.boundaries = past, boundaries
 
-    def at(self, batch_index: Sequence[int], position: Sequence[int]) -> DeltaRuleState:
-        starts = [p // CHUNK_SIZE * CHUNK_SIZE for p in position]
+    def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> DeltaRuleState:
+        starts = [t // CHUNK_SIZE * CHUNK_SIZE for t in offset]
         recurrent = torch.stack(
             [
                 self.boundaries[s // CHUNK_SIZE][b]
                 for s, b in zip(starts, batch_index, strict=True)
             ]
         )
-        rest = [p - s for p, s in zip(position, starts, strict=True)]
+        rest = [t - s for t, s in zip(offset, starts, strict=True)]
         if max(rest) > 0:
             recurrent = self._replay(recurrent, batch_index, starts, rest)
-        return DeltaRuleState(self._conv_tail(batch_index, position), recurrent)
+        return DeltaRuleState(self._conv_tail(batch_index, offset), recurrent)
 
     def _replay(
         self, states: Tensor, batch_index: Sequence[int], starts: list[int], rest: list[int]
@@ -234,15 +234,15 @@ class DeltaRuleTape(LayerTape):
         g = None if inputs.g is None else inputs.g * valid
         return self.mixer.recurrence(None, inputs._replace(beta=beta, g=g), states)[1]
 
-    def _conv_tail(self, batch_index: Sequence[int], position: Sequence[int]) -> Tensor:
-        """The last conv_size - 1 inputs of the convolution before each position."""
+    def _conv_tail(self, batch_index: Sequence[int], offset: Sequence[int]) -> Tensor:
+        """The last conv_size - 1 inputs of the convolution before each offset."""
         width, channels = self.mixer.conv_width - 1, sum(self.mixer.conv_sizes)
-        if min(position) >= width:
-            index = [list(range(p - width, p)) for p in position]
+        if min(offset) >= width:
+            index = [list(range(t - width, t)) for t in offset]
             return gather_tokens(self.tokens, batch_index, index)[..., :channels]
         raw = self.tokens[..., :channels]
         past = raw.new_zeros(raw.shape[0], width, channels) if self.past is None else self.past
-        index = [list(range(p, p + width)) for p in position]
+        index = [list(range(t, t + width)) for t in offset]
         return gather_tokens(torch.cat([past, raw], dim=1), batch_index, index)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -113,6 +114,13 @@ class FastWeightModel(LanguageModule):
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
         return self.output_layer(hidden, weight=weight)[0]
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """Parameters only: the layers' `_extra_state` is empty without fp8, and a converted checkpoint has none."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {key: entry for key, entry in sharded.items() if not key.endswith("_extra_state")}
 
     def num_parameters(self) -> int:
         """Parameters held by this rank."""

@@ -12,13 +12,11 @@ import math
 from collections.abc import Callable
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 
-from refine_mcore import compat
 from refine_mcore.models.architecture import Architecture, LaCTOptions
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.sharding import sharded_tensors
 
 _DRAW = Callable[[torch.Generator, tuple[int, ...]], Tensor]
 
@@ -30,13 +28,6 @@ def initialize(model: FastWeightModel, seed: int) -> None:
             generator = torch.Generator().manual_seed(_key_seed(seed, tensor.key))
             whole = _distribution(tensor.key, model.config.arch)(generator, tensor.global_shape)
             tensor.data.copy_(whole[tensor.global_slice()])
-
-
-def sharded_tensors(model: FastWeightModel) -> list[ShardedTensor]:
-    """This rank's shards of all parameters under their checkpoint keys; writing to `.data` writes the parameter."""
-    sharded = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
-    apply_factories(sharded)
-    return [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
 
 
 def _key_seed(seed: int, key: str) -> int:

@@ -410,7 +410,9 @@ class LaCTTape(LayerTape):
     chunks: list[FastWeights]
     first_chunk: int
 
-    def at(self, batch_index: Sequence[int], position: Sequence[int]) -> LaCTState:
+    def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> LaCTState:
+        attention = self.attention.at(batch_index, offset)
+        position = attention.position
         in_force = [
             (weights_index(p, self.chunk_size) - self.first_chunk, b)
             for p, b in zip(position, batch_index, strict=True)
@@ -419,7 +421,7 @@ class LaCTTape(LayerTape):
         weights = _join_weights([_weight_rows(self.chunks[i], [b]) for i, b in distinct])
         limit = [p - self.first for p in position]
         return LaCTState(
-            self.attention.at(batch_index, position),
+            attention,
             weights,
             tuple(distinct.index(pair) for pair in in_force),
             TokenHistory.branch(self.inputs, batch_index, limit),

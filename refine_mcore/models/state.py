@@ -67,8 +67,8 @@ class LayerTape(ABC):
     """One layer's record of a forward over texts [B, T]."""
 
     @abstractmethod
-    def at(self, batch_index: Sequence[int], position: Sequence[int]) -> FastWeightState:
-        """The states of R streams: stream r has consumed `position[r]` tokens of text `batch_index[r]`."""
+    def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> FastWeightState:
+        """The states of R streams: stream r has consumed `offset[r]` tokens of this forward of text `batch_index[r]`."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class StateTape:
         assert self.start <= min(position) and max(position) <= self.stop, (
             f"positions {min(position)} to {max(position)} are not on a tape of {self.start} to {self.stop}"
         )
-        return [layer.at(batch_index, position) for layer in self.layers]
+        offset = [p - self.start for p in position]
+        return [layer.at(batch_index, offset) for layer in self.layers]
 
 
 class StreamGroups:
@@ -133,8 +134,8 @@ def gather_tokens(x: Tensor, batch_index: Sequence[int], token_index: list[list[
         for b, tokens in zip(batch_index, token_index, strict=True)
         for t in tokens
     ]
-    picked = rows.index_select(0, torch.tensor(flat, device=x.device))
-    return picked.reshape(len(token_index), -1, x.shape[-1])
+    picked = rows.index_select(0, torch.tensor(flat, dtype=torch.long, device=x.device))
+    return picked.reshape(len(token_index), len(token_index[0]), x.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from refine_mcore.conversion.description import copy_description, find_checkpoin
 from refine_mcore.conversion.torch_dist import read_metadata
 from refine_mcore.errors import UserError
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.sharding import sharded_tensors
 
 _LATEST = "latest_checkpointed_iteration.txt"
 
@@ -38,9 +39,8 @@ class Progress:
 def load_weights(model: FastWeightModel, checkpoint: Path) -> None:
     """Fill the model from a checkpoint of any layout and dtype. Raises UserError if it does not fit."""
     directory = find_checkpoint(checkpoint)
-    read_metadata(directory)  # refuses foreign pickles before Megatron opens any
     sharded = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
-    model.load_state_dict(_load({"model": sharded}, directory)["model"])
+    model.load_state_dict(_load(model, {"model": sharded}, directory)["model"])
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -92,10 +92,9 @@ def load_training(
 ) -> Progress:
     """Restore weights, optimizer and schedule from a training checkpoint; returns where the run was."""
     directory = find_checkpoint(checkpoint)
-    read_metadata(directory)
     compat.prime_optimizer(optimizer)
     template = _training_state(Progress(), model, optimizer, scheduler, is_loading=True)
-    state = _load(template, directory)
+    state = _load(model, template, directory)
     if "progress" not in state:
         raise UserError(f"{directory} holds weights only: name it as model.checkpoint, not checkpoint.load")
     model.load_state_dict(state["model"])
@@ -118,11 +117,15 @@ def _training_state(
     }
 
 
-def _load(template: dict[str, Any], directory: Path) -> dict[str, Any]:
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
-    try:
-        return dist_checkpointing.load(template, str(directory))
-    except CheckpointingException as error:
-        reason = str(error).split("\n", 1)[0]
-        raise UserError(f"checkpoint {directory} does not fit the model: {reason}") from None
+def _load(model: FastWeightModel, template: dict[str, Any], directory: Path) -> dict[str, Any]:
+    stored = read_metadata(directory).state_dict_metadata  # also refuses foreign pickles before Megatron opens any
+    for shard in sharded_tensors(model):
+        if shard.key not in stored:
+            raise UserError(f"checkpoint {directory} lacks the tensor {shard.key}")
+        shape = tuple(getattr(stored[shard.key], "size", ()))
+        if shape != tuple(shard.global_shape) and not shard.allow_shape_mismatch:
+            raise UserError(
+                f"checkpoint {directory} holds {shard.key} of shape {list(shape)}, "
+                f"the model needs {list(shard.global_shape)}"
+            )
+    return dist_checkpointing.load(template, str(directory))

@@ -1,0 +1,35 @@
+"""Token ids handed in as a safetensors file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from refine_mcore.errors import UserError
+
+
+def read_token_file(path: Path, key: str, vocab_size: int) -> Tensor:
+    """The tensor `key` of a safetensors file as token ids [B, T], int64. Raises UserError if it holds anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if key not in file.keys():
+                raise UserError(f"{path} has no tensor {key!r}, only {', '.join(sorted(file.keys()))}")
+            tokens = file.get_tensor(key)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+    if tokens.dim() != 2 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+        raise UserError(
+            f"{key} in {path} must hold whole numbers [batch, tokens], not {tokens.dtype} {list(tokens.shape)}"
+        )
+    if min(tokens.shape) < 1 or tokens.shape[1] < 2:
+        raise UserError(f"{key} in {path} has shape {list(tokens.shape)}: at least two tokens are needed")
+    tokens = tokens.long()
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        bad = int(tokens.max() if tokens.max() >= vocab_size else tokens.min())
+        raise UserError(f"{key} in {path}: token id {bad} is outside the model's vocabulary of {vocab_size}")
+    return tokens

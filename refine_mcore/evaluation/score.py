@@ -1,0 +1,86 @@
+"""Logits, hidden states, losses, in-place rollouts and gradients of given tokens: what a conversion is checked with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from refine_mcore.config import RefineConfig
+from refine_mcore.conversion.parameters import to_hf_tensors
+from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.sharding import full_tensors
+from refine_mcore.rollout.branches import Branches, Randomness
+from refine_mcore.rollout.decode import decode
+from refine_mcore.training.refine_loss import TextBatch, TextPass, branch_states, ntp_loss, text_pass
+
+
+def score_tokens(
+    model: FastWeightModel,
+    tokens: Tensor,
+    *,
+    rollout_at: Sequence[int] = (),
+    rollout_tokens: int = RefineConfig.rollout_tokens,
+    seed: int | None = None,
+    gradients: bool = False,
+) -> dict[str, Tensor]:
+    """Everything `tools/score.py` writes, by name, for tokens [B, T].
+
+    logits [B, T, V], hidden [B, T, d] (after the final norm), entropy [B, T], logprob [B, T - 1], loss [1] (mean over the
+    B (T - 1) next tokens). For each position in `rollout_at`: `rollout_t{position}.tokens` [B, k] and `.logits`
+    [B, k, V], branched in place from that one forward, greedy or drawn with `seed`. With `gradients`,
+    `gradient.<Hugging Face name>` of the loss; those are on rank 0 only.
+    """
+    batch = TextBatch(
+        tokens,
+        torch.ones_like(tokens, dtype=torch.bool),
+        torch.arange(tokens.shape[0], device=tokens.device),
+    )
+    with torch.set_grad_enabled(gradients):
+        text = text_pass(model, batch, with_entropy=True, record=bool(rollout_at))
+        loss = ntp_loss(text, batch, batch.num_targets())
+    assert text.entropy is not None
+    result = {
+        "logits": _whole_vocabulary(model, text.logits.detach().transpose(0, 1)),
+        "hidden": text.hidden.detach().transpose(0, 1),
+        "entropy": text.entropy,
+        "logprob": text.log_probs.detach()[:, :-1],
+        "loss": loss.detach()[None],
+    }
+    for position in rollout_at:
+        rolled, emitted = _roll_out_at(model, batch, text, position, rollout_tokens, seed)
+        result[f"rollout_t{position}.tokens"] = rolled
+        result[f"rollout_t{position}.logits"] = _whole_vocabulary(model, emitted)
+    if gradients:
+        loss.backward()
+        by_key = full_tensors(model, lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+        if by_key:
+            by_name = to_hf_tensors(model.config.arch, by_key)
+            result |= {f"gradient.{name}": gradient for name, gradient in by_name.items()}
+    return {name: tensor.contiguous().cpu() for name, tensor in result.items()}
+
+
+def _roll_out_at(
+    model: FastWeightModel, batch: TextBatch, text: TextPass, position: int, k: int, seed: int | None
+) -> tuple[Tensor, Tensor]:
+    branches = Branches.at([[position]] * batch.tokens.shape[0])
+    randomness = None if seed is None else Randomness(seed, 0)
+    with torch.no_grad():
+        tokens, _, emitted = decode(
+            model,
+            branch_states(text, branches, 1),
+            branches.rows_before(text.logits.detach()),
+            k,
+            None
+            if randomness is None
+            else lambda j: randomness.token_keys(batch.sample_index, branches, 1, j),
+        )
+    return tokens, emitted
+
+
+def _whole_vocabulary(model: FastWeightModel, logits: Tensor) -> Tensor:
+    """[..., V / tp] -> [..., V], without the padding."""
+    whole = gather_from_tensor_model_parallel_region(logits, group=model.tp_group)
+    return whole[..., : model.config.arch.vocab_size]
