@@ -1,8 +1,10 @@
 """Mid-training with ReFINE: the main job.
 
-    torchrun --nproc-per-node N examples/pretrain_refine.py --config examples/configs/demo.yaml [dotted.key=value ...]
+    torchrun --nproc-per-node N examples/pretrain_refine.py --config examples/configs/demo.yaml
+    [dotted.key=value ...]
 
-Without arguments it runs the embedded demo on the CPU. Everything it can be told is in refine_mcore/config/schema.py.
+Without arguments it runs the embedded demo on the CPU. Everything it can be told is in
+refine_mcore/config/schema.py.
 """
 
 import argparse
@@ -15,7 +17,9 @@ DEMO = Path(__file__).parent / "configs" / "demo.yaml"
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=DEMO, help="YAML file (default: the demo)")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     arguments = parser.parse_args(argv)

@@ -1,10 +1,12 @@
 """Score tokens with a checkpoint: logits, hidden states, losses, in-place rollouts, gradients.
 
-    python tools/score.py --checkpoint CKPT --tokens FILE.safetensors --key input_ids --output OUT.safetensors \\
+    python tools/score.py --checkpoint CKPT --tokens FILE.safetensors --key input_ids --output
+    OUT.safetensors \\
         [--rollout-at 14,32,61 --rollout-tokens 5 --greedy] [--gradients] [dotted.key=value ...]
 
-A position is the number of tokens consumed: at 14 the first rollout token comes from logits[13]. The model runs in
-float32 unless `training.dtype` says otherwise; under torchrun `parallel.tensor` sets the layout.
+A position is the number of tokens consumed: at 14 the first rollout token comes from logits[13].
+The model runs in float32 unless `training.dtype` says otherwise; under torchrun `parallel.tensor`
+sets the layout.
 """
 
 import argparse
@@ -101,7 +103,9 @@ def _positions(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UserError(f"--rollout-at must be whole numbers separated by commas, not {text!r}") from None
+        raise UserError(
+            f"--rollout-at must be whole numbers separated by commas, not {text!r}"
+        ) from None
 
 
 def _check_positions(positions: list[int], length: int, source: str) -> None:

@@ -38,9 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config_from_dict(_read_yaml(Path(path)), str(path), overrides)
 
 
-def config_from_dict(
-    data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()
-) -> Config:
+def config_from_dict(data: Mapping[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
     """The validated configuration of plain data, with overrides as in `load_config`; `source` names
     its origin in errors."""
     config = _build(data, source)

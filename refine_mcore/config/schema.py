@@ -41,6 +41,9 @@ class ModelConfig:
     # Architecture fields set over the preset, by dotted name (`mixer.chunk_size: 512`); nested
     # mappings mean the same.
     overrides: dict[str, Any] = field(default_factory=dict)
+    # Build the parallel linears and norms from Transformer Engine (GPU machines that have it)
+    # instead of Megatron's own torch layers.
+    transformer_engine: bool = False
 
 
 @dataclass(frozen=True)

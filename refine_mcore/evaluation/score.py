@@ -1,4 +1,5 @@
-"""Logits, hidden states, losses, in-place rollouts and gradients of given tokens: what a conversion is checked with."""
+"""Logits, hidden states, losses, in-place rollouts and gradients of given tokens: what a conversion
+is checked with."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
-from refine_mcore.training.refine_loss import TextBatch, TextPass, branch_states, ntp_loss, text_pass
+from refine_mcore.training.refine_loss import (
+    TextBatch,
+    TextPass,
+    branch_states,
+    ntp_loss,
+    text_pass,
+)
 
 
 def score_tokens(
@@ -28,10 +35,11 @@ def score_tokens(
 ) -> dict[str, Tensor]:
     """Everything `tools/score.py` writes, by name, for tokens [B, T].
 
-    logits [B, T, V], hidden [B, T, d] (after the final norm), entropy [B, T], logprob [B, T - 1], loss [1] (mean over the
-    B (T - 1) next tokens). For each position in `rollout_at`: `rollout_t{position}.tokens` [B, k] and `.logits`
-    [B, k, V], branched in place from that one forward, greedy or drawn with `seed`. With `gradients`,
-    `gradient.<Hugging Face name>` of the loss; those are on rank 0 only.
+    logits [B, T, V], hidden [B, T, d] (after the final norm), entropy [B, T], logprob [B, T - 1],
+    loss [1] (mean over the B (T - 1) next tokens). For each position in `rollout_at`:
+    `rollout_t{position}.tokens` [B, k] and `.logits` [B, k, V], branched in place from that one
+    forward, greedy or drawn with `seed`. With `gradients`, `gradient.<Hugging Face name>` of the
+    loss; those are on rank 0 only.
     """
     batch = TextBatch(
         tokens,
@@ -63,7 +71,12 @@ def score_tokens(
 
 
 def _roll_out_at(
-    model: FastWeightModel, batch: TextBatch, text: TextPass, position: int, k: int, seed: int | None
+    model: FastWeightModel,
+    batch: TextBatch,
+    text: TextPass,
+    position: int,
+    k: int,
+    seed: int | None,
 ) -> tuple[Tensor, Tensor]:
     branches = Branches.at([[position]] * batch.tokens.shape[0])
     randomness = None if seed is None else Randomness(seed, 0)

@@ -1,8 +1,10 @@
-"""What a fast-weight language model *is*: family, sizes and options, and nothing about how it is run.
+"""What a fast-weight language model *is*: family, sizes and options, and nothing about how it is
+run.
 
-An `Architecture` is plain data. Presets and Hugging Face configs produce one, a checkpoint carries one as JSON,
-and `transformer_config.py` joins it with a run's dtype and parallel sizes. This module imports neither torch
-nor Megatron, so that tools can check what they were given before anything heavy is loaded.
+An `Architecture` is plain data. Presets and Hugging Face configs produce one, a checkpoint carries
+one as JSON, and `transformer_config.py` joins it with a run's dtype and parallel sizes. This module
+imports neither torch nor Megatron, so that tools can check what they were given before anything
+heavy is loaded.
 """
 
 from __future__ import annotations
@@ -30,10 +32,14 @@ class DeltaNetOptions:
     qk_activation: str = "silu"
 
     def key_head_dim(self, hidden_size: int) -> int:
-        return _whole(hidden_size * self.expand_k / self.num_heads, "expand_k * hidden_size / num_heads")
+        return _whole(
+            hidden_size * self.expand_k / self.num_heads, "expand_k * hidden_size / num_heads"
+        )
 
     def value_head_dim(self, hidden_size: int) -> int:
-        return _whole(hidden_size * self.expand_v / self.num_heads, "expand_v * hidden_size / num_heads")
+        return _whole(
+            hidden_size * self.expand_v / self.num_heads, "expand_v * hidden_size / num_heads"
+        )
 
     def validate(self, hidden_size: int) -> None:
         _positive(num_heads=self.num_heads, conv_size=self.conv_size)
@@ -44,7 +50,8 @@ class DeltaNetOptions:
 
 @dataclass(frozen=True)
 class GatedDeltaNetOptions:
-    """GatedDeltaNet mixer (fla `gated_deltanet`): the delta rule on a state that decays by exp(g_t) first."""
+    """GatedDeltaNet mixer (fla `gated_deltanet`): the delta rule on a state that decays by exp(g_t)
+    first."""
 
     family: ClassVar[str] = "gated_delta_net"
 
@@ -74,7 +81,8 @@ class GatedDeltaNetOptions:
 
 @dataclass(frozen=True)
 class LaCTOptions:
-    """LaCT mixer (`lact_swiglu`): window attention plus a SwiGLU fast-weight network updated chunk by chunk."""
+    """LaCT mixer (`lact_swiglu`): window attention plus a SwiGLU fast-weight network updated chunk
+    by chunk."""
 
     family: ClassVar[str] = "lact"
 
@@ -112,11 +120,7 @@ class LaCTOptions:
         )
         _divides("num_attention_heads", self.num_attention_heads, "hidden_size", hidden_size)
         _divides("num_fast_heads", self.num_fast_heads, "hidden_size", hidden_size)
-        if (hidden_size // self.num_attention_heads) % 2:
-            raise UserError(
-                f"the attention head dimension {hidden_size // self.num_attention_heads} is odd, "
-                "rotary embedding needs an even one"
-            )
+        _rotatable(hidden_size // self.num_attention_heads)
         if self.low_rank is not None:
             _positive(low_rank=self.low_rank)
         _positive(fast_hidden_dim=self.fast_hidden_dim(hidden_size))
@@ -148,12 +152,14 @@ class AttentionOptions:
         _positive(num_heads=self.num_heads, num_kv_heads=self.kv_heads)
         _divides("attention num_heads", self.num_heads, "hidden_size", hidden_size)
         _divides("attention num_kv_heads", self.kv_heads, "num_heads", self.num_heads)
+        _rotatable(hidden_size // self.num_heads)
         if self.window_size is not None:
             _positive(window_size=self.window_size)
         for layer in self.layers:
             if not 0 <= layer < num_layers:
                 raise UserError(
-                    f"attention layer {layer} does not exist: the model has layers 0 to {num_layers - 1}"
+                    f"attention layer {layer} does not exist: "
+                    f"the model has layers 0 to {num_layers - 1}"
                 )
 
 
@@ -231,11 +237,15 @@ def _build(cls: Any, data: Any, where: str) -> Any:
     known = {f.name for f in fields(cls)}
     unknown = sorted(set(data) - known)
     if unknown:
-        raise UserError(f"unknown model field {where}{unknown[0]}, known: {', '.join(sorted(known))}")
+        raise UserError(
+            f"unknown model field {where}{unknown[0]}, known: {', '.join(sorted(known))}"
+        )
     try:
         return cls(**data)
     except TypeError as error:
-        raise UserError(f"incomplete model description ({where or 'architecture'}): {error}") from None
+        raise UserError(
+            f"incomplete model description ({where or 'architecture'}): {error}"
+        ) from None
 
 
 def _positive(**values: int) -> None:
@@ -247,6 +257,13 @@ def _positive(**values: int) -> None:
 def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
     if value % divisor:
         raise UserError(f"{divisor_name} {divisor} does not divide {name} {value}")
+
+
+def _rotatable(head_dim: int) -> None:
+    if head_dim % 2:
+        raise UserError(
+            f"the attention head dimension {head_dim} is odd, rotary embedding needs an even one"
+        )
 
 
 def _whole(value: float, what: str) -> int:

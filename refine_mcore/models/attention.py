@@ -1,20 +1,20 @@
 """Causal softmax attention, full or over a window, of a text and of branches that left it.
 
-`attend` is the one path: a training forward, a prefill in pieces, a decode step and the scoring of branches differ only
-in what history they bring. The text's keys are read in place by every branch, under a mask; a window per branch would
-store the text several times over. `SelfAttention` is the mixer of a hybrid's attention layers (MODELS 3.1); LaCT uses
-`attend` and `rotate` for its own window attention.
+`attend` is the one path: a training forward, a prefill in pieces, a decode step and the scoring of
+branches differ only in what history they bring. The text's keys are read in place by every branch,
+under a mask; a window per branch would store the text several times over. `SelfAttention` is the
+mixer of a hybrid's attention layers; LaCT uses `attend` and `rotate` for its own
+window attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -27,13 +27,15 @@ from refine_mcore.models.parallel_layers import (
 from refine_mcore.models.state import FastWeightState, LayerTape, StreamGroups, TokenHistory
 from refine_mcore.models.transformer_config import FastWeightConfig
 
-_MAX_QUERY_BLOCK = 512  # queries per product of windowed attention: bounds the mask and the work outside the window
+# Queries per product of windowed attention: bounds the mask and the work outside the window.
+_MAX_QUERY_BLOCK = 512
 
 
 def rotary_table(
     positions: Sequence[int], length: int, dim: int, base: float, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [R or 1, length, 1, dim/2] of angle (positions[r] + t) * base^(-2i/dim), at least float32."""
+    """cos and sin [R or 1, length, 1, dim/2] of angle (positions[r] + t) * base^(-2i/dim), at least
+    float32."""
     dtype = at_least_float32(like.dtype)
     starts = sorted(set(positions))
     offsets = torch.tensor(starts if len(starts) == 1 else list(positions), device=like.device)
@@ -50,11 +52,14 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, past: TokenHistory | None, window: int | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, past: TokenHistory | None, window: int | None
+) -> Tensor:
     """softmax(q k^T / sqrt(dim)) v over each query's own past.
 
-    q [R, T, heads, dim]; k, v [R, T, kv_heads, dim] of the same new tokens; `past` holds the (keys, values) before
-    them. Query t sees the `window` keys up to and including its own (all if None). Returns [R, T, heads, dim].
+    q [R, T, heads, dim]; k, v [R, T, kv_heads, dim] of the same new tokens; `past` holds the (keys,
+    values) before them. Query t sees the `window` keys up to and including its own (all if None).
+    Returns [R, T, heads, dim].
     """
     if past is not None and past.text is not None:
         return _branch_attention(q, k, v, past, window)
@@ -66,7 +71,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, past: TokenHistory | None, window: i
 
 
 def _text_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int | None) -> Tensor:
-    """Causal attention of T queries on `before` + T keys, in query blocks that meet only the keys they can see."""
+    """Causal attention of T queries on `before` + T keys, in query blocks that meet only the keys
+    they can see."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     total = k.shape[2]
     if window is None or window >= total:
@@ -114,11 +120,14 @@ def _branch_attention(
     """Attention of branches: one softmax over the text's keys (shared) and each branch's own."""
     assert past.text is not None
     history = past.append((k, v))
-    arguments = (q, *history.own, *past.text, past, window)
-    if torch.is_grad_enabled():
-        # scores over the text are [branches * k, S]: made again in the backward rather than kept
-        return checkpoint(_branch_attention_core, *arguments, use_reentrant=False)
-    return _branch_attention_core(*arguments)
+    own_k, own_v = history.own
+    text_k, text_v = past.text
+    if not torch.is_grad_enabled():
+        return _branch_attention_core(q, own_k, own_v, text_k, text_v, past, window)
+    # scores over the text are [branches * k, S]: made again in the backward rather than kept
+    return checkpoint(
+        _branch_attention_core, q, own_k, own_v, text_k, text_v, past, window, use_reentrant=False
+    )
 
 
 def _branch_attention_core(
@@ -138,12 +147,16 @@ def _branch_attention_core(
     text_k, text_v = text_k[:, low:high].transpose(1, 2), text_v[:, low:high].transpose(1, 2)
     groups = StreamGroups(past.rows, text_k.shape[0])
 
-    def by_head(x: Tensor) -> Tensor:  # [rows, n, heads, dim] -> [rows, kv_heads, heads/kv_heads * n, dim]
+    def by_head(
+        x: Tensor,
+    ) -> Tensor:  # [rows, n, heads, dim] -> [rows, kv_heads, heads/kv_heads * n, dim]
         rows, n = x.shape[:2]
         x = x.reshape(rows, n, kv_heads, heads // kv_heads, dim)
         return x.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, dim)
 
-    def streams_first(x: Tensor) -> Tensor:  # the inverse, then [streams, kv_heads, heads/kv_heads, T, last]
+    def streams_first(
+        x: Tensor,
+    ) -> Tensor:  # the inverse, then [streams, kv_heads, heads/kv_heads, T, last]
         rows, last = x.shape[0], x.shape[-1]
         x = x.reshape(rows, kv_heads, heads // kv_heads, -1, last).permute(0, 3, 1, 2, 4)
         return groups.scatter(x.contiguous()).permute(0, 2, 3, 1, 4)
@@ -176,7 +189,8 @@ def _branch_attention_core(
 
 
 def _visible_range(past: TokenHistory, window: int | None) -> tuple[int, int]:
-    """The text tokens that some branch can see, [low, high); never none, a hidden one where branches see none."""
+    """The text tokens that some branch can see, [low, high); never none, a hidden one where
+    branches see none."""
     high = max(1, *past.limit)
     if window is None:
         return 0, high
@@ -203,7 +217,8 @@ class AttentionState(FastWeightState):
 
 @dataclass(frozen=True)
 class AttentionTape(LayerTape):
-    """A text's keys and values; `first` is the position of the first of them, `start` that of the forward."""
+    """A text's keys and values; `first` is the position of the first of them, `start` that of the
+    forward."""
 
     keys: Tensor
     values: Tensor
@@ -218,7 +233,8 @@ class AttentionTape(LayerTape):
 
 
 class SelfAttention(Mixer):
-    """Grouped-query softmax attention with rotary positions, heads sharded over tensor-parallel ranks."""
+    """Grouped-query softmax attention with rotary positions, heads sharded over tensor-parallel
+    ranks."""
 
     def __init__(
         self,
@@ -274,7 +290,8 @@ class SelfAttention(Mixer):
 def extend_history(
     past: TokenHistory | None, new: tuple[Tensor, ...], window: int | None
 ) -> TokenHistory:
-    """The past with the new tokens, cut to what a window can still see where the stream has no text behind it."""
+    """The past with the new tokens, cut to what a window can still see where the stream has no text
+    behind it."""
     history = TokenHistory(new) if past is None else past.append(new)
     if window is None or history.text is not None:
         return history

@@ -1,8 +1,10 @@
-"""What DeltaNet and GatedDeltaNet share: projections, short convolution, matrix state, output norm and gate.
+"""What DeltaNet and GatedDeltaNet share: projections, short convolution, matrix state, output norm
+and gate.
 
-State of a stream: the last conv_size - 1 inputs of the convolution and S [heads, K, V], at least float32. The tape keeps
-the states at the kernel's chunk boundaries (autograd holds them anyway) and the tensors the forward made; a state between
-two boundaries is replayed from the few tokens since the last one.
+State of a stream: the last conv_size - 1 inputs of the convolution and S [heads, K, V], at least
+float32. The tape keeps the states at the kernel's chunk boundaries (autograd holds them anyway) and
+the tensors the forward made; a state between two boundaries is replayed from the few tokens since
+the last one.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ CHUNK_SIZE = 64
 
 @dataclass(frozen=True)
 class DeltaRuleState(FastWeightState):
-    """conv [R, conv_size - 1, channels]: the last inputs of the convolution; recurrent [R, heads, K, V]: S."""
+    """conv [R, conv_size - 1, channels]: the last inputs of the convolution; recurrent [R, heads,
+    K, V]: S."""
 
     conv: Tensor
     recurrent: Tensor
@@ -52,7 +55,8 @@ class DeltaRuleState(FastWeightState):
 
 
 class RecurrenceInputs(NamedTuple):
-    """k [R, T, heads, K] of unit norm, v [R, T, heads, V], write strength beta and log decay g [R, T, heads]."""
+    """k [R, T, heads, K] of unit norm, v [R, T, heads, V], write strength beta and log decay g [R,
+    T, heads]."""
 
     k: Tensor
     v: Tensor
@@ -101,7 +105,9 @@ class DeltaRuleMixer(Mixer):
         self.conv_width = mixer.conv_size if mixer.use_short_conv else 1
         self.raw_parameters = {"o_norm": "o_norm.weight"}
         if mixer.use_short_conv:
-            for name, size in zip(("q_conv1d", "k_conv1d", "v_conv1d"), self.conv_sizes, strict=True):
+            for name, size in zip(
+                ("q_conv1d", "k_conv1d", "v_conv1d"), self.conv_sizes, strict=True
+            ):
                 shape = (size, 1, mixer.conv_size)
                 self.register_parameter(name, row_sharded_parameter(shape, config))
                 self.raw_parameters[name] = f"{name}.weight"
@@ -146,7 +152,8 @@ class DeltaRuleMixer(Mixer):
         )
 
     def convolve(self, tokens: Tensor, state: DeltaRuleState | None) -> tuple[Tensor, Tensor]:
-        """SiLU of the short convolution of q, k, v [R, T, channels], and the inputs the next token needs."""
+        """SiLU of the short convolution of q, k, v [R, T, channels], and the inputs the next token
+        needs."""
         raw = tokens[..., : sum(self.conv_sizes)]
         if not self.options.use_short_conv:
             return self.activate(raw), raw[:, :0]
@@ -193,7 +200,8 @@ class DeltaRuleMixer(Mixer):
 
 
 class DeltaRuleTape(LayerTape):
-    """Packed projections and convolution outputs of the text, and the states at chunk boundaries (the last is final)."""
+    """Packed projections and convolution outputs of the text, and the states at chunk boundaries
+    (the last is final)."""
 
     def __init__(
         self,
@@ -209,10 +217,7 @@ class DeltaRuleTape(LayerTape):
     def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> DeltaRuleState:
         starts = [t // CHUNK_SIZE * CHUNK_SIZE for t in offset]
         recurrent = torch.stack(
-            [
-                self.boundaries[s // CHUNK_SIZE][b]
-                for s, b in zip(starts, batch_index, strict=True)
-            ]
+            [self.boundaries[s // CHUNK_SIZE][b] for s, b in zip(starts, batch_index, strict=True)]
         )
         rest = [t - s for t, s in zip(offset, starts, strict=True)]
         if max(rest) > 0:
@@ -222,7 +227,8 @@ class DeltaRuleTape(LayerTape):
     def _replay(
         self, states: Tensor, batch_index: Sequence[int], starts: list[int], rest: list[int]
     ) -> Tensor:
-        """The states after `rest[r]` more tokens; shorter rows are filled with writes of strength zero."""
+        """The states after `rest[r]` more tokens; shorter rows are filled with writes of strength
+        zero."""
         length, last = max(rest), self.tokens.shape[1] - 1
         index = [[min(s + i, last) for i in range(length)] for s in starts]
         packed = gather_tokens(self.tokens, batch_index, index)
@@ -237,13 +243,24 @@ class DeltaRuleTape(LayerTape):
     def _conv_tail(self, batch_index: Sequence[int], offset: Sequence[int]) -> Tensor:
         """The last conv_size - 1 inputs of the convolution before each offset."""
         width, channels = self.mixer.conv_width - 1, sum(self.mixer.conv_sizes)
-        if min(offset) >= width:
-            index = [list(range(t - width, t)) for t in offset]
-            return gather_tokens(self.tokens, batch_index, index)[..., :channels]
-        raw = self.tokens[..., :channels]
-        past = raw.new_zeros(raw.shape[0], width, channels) if self.past is None else self.past
-        index = [list(range(t, t + width)) for t in offset]
-        return gather_tokens(torch.cat([past, raw], dim=1), batch_index, index)
+        near = [r for r, t in enumerate(offset) if t < width]  # these reach back before the forward
+        far = [r for r, t in enumerate(offset) if t >= width]
+        tails = []
+        if far:
+            index = [list(range(offset[r] - width, offset[r])) for r in far]
+            tails.append(
+                gather_tokens(self.tokens, [batch_index[r] for r in far], index)[..., :channels]
+            )
+        if near:
+            head = self.tokens[:, :width, :channels]
+            past = (
+                head.new_zeros(head.shape[0], width, channels) if self.past is None else self.past
+            )
+            index = [list(range(offset[r], offset[r] + width)) for r in near]
+            head = torch.cat([past, head], dim=1)
+            tails.append(gather_tokens(head, [batch_index[r] for r in near], index))
+        order = far + near
+        return take_streams(torch.cat(tails), [order.index(r) for r in range(len(order))])
 
 
 def _unit_norm(x: Tensor) -> Tensor:

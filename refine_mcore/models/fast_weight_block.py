@@ -1,8 +1,8 @@
 """Megatron's transformer layer and block with an explicit fast-weight state in and out.
 
-`TransformerLayer` calls its attention with fixed keyword arguments and `TransformerBlock.forward` takes no others, so both
-forwards are written here around the modules Megatron builds; construction, checkpoint names and the MLP half are
-Megatron's own.
+`TransformerLayer` calls its attention with fixed keyword arguments and `TransformerBlock.forward`
+takes no others, so both forwards are written here around the modules Megatron builds; construction,
+checkpoint names and the MLP half are Megatron's own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class FastWeightLayer(TransformerLayer):
 
 
 class BlockOutput(NamedTuple):
-    """Hidden states [s, b, h] (after the final norm on the last stage), and per layer the state and tape asked for."""
+    """Hidden states [s, b, h] (after the final norm on the last stage), and per layer the state and
+    tape asked for."""
 
     hidden_states: Tensor
     states: list[FastWeightState] | None

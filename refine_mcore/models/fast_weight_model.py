@@ -15,6 +15,7 @@ from torch import Tensor
 
 from refine_mcore.models.fast_weight_block import FastWeightBlock
 from refine_mcore.models.layer_specs import block_spec
+from refine_mcore.models.parallel_layers import mark_sharded_weights
 from refine_mcore.models.state import FastWeightState, StateTape
 from refine_mcore.models.transformer_config import FastWeightConfig, padded_vocab_size
 
@@ -32,7 +33,8 @@ class ModelOutput:
 
 
 class FastWeightModel(LanguageModule):
-    """A fast-weight language model. Parameters are uninitialised until `initialize` or a checkpoint fills them.
+    """A fast-weight language model. Parameters are uninitialised until `initialize` or a checkpoint
+    fills them.
 
     `logits` is a separate step, so that a caller makes them only for the rows it needs.
     """
@@ -81,6 +83,7 @@ class FastWeightModel(LanguageModule):
                 tp_group=self.tp_group,
             )
         self.setup_embeddings_and_output_layer()
+        mark_sharded_weights(self)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """The previous stage's output, as Megatron's schedules hand it over."""
@@ -99,7 +102,8 @@ class FastWeightModel(LanguageModule):
     ) -> ModelOutput:
         """Consume tokens [R, T] of R streams, from `states` if given.
 
-        `record` asks for a tape of these T tokens; `start` is how many tokens the texts had consumed before them.
+        `record` asks for a tape of these T tokens; `start` is how many tokens the texts had
+        consumed before them.
         """
         embedded = self.embedding(tokens, None) if self.pre_process else None
         out = self.decoder(embedded, states, output_states=output_states, record=record)
@@ -109,7 +113,8 @@ class FastWeightModel(LanguageModule):
         return ModelOutput(out.hidden_states, out.states, tape)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits [s, b, V / tp] of final hidden states [s, b, h]; columns past the vocabulary are padding."""
+        """Vocabulary logits [s, b, V / tp] of final hidden states [s, b, h]; columns past the
+        vocabulary are padding."""
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
@@ -118,7 +123,8 @@ class FastWeightModel(LanguageModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Parameters only: the layers' `_extra_state` is empty without fp8, and a converted checkpoint has none."""
+        """Parameters only: the layers' `_extra_state` is empty without fp8, and a converted
+        checkpoint has none."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {key: entry for key, entry in sharded.items() if not key.endswith("_extra_state")}
 
@@ -139,6 +145,3 @@ def build_model(
         pre_process=rank == 0,
         post_process=rank == stages - 1,
     )
-
-
-

@@ -1,9 +1,10 @@
 """GatedDeltaNet (Yang et al. 2024, arXiv 2412.06464), as fla's `gated_deltanet` computes it.
 
-    g = -exp(A_log) softplus(W_a x + dt_bias);  S <- exp(g_t) S, then the delta write on the decayed state
-    y = W_o (rms(o) * SiLU(W_g x))
+    g = -exp(A_log) softplus(W_a x + dt_bias);  S <- exp(g_t) S, then the delta write on the decayed
+    state y = W_o (rms(o) * SiLU(W_g x))
 
-A_log and dt_bias are small per-head parameters whose errors compound over the text: the decay is made in at least float32.
+A_log and dt_bias are small per-head parameters whose errors compound over the text: the decay is
+made in at least float32.
 """
 
 from __future__ import annotations

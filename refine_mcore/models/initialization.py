@@ -1,8 +1,8 @@
 """Random initialisation by checkpoint name, the same at every layout.
 
-Each parameter is drawn whole from a generator seeded by (seed, checkpoint key), and each rank keeps its shard, so that runs
-at different tensor- and pipeline-parallel sizes start from the same model. The distributions are those of the reference
-implementations (MODELS 1, 2.5, 7).
+Each parameter is drawn whole from a generator seeded by (seed, checkpoint key), and each rank keeps
+its shard, so that runs at different tensor- and pipeline-parallel sizes start from the same model.
+The distributions are those of the reference implementations.
 """
 
 from __future__ import annotations

@@ -1,19 +1,23 @@
-"""LaCT (Zhang et al. 2025, arXiv 2505.23884): window attention plus large-chunk fast weights, as `lact_swiglu` computes it.
+"""LaCT (Zhang et al. 2025, arXiv 2505.23884): window attention plus large-chunk fast weights, as
+`lact_swiglu` computes it.
 
-One qkv feeds both branches; the fast branch reads each chunk with the weights from before that chunk's own update
-(MODELS 2.1-2.8). Departures from the published code, none of which changes a padding-free text:
+One qkv feeds both branches; the fast branch reads each chunk with the weights from before that
+chunk's own update. Departures from the published code, none of which changes a
+padding-free text:
 
-* The chunk grid is anchored at each stream's own first token, and a branch keeps its text's grid. The published rollouts
-  left-pad, which shifts the grid and writes the padding into the fast weights.
-* A chunk's update is made when its next token arrives, so a state between chunks is the last weights plus the open chunk.
-* Newton-Schulz runs in the precision `muon_dtype` says (the published code always casts to bfloat16).
+* The chunk grid is anchored at each stream's own first token, and a branch keeps its text's grid.
+  The published rollouts left-pad, which shifts the grid and writes the padding into the fast
+  weights.
+* A chunk's update is made when its next token arrives, so a state between chunks is the last
+  weights plus the open chunk.
+* Newton-Schulz runs in the precision `muon_dtype` says (the published code always casts to
+  bfloat16).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +44,15 @@ from refine_mcore.models.attention import (
     rotary_table,
     rotate,
 )
+from refine_mcore.models.lact_state import (
+    FastInputs,
+    LaCTState,
+    LaCTTape,
+    join_weights,
+    open_chunk_length,
+    weight_rows,
+    weights_index,
+)
 from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
 from refine_mcore.models.parallel_layers import (
     PackedColumnParallelLinear,
@@ -52,7 +65,6 @@ from refine_mcore.models.parallel_layers import (
 )
 from refine_mcore.models.state import (
     FastWeightState,
-    LayerTape,
     StreamGroups,
     TokenHistory,
     take_streams,
@@ -64,62 +76,9 @@ _BASE_RATE = 0.001
 _RATE_SHIFT = _BASE_RATE + math.log(-math.expm1(-_BASE_RATE))  # softplus(_RATE_SHIFT) = _BASE_RATE
 
 
-class FastInputs(NamedTuple):
-    """Per token and fast head: fk, fv [R, T, n, d], rates lr [R, T, n, 3], momentum mu [R, T, n] (or none)."""
-
-    fk: Tensor
-    fv: Tensor
-    lr: Tensor
-    mu: Tensor | None
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """As the tuple a TokenHistory keeps."""
-        return self[:3] if self.mu is None else self  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class LaCTState(FastWeightState):
-    """Window keys and values, the weights in force, the open chunk.
-
-    Stream r uses row `weight_rows[r]` of `weights`, so that branches of one chunk share them. The open chunk is the last
-    `position - start of chunk` tokens of `pending`; at the end of a full chunk it is that chunk, not yet written.
-    """
-
-    attention: AttentionState
-    weights: FastWeights
-    weight_rows: tuple[int, ...]
-    pending: TokenHistory
-
-    @property
-    def position(self) -> tuple[int, ...]:
-        """Tokens consumed by each stream."""
-        return self.attention.position
-
-    @property
-    def num_streams(self) -> int:
-        return len(self.position)
-
-    def select(self, indices: Sequence[int]) -> LaCTState:
-        return LaCTState(
-            self.attention.select(indices),
-            self.weights,
-            tuple(self.weight_rows[i] for i in indices),
-            self.pending.select(indices),
-        )
-
-
-def open_chunk_length(position: int, chunk_size: int) -> int:
-    """Tokens of the chunk in force that a stream at `position` has consumed: 1 to chunk_size, 0 only at the start."""
-    return position - weights_index(position, chunk_size) * chunk_size
-
-
-def weights_index(position: int, chunk_size: int) -> int:
-    """How many updates a stream at `position` has made: the one of a full chunk waits for the next token."""
-    return max(0, -(-position // chunk_size) - 1)
-
-
 class LaCT(Mixer):
-    """Window attention and SwiGLU fast weights in parallel; fast heads are sharded with the attention heads they hold."""
+    """Window attention and SwiGLU fast weights in parallel; fast heads are sharded with the
+    attention heads they hold."""
 
     def __init__(
         self,
@@ -176,7 +135,10 @@ class LaCT(Mixer):
         parts = self.in_proj.split(tokens)
         q, k, v = parts["q_proj"], parts["k_proj"], parts["v_proj"]
         if self.options.qk_norm:
-            q, k = self._full_width_norm(q, self.q_norm_weight), self._full_width_norm(k, self.k_norm_weight)
+            q, k = (
+                self._full_width_norm(q, self.q_norm_weight),
+                self._full_width_norm(k, self.k_norm_weight),
+            )
         position = state.position if state is not None else (0,) * streams
         table = rotary_table(position, length, self.head_dim, self.options.rope_theta, q)
         fq, inputs = self._fast_inputs(q, k, v, parts, table)
@@ -202,8 +164,6 @@ class LaCT(Mixer):
         )
         return MixerOutput(out, self._next_state(attention, inputs, state, weights), tape)
 
-    # -- features of the fast branch -------------------------------------------------------------------------------
-
     def _fast_inputs(
         self,
         q: Tensor,
@@ -212,7 +172,7 @@ class LaCT(Mixer):
         parts: dict[str, Tensor],
         table: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, FastInputs]:
-        """fq [R, T, n, d] and what the weights are written with (MODELS 2.3, 2.4)."""
+        """fq [R, T, n, d] and what the weights are written with."""
         scale, offset = self.qk_scale, self.qk_offset
         fq, fk, fv = q * scale[:, 0] + offset[:, 0], k * scale[:, 1] + offset[:, 1], v
         if self.options.qkv_silu:
@@ -235,7 +195,8 @@ class LaCT(Mixer):
         return rotate(by_attention_head, table).reshape(x.shape)
 
     def _full_width_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm over all heads of all ranks; the mean square and its gradient are summed over ranks."""
+        """RMS norm over all heads of all ranks; the mean square and its gradient are summed over
+        ranks."""
         wide = x.to(at_least_float32(x.dtype))
         square = wide.square().sum(dim=-1, keepdim=True)
         square = reduce_from_tensor_model_parallel_region(square, group=self.tp_group)
@@ -243,10 +204,8 @@ class LaCT(Mixer):
         mean = square / (x.shape[-1] * self.tp_size)
         return (wide * torch.rsqrt(mean + _NORM_EPS) * weight).to(x.dtype)
 
-    # -- the fast weights ------------------------------------------------------------------------------------------
-
     def initial_weights(self, streams: int) -> tuple[FastWeights, RowNorms]:
-        """The learned initial fast weights for each stream, and their row norms (MODELS 2.5)."""
+        """The learned initial fast weights for each stream, and their row norms."""
         compute = at_least_float32(self.w1.dtype)
 
         def matrix(name: str) -> Tensor:
@@ -254,11 +213,14 @@ class LaCT(Mixer):
                 return getattr(self, name).to(compute)
             left, right = getattr(self, f"{name}_w_left"), getattr(self, f"{name}_w_right")
             product = left.to(compute) @ right.to(compute)
-            return product + 0.5 * torch.eye(*product.shape[1:], dtype=compute, device=product.device)
+            return product + 0.5 * torch.eye(
+                *product.shape[1:], dtype=compute, device=product.device
+            )
 
-        initial = FastWeights(*(w[None] for w in (matrix("w0"), self.w1.to(compute), matrix("w2"))))
-        norms = initial.row_norms()
-        return FastWeights(*(w.expand(streams, -1, -1, -1) for w in initial[:3])), norms
+        w0, w1, w2 = matrix("w0")[None], self.w1.to(compute)[None], matrix("w2")[None]
+        norms = FastWeights(w0, w1, w2).row_norms()
+        shape = (streams, -1, -1, -1)
+        return FastWeights(w0.expand(shape), w1.expand(shape), w2.expand(shape)), norms
 
     @property
     def _update_options(self) -> dict[str, Any]:
@@ -293,15 +255,17 @@ class LaCT(Mixer):
         for group in groups:
             if group is staying:
                 reads.append(self._read_shared(take_streams(fq, group), state, norms, group))
-                ends.append(_weight_rows(state.weights, [state.weight_rows[r] for r in group]))
+                ends.append(weight_rows(state.weights, [state.weight_rows[r] for r in group]))
             else:
-                part = FastInputs(*(None if y is None else take_streams(y, group) for y in inputs))
-                read, chunks = self._cross_chunks(take_streams(fq, group), part, state, norms, group)
+                part = inputs.map(partial(take_streams, indices=group))
+                read, chunks = self._cross_chunks(
+                    take_streams(fq, group), part, state, norms, group
+                )
                 reads.append(read)
                 ends.append(chunks[-1])
         order = [r for group in groups for r in group]
         back = [order.index(r) for r in range(streams)]
-        in_force = _WeightsInForce(chunks, _join_weights(ends), tuple(back))
+        in_force = _WeightsInForce(chunks, join_weights(ends), tuple(back))
         return take_streams(torch.cat(reads), back), in_force
 
     def _chunks(
@@ -313,12 +277,13 @@ class LaCT(Mixer):
     def _read_shared(
         self, fq: Tensor, state: LaCTState, norms: RowNorms, streams: list[int]
     ) -> Tensor:
-        """Reads that reach no chunk boundary; streams that share weights meet them in one product."""
+        """Reads that reach no chunk boundary; streams that share weights meet them in one
+        product."""
         rows = [state.weight_rows[r] for r in streams]
         used = sorted(set(rows))
         weights = state.weights
         if len(used) < weights.w0.shape[0]:
-            weights = _weight_rows(weights, used)
+            weights = weight_rows(weights, used)
         groups = StreamGroups([used.index(r) for r in rows], len(used))
         read = apply_fast_weights(weights, norms, groups.gather(fq), prenorm=self.options.prenorm)
         return groups.scatter(read)
@@ -326,28 +291,25 @@ class LaCT(Mixer):
     def _cross_chunks(
         self, fq: Tensor, inputs: FastInputs, state: LaCTState, norms: RowNorms, streams: list[int]
     ) -> tuple[Tensor, list[FastWeights]]:
-        """Streams equally far in their chunk, and past its end: finish it, write it, go on chunk by chunk.
+        """Streams equally far in their chunk, and past its end: finish it, write it, go on chunk by
+        chunk.
 
         Returns the reads and the weights in force, the incoming ones first.
         """
         size = self.options.chunk_size
         opened = open_chunk_length(state.position[streams[0]], size)
-        weights = _weight_rows(state.weights, [state.weight_rows[r] for r in streams])
+        weights = weight_rows(state.weights, [state.weight_rows[r] for r in streams])
         rest = size - opened
         read = [apply_fast_weights(weights, norms, fq[:, :rest], prenorm=self.options.prenorm)]
         begun = [state.pending.last(r, opened) for r in streams]
-        chunk = FastInputs(
-            *(
-                None if y is None else torch.cat([torch.cat([b[i] for b in begun]), y[:, :rest]], 1)
-                for i, y in enumerate(inputs)
-            )
+        chunk = FastInputs.of(
+            torch.cat([torch.cat(parts), y[:, :rest]], dim=1)
+            for parts, y in zip(zip(*begun, strict=True), inputs.tensors(), strict=True)
         )
         written = update_fast_weights(weights, norms, *chunk, **self._update_options)
-        rest_inputs = FastInputs(*(None if y is None else y[:, rest:] for y in inputs))
+        rest_inputs = inputs.map(lambda y: y[:, rest:])
         rest_read, chunks = self._chunks(fq[:, rest:], rest_inputs, written, norms)
         return torch.cat([*read, rest_read], dim=1), [weights, *chunks]
-
-    # -- state and tape --------------------------------------------------------------------------------------------
 
     def _next_state(
         self,
@@ -389,77 +351,17 @@ class LaCT(Mixer):
 
 
 class _WeightsInForce(NamedTuple):
-    """Weights during each chunk of a forward (of one group of streams), and at its end the row each stream uses."""
+    """Weights during each chunk of a forward (of one group of streams), and at its end the row each
+    stream uses."""
 
     chunks: list[FastWeights]
     last: FastWeights
     rows: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class LaCTTape(LayerTape):
-    """A text's keys, values and chunk inputs, and the weights in force during each of its chunks.
-
-    `first` is the position of the first token in `inputs`, `first_chunk` the index of the first entry of `chunks`.
-    """
-
-    chunk_size: int
-    attention: AttentionTape
-    inputs: tuple[Tensor, ...]
-    first: int
-    chunks: list[FastWeights]
-    first_chunk: int
-
-    def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> LaCTState:
-        attention = self.attention.at(batch_index, offset)
-        position = attention.position
-        in_force = [
-            (weights_index(p, self.chunk_size) - self.first_chunk, b)
-            for p, b in zip(position, batch_index, strict=True)
-        ]
-        distinct = sorted(set(in_force))
-        weights = _join_weights([_weight_rows(self.chunks[i], [b]) for i, b in distinct])
-        limit = [p - self.first for p in position]
-        return LaCTState(
-            attention,
-            weights,
-            tuple(distinct.index(pair) for pair in in_force),
-            TokenHistory.branch(self.inputs, batch_index, limit),
-        )
-
-
-def _map_weights(weights: FastWeights, momentum: Any, function: Any) -> FastWeights:
-    buffers = None if momentum is None else tuple(function(m) for m in momentum)
-    return FastWeights(*(function(w) for w in weights[:3]), momentum=buffers)
-
-
-def _weight_rows(weights: FastWeights, rows: list[int]) -> FastWeights:
-    """The chosen rows; a single one is a view, more are gathered."""
-    if len(rows) == 1:
-        row = rows[0]
-        return _map_weights(weights, weights.momentum, lambda w: w[row : row + 1])
-    return _map_weights(weights, weights.momentum, lambda w: take_streams(w, rows))
-
-
-def _join_weights(parts: list[FastWeights]) -> FastWeights:
-    """All rows of all parts; before its first update a stream's momentum buffers are zeros."""
-    if len(parts) == 1:
-        return parts[0]
-    if any(part.momentum is not None for part in parts):
-        parts = [
-            part
-            if part.momentum is not None
-            else part._replace(momentum=tuple(torch.zeros_like(w) for w in part[:3]))
-            for part in parts
-        ]
-        momentum: Any = tuple(torch.cat(m) for m in zip(*(p.momentum for p in parts), strict=True))  # type: ignore[arg-type]
-    else:
-        momentum = None
-    return FastWeights(*(torch.cat(w) for w in list(zip(*parts, strict=True))[:3]), momentum=momentum)
-
-
 def _unit_norm(x: Tensor) -> Tensor:
-    """x / (|x| + eps) over the last dimension; unlike the delta rules' norm the eps is outside the root."""
+    """x / (|x| + eps) over the last dimension; unlike the delta rules' norm the eps is outside the
+    root."""
     wide = x.to(at_least_float32(x.dtype))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return (wide / (norm + _NORM_EPS)).to(x.dtype)

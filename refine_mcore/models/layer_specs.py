@@ -1,7 +1,8 @@
 """ModuleSpecs of a fast-weight model: which module each place of each layer is built from.
 
-The local spec uses Megatron's own torch layers and runs anywhere; the Transformer Engine spec swaps in its parallel linears
-and norm and needs a GPU machine that has it. A family is one entry of `_MIXERS`.
+The local spec uses Megatron's own torch layers and runs anywhere; the Transformer Engine spec swaps
+in its parallel linears and norm and needs a GPU machine that has it. A family is one entry of
+`_MIXERS`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ _MIXERS: dict[str, type[Mixer]] = {
 def block_spec(
     config: FastWeightConfig, *, pipeline_rank: int, transformer_engine: bool = False
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage and the final norm. Raises UserError if Transformer Engine is asked for but absent."""
+    """The layers of one pipeline stage and the final norm. Raises UserError if Transformer Engine
+    is asked for but absent."""
     backend, norm = _backend(transformer_engine)
     start = get_transformer_layer_offset(config, None, pipeline_rank)
     count = _layers_of_stage(config, pipeline_rank)
@@ -77,7 +79,8 @@ def _backend(transformer_engine: bool) -> tuple[LocalSpecProvider, type]:
 
     if not HAVE_TE:
         raise UserError(
-            "model.transformer_engine is set but Transformer Engine is not installed: install it or unset the option"
+            "model.transformer_engine is set but Transformer Engine is not installed: "
+            "install it or unset the option"
         )
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider

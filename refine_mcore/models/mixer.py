@@ -1,8 +1,10 @@
-"""What every sequence mixer (delta rule, LaCT, attention) is to its layer: one path with an optional state in and out.
+"""What every sequence mixer (delta rule, LaCT, attention) is to its layer: one path with an
+optional state in and out.
 
-A training forward (no state), a chunked prefill, a decode step and the scoring of branches are the same function with
-other lengths and states. Mixers follow Megatron's conventions: submodules in a dataclass, `[s, b, h]` in and out,
-heads sharded over the tensor-parallel group; the state is explicit because `TransformerLayer` has no argument for it.
+A training forward (no state), a chunked prefill, a decode step and the scoring of branches are the
+same function with other lengths and states. Mixers follow Megatron's conventions: submodules in a
+dataclass, `[s, b, h]` in and out, heads sharded over the tensor-parallel group; the state is
+explicit because `TransformerLayer` has no argument for it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ class MixerSubmodules:
 
 
 class MixerOutput(NamedTuple):
-    """Output [s, b, h], the state after the tokens (if asked for), the tape of the forward (if asked for)."""
+    """Output [s, b, h], the state after the tokens (if asked for), the tape of the forward (if
+    asked for)."""
 
     hidden_states: Tensor
     state: FastWeightState | None
@@ -47,8 +50,9 @@ class Mixer(MixerModule):
     ) -> MixerOutput:
         """Mix T new tokens of R streams.
 
-        hidden_states [s, b, h] is either [T, R, h] or the streams laid end to end, [R * T, 1, h], which sequence
-        parallelism can cut. `record` asks for a tape and needs streams that are texts, not branches.
+        hidden_states [s, b, h] is either [T, R, h] or the streams laid end to end, [R * T, 1, h],
+        which sequence parallelism can cut. `record` asks for a tape and needs streams that are
+        texts, not branches.
         """
         return self.mix(hidden_states, state, output_state, record)
 
@@ -59,7 +63,8 @@ class Mixer(MixerModule):
         """`forward`, in the family's own terms."""
 
     def streams_first(self, x: Tensor, state: FastWeightState | None) -> Tensor:
-        """[s, b, c] -> [R, T, c]; the streams are the batch unless the state says how many there are."""
+        """[s, b, c] -> [R, T, c]; the streams are the batch unless the state says how many there
+        are."""
         streams = x.shape[1] if state is None else state.num_streams
         return x.transpose(0, 1).reshape(streams, -1, x.shape[-1])
 

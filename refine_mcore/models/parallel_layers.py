@@ -1,10 +1,11 @@
 """What the mixers need beside Megatron's own parallel layers.
 
-* `PackedColumnParallelLinear`: several projections of one input as a single column-parallel matrix (one GEMM, one
-  gather under sequence parallelism, one all-reduce of the input gradient), each rank holding its heads' rows of every
-  part. Checkpoints name the parts, so that they reshard.
+* `PackedColumnParallelLinear`: several projections of one input as a single column-parallel matrix
+  (one GEMM, one gather under sequence parallelism, one all-reduce of the input gradient), each rank
+  holding its heads' rows of every part. Checkpoints name the parts, so that they reshard.
 * `RMSNorm`: Megatron's torch norm refuses sequence parallelism.
-* Helpers for parameters that Megatron has no layer for: sharded by rows, or replicated per-head gains.
+* Helpers for parameters that Megatron has no layer for: sharded by rows, or replicated per-head
+  gains.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -45,11 +51,27 @@ def row_sharded_parameter(shape: tuple[int, ...], config: TransformerConfig) -> 
     return parameter
 
 
+def mark_sharded_weights(model: torch.nn.Module) -> None:
+    """Mark the weights of Megatron's parallel layers as shards, so that gradient norms count all of
+    them.
+
+    Megatron marks them while it initialises them, which this project does by name instead; a weight
+    without the mark passes for a replica, and only the first rank's share of its gradient would be
+    counted.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            if module.weight is not None:  # None: an output layer tied to the embedding
+                set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
+
+
 def replicated_parameter(shape: tuple[int, ...], config: TransformerConfig) -> torch.nn.Parameter:
     """An uninitialised parameter that every tensor-parallel rank holds whole.
 
-    Read it through `shared_by_heads` inside the tensor-parallel region: each rank sees only its own heads' gradient,
-    and that summed exactly once is the right one, with and without sequence parallelism.
+    Read it through `shared_by_heads` inside the tensor-parallel region: each rank sees only its own
+    heads' gradient, and that summed exactly once is the right one, with and without sequence
+    parallelism.
     """
     return torch.nn.Parameter(
         torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -57,18 +79,21 @@ def replicated_parameter(shape: tuple[int, ...], config: TransformerConfig) -> t
 
 
 def shared_by_heads(parameter: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tensor:
-    """A replicated parameter as used by this rank's heads: identity forward, summed over ranks backward."""
+    """A replicated parameter as used by this rank's heads: identity forward, summed over ranks
+    backward."""
     return copy_to_tensor_model_parallel_region(parameter, group=tp_group)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in at least float32, returned in x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in at least float32, returned in
+    x's dtype."""
     compute = at_least_float32(x.dtype)
     return F.rms_norm(x.to(compute), weight.shape, weight.to(compute), eps).to(x.dtype)
 
 
 class RMSNorm(torch.nn.Module):
-    """RMS norm over the hidden dimension of [s, b, h]; under sequence parallelism its gain's gradient is summed."""
+    """RMS norm over the hidden dimension of [s, b, h]; under sequence parallelism its gain's
+    gradient is summed."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -82,7 +107,8 @@ class RMSNorm(torch.nn.Module):
 
 @dataclass(frozen=True)
 class Projection:
-    """One part of a packed projection: its checkpoint name, its width over all ranks, whether it has a bias."""
+    """One part of a packed projection: its checkpoint name, its width over all ranks, whether it
+    has a bias."""
 
     name: str
     size: int
@@ -90,10 +116,11 @@ class Projection:
 
 
 class PackedColumnParallelLinear(MegatronModule):
-    """y_i = x W_i^T (+ b_i) for several parts i, as one column-parallel product; rows of each part are sharded.
+    """y_i = x W_i^T (+ b_i) for several parts i, as one column-parallel product; rows of each part
+    are sharded.
 
-    forward: [s, b, h] (s / tp under sequence parallelism) -> [s, b, sum of local part sizes], without biases.
-    `split` cuts that into the parts and adds the biases.
+    forward: [s, b, h] (s / tp under sequence parallelism) -> [s, b, sum of local part sizes],
+    without biases. `split` cuts that into the parts and adds the biases.
     """
 
     def __init__(
@@ -144,7 +171,8 @@ class PackedColumnParallelLinear(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Each part under its own checkpoint name beside this module: `…q_proj.weight`, not `…in_proj.linear.weight`."""
+        """Each part under its own checkpoint name beside this module: `…q_proj.weight`, not
+        `…in_proj.linear.weight`."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         dp_group = metadata["dp_cp_group"]
         siblings = prefix.removesuffix(".").rpartition(".")[0] + "."
@@ -188,8 +216,8 @@ class PackedColumnParallelLinear(MegatronModule):
 class MixerModule(MegatronModule):
     """Base of the sequence mixers.
 
-    `raw_parameters` maps the attribute name of each parameter held directly to its name in checkpoints;
-    those in `row_sharded` are saved as shards of dim 0, the others as replicas.
+    `raw_parameters` maps the attribute name of each parameter held directly to its name in
+    checkpoints; those in `row_sharded` are saved as shards of dim 0, the others as replicas.
     """
 
     raw_parameters: dict[str, str] = {}

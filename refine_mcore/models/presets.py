@@ -1,6 +1,8 @@
-"""Named architectures: the published sizes, scaling-study sizes, and tiny ones for demos, benchmarks and tests.
+"""Named architectures: the published sizes, scaling-study sizes, and tiny ones for demos,
+benchmarks and tests.
 
-`lact-3b` has 24 attention heads: the published 3B file says 25, which does not divide its width of 3072.
+`lact-3b` has 24 attention heads: the published 3B file says 25, which does not divide its width of
+3072.
 """
 
 from __future__ import annotations

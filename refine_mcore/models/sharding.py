@@ -1,4 +1,5 @@
-"""A model's parameters, or anything of their shape such as gradients, under their checkpoint keys."""
+"""A model's parameters, or anything of their shape such as gradients, under their checkpoint
+keys."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from refine_mcore.models.fast_weight_model import FastWeightModel
 def sharded_tensors(
     model: FastWeightModel, of: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data
 ) -> list[ShardedTensor]:
-    """This rank's shards of `of(parameter)` for all parameters; writing to a shard's `.data` writes its source."""
+    """This rank's shards of `of(parameter)` for all parameters; writing to a shard's `.data` writes
+    its source."""
     sharded = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
     for entry in nested_values(sharded):
         if isinstance(entry, ShardedTensor | ShardedTensorFactory):
@@ -33,7 +35,8 @@ def sharded_tensors(
 def full_tensors(
     model: FastWeightModel, of: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data
 ) -> dict[str, Tensor]:
-    """Whole tensors by checkpoint key on rank 0 (empty elsewhere), joined from the shards of all ranks.
+    """Whole tensors by checkpoint key on rank 0 (empty elsewhere), joined from the shards of all
+    ranks.
 
     Every rank calls it. Meant for inspection: rank 0 holds everything at once.
     """

@@ -1,13 +1,17 @@
-"""The state a fast-weight layer carries, and the tape that reads it at any position of a training forward.
+"""The state a fast-weight layer carries, and the tape that reads it at any position of a training
+forward.
 
-*Position* is the number of tokens consumed; the first token after position p is predicted by logits[p - 1].
+*Position* is the number of tokens consumed; the first token after position p is predicted by
+logits[p - 1].
 
-A `FastWeightState` holds, for R streams, everything one layer needs to go on: it is the prefix. A `LayerTape` is what
-a forward over texts [B, T] leaves behind so that the state at any position can be read afterwards inside the autograd
-graph; reading gathers O(R * state) and never copies a prefix. `StateTape` is the layers' tapes together.
+A `FastWeightState` holds, for R streams, everything one layer needs to go on: it is the prefix. A
+`LayerTape` is what a forward over texts [B, T] leaves behind so that the state at any position can
+be read afterwards inside the autograd graph; reading gathers O(R * state) and never copies a
+prefix. `StateTape` is the layers' tapes together.
 
-Stream bookkeeping (which text a stream belongs to, how many tokens it consumed) lives on the host as Python integers:
-every shape and every decision that depends on it is known without asking the device.
+Stream bookkeeping (which text a stream belongs to, how many tokens it consumed) lives on the host
+as Python integers: every shape and every decision that depends on it is known without asking the
+device.
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ def detach_tree(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(detach_tree(item) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: detach_tree(getattr(value, f.name)) for f in fields(value)})
+        return replace(
+            value, **{f.name: detach_tree(getattr(value, f.name)) for f in fields(value)}
+        )
     return value
 
 
@@ -52,7 +58,8 @@ class FastWeightState(ABC):
 
     @abstractmethod
     def select(self, indices: Sequence[int]) -> Self:
-        """The states of the streams `indices` (repeats allowed). What streams have in common stays shared."""
+        """The states of the streams `indices` (repeats allowed). What streams have in common stays
+        shared."""
 
     def fork(self, n: int) -> Self:
         """Every stream n times in a row: R streams become R * n, [r0, r0, …, r1, r1, …]."""
@@ -68,7 +75,8 @@ class LayerTape(ABC):
 
     @abstractmethod
     def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> FastWeightState:
-        """The states of R streams: stream r has consumed `offset[r]` tokens of this forward of text `batch_index[r]`."""
+        """The states of R streams: stream r has consumed `offset[r]` tokens of this forward of text
+        `batch_index[r]`."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +88,24 @@ class StateTape:
     stop: int  # tokens consumed after it
 
     def at(self, batch_index: Sequence[int], position: Sequence[int]) -> list[FastWeightState]:
-        """Per layer, the states of R streams at (batch_index[r], position[r]), start <= position <= stop."""
+        """Per layer, the states of R streams at (batch_index[r], position[r]), start <= position <=
+        stop."""
         batch_index, position = list(map(int, batch_index)), list(map(int, position))
         assert len(batch_index) == len(position) > 0
         assert self.start <= min(position) and max(position) <= self.stop, (
-            f"positions {min(position)} to {max(position)} are not on a tape of {self.start} to {self.stop}"
+            f"positions {min(position)} to {max(position)} are not on a tape of "
+            f"{self.start} to {self.stop}"
         )
         offset = [p - self.start for p in position]
         return [layer.at(batch_index, offset) for layer in self.layers]
 
 
 class StreamGroups:
-    """Lays R streams out by the shared row each belongs to, so that a row's streams meet its tensors in one product.
+    """Lays R streams out by the shared row each belongs to, so that a row's streams meet its
+    tensors in one product.
 
-    `gather` turns [R, T, ...] into [rows, M * T, ...] (M: most streams of one row, short rows padded with a repeat),
-    `scatter` undoes it.
+    `gather` turns [R, T, ...] into [rows, M * T, ...] (M: most streams of one row, short rows
+    padded with a repeat), `scatter` undoes it.
     """
 
     def __init__(self, rows: Sequence[int], num_rows: int) -> None:
@@ -120,10 +131,11 @@ class StreamGroups:
 
 
 def gather_tokens(x: Tensor, batch_index: Sequence[int], token_index: list[list[int]]) -> Tensor:
-    """x [B, T, c], token_index [R][n] -> [R, n, c]: chosen tokens of text batch_index[r] for each stream r.
+    """x [B, T, c], token_index [R][n] -> [R, n, c]: chosen tokens of text batch_index[r] for each
+    stream r.
 
-    One `index_select` over the texts' tokens in the order they lie in memory: no copy of the texts, and a backward
-    of one scatter-add.
+    One `index_select` over the texts' tokens in the order they lie in memory: no copy of the texts,
+    and a backward of one scatter-add.
     """
     texts, length = x.shape[:2]
     time_first = texts > 1 and x.stride(0) < x.stride(1)
@@ -142,9 +154,9 @@ def gather_tokens(x: Tensor, batch_index: Sequence[int], token_index: list[list[
 class TokenHistory:
     """Per-token tensors (keys and values, a chunk not yet written) of the recent past of R streams.
 
-    Stream r's past is the first `limit[r]` tokens of `text[rows[r]]`, then its own tokens. The text part is shared by
-    all branches and only ever read under a mask; a stream that did not branch keeps its past in `own` alone.
-    Every tensor is [streams or texts, tokens, ...].
+    Stream r's past is the first `limit[r]` tokens of `text[rows[r]]`, then its own tokens. The text
+    part is shared by all branches and only ever read under a mask; a stream that did not branch
+    keeps its past in `own` alone. Every tensor is [streams or texts, tokens, ...].
     """
 
     own: tuple[Tensor, ...]
@@ -160,7 +172,8 @@ class TokenHistory:
     def branch(
         cls, text: tuple[Tensor, ...], rows: Sequence[int], limit: Sequence[int]
     ) -> TokenHistory:
-        """Streams that have just left their texts after `limit` tokens of them: no tokens of their own yet."""
+        """Streams that have just left their texts after `limit` tokens of them: no tokens of their
+        own yet."""
         none = tuple(x.new_empty(len(rows), 0, *x.shape[2:]) for x in text)
         return cls(none, text, tuple(rows), tuple(limit))
 
@@ -176,9 +189,10 @@ class TokenHistory:
         return replace(self, own=tuple(x[:, start:] for x in self.own))
 
     def select(self, indices: Sequence[int]) -> TokenHistory:
-        """The histories of the given streams. Repeats share: own tokens become a text of their own if there is none."""
+        """The histories of the given streams. Repeats share: own tokens become a text of their own
+        if there is none."""
         if self.text is None:
-            if len(set(indices)) == len(indices):
+            if len(set(indices)) == len(indices) or self.own_length == 0:
                 return replace(self, own=_rows(self.own, indices))
             return TokenHistory.branch(self.own, indices, [self.own_length] * len(indices))
         return replace(

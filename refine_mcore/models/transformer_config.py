@@ -1,7 +1,7 @@
 """`FastWeightConfig`: Megatron's `TransformerConfig` with an `Architecture` in it.
 
-The architecture says what the model is; this joins it with how a run holds it (dtype, parallel sizes) and checks
-that the two fit, in sentences that name the sizes that would.
+The architecture says what the model is; this joins it with how a run holds it (dtype, parallel
+sizes) and checks that the two fit, in sentences that name the sizes that would.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ def transformer_config(
 ) -> FastWeightConfig:
     """The Megatron configuration that runs `architecture` in `dtype` at the given layout.
 
-    `megatron_options` are further `TransformerConfig` fields (recompute, pipeline split, ...). Losses and gradients
-    are plain sums over the global batch, so per-token scaling is on. Raises UserError where a size does not divide.
+    `megatron_options` are further `TransformerConfig` fields (recompute, pipeline split, ...).
+    Losses and gradients are plain sums over the global batch, so per-token scaling is on. Raises
+    UserError where a size does not divide.
     """
     check_layout(architecture, tensor_parallel, pipeline_parallel)
     return FastWeightConfig(
@@ -62,7 +63,8 @@ def transformer_config(
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         init_method_std=architecture.initializer_range,
-        # weights are drawn or loaded by name after construction, the same at every layout (initialization.py)
+        # weights are drawn or loaded by name after construction, the same at every layout
+        # (initialization.py)
         perform_initialization=False,
         calculate_per_token_loss=True,
         params_dtype=dtype,
@@ -82,8 +84,8 @@ def check_layout(architecture: Architecture, tensor_parallel: int, pipeline_para
         if size % tensor_parallel:
             fitting = ", ".join(str(n) for n in _common_divisors(sharded.values()))
             raise UserError(
-                f"tensor parallel size {tensor_parallel} does not divide the model's {name} of {size}; "
-                f"sizes that work: {fitting}"
+                f"tensor parallel size {tensor_parallel} does not divide the model's {name} "
+                f"of {size}; sizes that work: {fitting}"
             )
     if pipeline_parallel > architecture.num_layers:
         raise UserError(
@@ -93,7 +95,8 @@ def check_layout(architecture: Architecture, tensor_parallel: int, pipeline_para
 
 
 def padded_vocab_size(architecture: Architecture, tensor_parallel: int) -> int:
-    """The vocabulary rounded up to a multiple of the tensor-parallel size; the padding counts as -inf."""
+    """The vocabulary rounded up to a multiple of the tensor-parallel size; the padding counts as
+    -inf."""
     return -(-architecture.vocab_size // tensor_parallel) * tensor_parallel
 
 

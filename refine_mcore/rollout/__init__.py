@@ -1,1 +1,2 @@
-"""Rollouts branched in place from the states of a training forward: where to branch, decoding, scoring."""
+"""Rollouts branched in place from the states of a training forward: where to branch, decoding,
+scoring."""

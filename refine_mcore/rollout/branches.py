@@ -15,9 +15,11 @@ from refine_mcore.models.state import gather_tokens
 
 @dataclass(frozen=True)
 class Branches:
-    """R branch points over a batch of texts: branch r leaves text `batch_index[r]` after `position[r]` tokens.
+    """R branch points over a batch of texts: branch r leaves text `batch_index[r]` after
+    `position[r]` tokens.
 
-    Rows are sequence-major, then position. All on the host: reading positions back is the step's one planned sync.
+    Rows are sequence-major, then position. All on the host: reading positions back is the step's
+    one planned sync.
     """
 
     batch_index: tuple[int, ...]
@@ -43,7 +45,8 @@ class Branches:
         )
 
     def rows_before(self, x: Tensor) -> Tensor:
-        """x [S, B, c] at the last token of each prefix: [R, c]; its logits give the first rollout token."""
+        """x [S, B, c] at the last token of each prefix: [R, c]; its logits give the first rollout
+        token."""
         index = [[p - 1] for p in self.position]
         return gather_tokens(x.transpose(0, 1), self.batch_index, index)[:, 0]
 
@@ -60,7 +63,8 @@ class _Draw(IntEnum):
 
 @dataclass(frozen=True)
 class Randomness:
-    """Every random draw of a step as a function of (seed, step, sample, position, rollout, token) and nothing else.
+    """Every random draw of a step as a function of (seed, step, sample, position, rollout, token)
+    and nothing else.
 
     The layout of a run - tensor, pipeline, data parallel, micro-batches - cannot show in it.
     """

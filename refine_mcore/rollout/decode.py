@@ -24,9 +24,10 @@ def decode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Roll out k tokens for R streams.
 
-    `logits` [R, V / tp] emit the first token; `keys(j)` [R] decide the draw of token j, None decodes greedily. A token
-    is drawn from softmax(logits / temperature). Returns tokens [R, k], their log-probs [R, k] under that distribution as
-    seen by these passes, and the logits [R, k, V / tp] that emitted them.
+    `logits` [R, V / tp] emit the first token; `keys(j)` [R] decide the draw of token j, None
+    decodes greedily. A token is drawn from softmax(logits / temperature). Returns tokens [R, k],
+    their log-probs [R, k] under that distribution as seen by these passes, and the logits [R, k, V
+    / tp] that emitted them.
     """
     states = [state.detach() for state in states]
     options = vocabulary_options(model)

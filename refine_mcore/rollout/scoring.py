@@ -1,4 +1,5 @@
-"""Log-probs and hidden states of rollouts: one forward of all branches' k tokens from their states."""
+"""Log-probs and hidden states of rollouts: one forward of all branches' k tokens from their
+states."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import torch
 from refine_kernels.dispatch import log_probs_and_entropy
 from torch import Tensor
+from torch.profiler import record_function
 
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.state import FastWeightState
@@ -15,12 +17,14 @@ from refine_mcore.rollout.vocabulary import vocabulary_options
 
 
 class BranchScores(NamedTuple):
-    """log_probs [R, k] of the rollout tokens; hidden [R, k, d], final hidden states after consuming each of them."""
+    """log_probs [R, k] of the rollout tokens; hidden [R, k, d], final hidden states after consuming
+    each of them."""
 
     log_probs: Tensor
     hidden: Tensor
 
 
+@record_function("refine/score")
 def score(
     model: FastWeightModel,
     states: Sequence[FastWeightState],
@@ -28,10 +32,12 @@ def score(
     tokens: Tensor,
     temperature: float = 1.0,
 ) -> BranchScores:
-    """Score the rollouts `tokens` [R, k] from the states of their branches, with gradients through both.
+    """Score the rollouts `tokens` [R, k] from the states of their branches, with gradients through
+    both.
 
-    `prefix_hidden` [R, d] is the text's own final hidden state before each branch: it emits the first token. Of the k
-    branch hidden states the last emits nothing; the reward compares it all the same.
+    `prefix_hidden` [R, d] is the text's own final hidden state before each branch: it emits the
+    first token. Of the k branch hidden states the last emits nothing; the reward compares it all
+    the same.
     """
     hidden = model(tokens, states).hidden.transpose(0, 1)
     emitting = torch.cat([prefix_hidden[:, None], hidden[:, :-1]], dim=1)
@@ -41,7 +47,8 @@ def score(
 def rollout_log_probs(
     model: FastWeightModel, emitting: Tensor, tokens: Tensor, temperature: float
 ) -> Tensor:
-    """Log-probs [R, k] of tokens [R, k] under softmax(logits / temperature) of the hidden states [R, k, d] that emit them."""
+    """Log-probs [R, k] of tokens [R, k] under softmax(logits / temperature) of the hidden states
+    [R, k, d] that emit them."""
     logits = model.logits(emitting.transpose(0, 1)).transpose(0, 1)
     log_probs, _ = log_probs_and_entropy(
         logits, tokens, with_entropy=False, temperature=temperature, **vocabulary_options(model)

@@ -3,8 +3,8 @@
     RUN/checkpoints/iter_0000040/          one checkpoint; appears by rename once it is complete
     RUN/checkpoints/latest_checkpointed_iteration.txt
 
-A checkpoint carries the architecture and, if the run began from one, the Hugging Face files (conversion/description.py),
-so that `tools/convert_hf.py export` reads it like a converted one.
+A checkpoint carries the architecture and, if the run began from one, the Hugging Face files
+(conversion/description.py), so that `tools/convert_hf.py export` reads it like a converted one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.sharding import sharded_tensors
 
 _LATEST = "latest_checkpointed_iteration.txt"
+# What a run's own configuration says of each group of parameters, whatever the checkpoint says.
+_GROUP_OPTIONS = ("max_lr", "min_lr", "betas", "eps")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Progress:
 
 
 def load_weights(model: FastWeightModel, checkpoint: Path) -> None:
-    """Fill the model from a checkpoint of any layout and dtype. Raises UserError if it does not fit."""
+    """Fill the model from a checkpoint of any layout and dtype. Raises UserError if it does not
+    fit."""
     directory = find_checkpoint(checkpoint)
     sharded = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
     model.load_state_dict(_load(model, {"model": sharded}, directory)["model"])
@@ -58,7 +61,8 @@ def save_training(
     scheduler: Any,
     origin: Path | None,
 ) -> Path:
-    """Write the checkpoint of `progress.step`; every rank calls it. `origin` is what the run's weights came from."""
+    """Write the checkpoint of `progress.step`; every rank calls it. `origin` is what the run's
+    weights came from."""
     final = directory / f"iter_{progress.step:07d}"
     partial = directory / f".iter_{progress.step:07d}.partial"
     first_rank = dist.get_rank() == 0
@@ -90,15 +94,21 @@ def save_training(
 def load_training(
     checkpoint: Path, model: FastWeightModel, optimizer: Any, scheduler: Any
 ) -> Progress:
-    """Restore weights, optimizer and schedule from a training checkpoint; returns where the run was."""
+    """Restore weights, optimizer and schedule from a training checkpoint; returns where the run
+    was."""
     directory = find_checkpoint(checkpoint)
     compat.prime_optimizer(optimizer)
     template = _training_state(Progress(), model, optimizer, scheduler, is_loading=True)
     state = _load(model, template, directory)
     if "progress" not in state:
-        raise UserError(f"{directory} holds weights only: name it as model.checkpoint, not checkpoint.load")
+        raise UserError(
+            f"{directory} holds weights only: name it as model.checkpoint, not checkpoint.load"
+        )
     model.load_state_dict(state["model"])
+    options = [{name: group[name] for name in _GROUP_OPTIONS} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        group.update(own)
     scheduler.load_state_dict(state["scheduler"])
     return Progress(**state["progress"])
 
@@ -118,7 +128,9 @@ def _training_state(
 
 
 def _load(model: FastWeightModel, template: dict[str, Any], directory: Path) -> dict[str, Any]:
-    stored = read_metadata(directory).state_dict_metadata  # also refuses foreign pickles before Megatron opens any
+    stored = read_metadata(
+        directory
+    ).state_dict_metadata  # also refuses foreign pickles before Megatron opens any
     for shard in sharded_tensors(model):
         if shard.key not in stored:
             raise UserError(f"checkpoint {directory} lacks the tensor {shard.key}")

@@ -1,4 +1,5 @@
-"""The training loop behind `examples/pretrain_refine.py`: next-token warm-up, then ReFINE steps, with metrics and checkpoints."""
+"""The training loop behind `examples/pretrain_refine.py`: next-token warm-up, then ReFINE steps,
+with metrics and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ import torch.distributed as dist
 
 from refine_mcore import platform
 from refine_mcore.config import Config, data_parallel_layout, prepare_run_directory
-from refine_mcore.data import LongDocumentWindows, Tokenizer, batch_iterator, build_dataset, load_tokenizer
+from refine_mcore.data import (
+    LongDocumentWindows,
+    Tokenizer,
+    batch_iterator,
+    build_dataset,
+    load_tokenizer,
+)
 from refine_mcore.errors import UserError
 from refine_mcore.models.transformer_config import check_layout
 from refine_mcore.training.checkpointing import (
@@ -92,7 +99,11 @@ class _Run:
             self._say(samples)
         self._say(
             f"metrics      {self.directory / 'metrics.jsonl'}\n"
-            + (f"TensorBoard  tensorboard --logdir {self.directory}\n" if config.run.tensorboard else "")
+            + (
+                f"TensorBoard  tensorboard --logdir {self.directory}\n"
+                if config.run.tensorboard
+                else ""
+            )
             + f"checkpoint   {latest_checkpoint(self.directory / 'checkpoints')}"
         )
 
@@ -115,7 +126,8 @@ class _Run:
                     seconds = time.perf_counter() - started
                     writer.write(self._step_metrics(step, reduced, grad_norm, lr, seconds))
                 step += 1
-                self.progress = Progress(step, step * config.training.global_batch_size)
+                consumed = self.progress.consumed_samples + config.training.global_batch_size
+                self.progress = Progress(step, consumed)
                 if step % config.checkpoint.save_interval == 0 or step == config.training.steps:
                     self._save()
         finally:

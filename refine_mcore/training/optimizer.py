@@ -21,10 +21,15 @@ from refine_mcore.models.fast_weight_model import FastWeightModel
 def wrap_data_parallel(
     model: FastWeightModel, config: OptimizerConfig, pg_collection: Any
 ) -> DistributedDataParallel:
-    """Megatron's DDP around the model, gradients summed over ranks (the losses are global means already)."""
+    """Megatron's DDP around the model, gradients summed over ranks (the losses are global means
+    already)."""
     wrapped = DistributedDataParallel(
         model.config,
-        DistributedDataParallelConfig(use_distributed_optimizer=config.use_distributed_optimizer),
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=config.use_distributed_optimizer,
+            # Micro-batches and ranks are summed in float32 where the weights are bfloat16.
+            grad_reduce_in_fp32=model.config.params_dtype == torch.bfloat16,
+        ),
         model,
         pg_collection=pg_collection,
     )
@@ -34,7 +39,8 @@ def wrap_data_parallel(
 
 
 def _finalize_summed_gradients(model: list[Any], num_tokens: Any = None, **options: Any) -> None:
-    """`finalize_model_grads` without its division by a token count: losses are divided where they are made."""
+    """`finalize_model_grads` without its division by a token count: losses are divided where they
+    are made."""
     del num_tokens
     finalize_model_grads(model, None, **options)
 
@@ -72,5 +78,8 @@ def build_optimizer(
         end_wd=options.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A resumed run follows its own configuration, not the one it was saved under.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
     return optimizer, scheduler

@@ -1,9 +1,11 @@
-"""The published schedule, kept as the reference that tests and benchmarks compare against: every rollout runs its own prefix
-again, to generate, to score for old log-probs and rewards, and to train.
+"""The published schedule, kept as the reference that tests and benchmarks compare against: every
+rollout runs its own prefix again, to generate, to score for old log-probs and rewards, and to
+train.
 
-Departures from the published code, so that the comparison is with the best form of copying: generation uses a state cache
-(the published LaCT re-runs the prefix for every token), and prefixes are not padded (their chunk grid is the text's).
-Given the same randomness its loss and gradient are those of the `fused` mode.
+Departures from the published code, so that the comparison is with the best form of copying:
+generation uses a state cache (the published LaCT re-runs the prefix for every token), and prefixes
+are not padded (their chunk grid is the text's). Given the same randomness its loss and gradient are
+those of the `fused` mode.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def prefix_copy(context: StepContext, batches: Sequence[TextBatch]) -> Iterator[
 
 
 def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, WorkMetrics]:
-    """Positions, rollouts, old log-probs, rewards and advantages of a batch, each branch from its own prefix."""
+    """Positions, rollouts, old log-probs, rewards and advantages of a batch, each branch from its
+    own prefix."""
     text = text_pass(context.model, batch, with_entropy=True, record=False)
     branches = choose_branches(text, batch, context.config, context.randomness)
     rows = range(len(branches))

@@ -1,7 +1,8 @@
-"""The parts a ReFINE step is made of: text pass, rollouts, rewards, losses. `step_modes.py` puts them in order.
+"""The parts a ReFINE step is made of: text pass, rollouts, rewards, losses. `step_modes.py` puts
+them in order.
 
-Losses are sums over the global number of valid targets, handed in as denominators, so that micro-batches and ranks add up
-to the same loss at every layout.
+Losses are sums over the global number of valid targets, handed in as denominators, so that
+micro-batches and ranks add up to the same loss at every layout.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from refine_kernels.dispatch import log_probs_and_entropy
 from torch import Tensor
+from torch.profiler import record_function
 
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
@@ -29,7 +31,8 @@ from refine_mcore.training.step_metrics import TextRecord, WorkMetrics
 
 @dataclass(frozen=True)
 class TextBatch:
-    """tokens [B, S], mask [B, S] of valid tokens (padding only behind them), sample_index [B]: place in the data order."""
+    """tokens [B, S], mask [B, S] of valid tokens (padding only behind them), sample_index [B]:
+    place in the data order."""
 
     tokens: Tensor
     mask: Tensor
@@ -42,9 +45,11 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class TextPass:
-    """One forward over the texts: hidden [S, B, d], logits [S, B, V / tp], log_probs and entropy [B, S], the tape.
+    """One forward over the texts: hidden [S, B, d], logits [S, B, V / tp], log_probs and entropy
+    [B, S], the tape.
 
-    log_probs[b, t] is of token t + 1, entropy[b, t] of its distribution; both are meaningless at the last token.
+    log_probs[b, t] is of token t + 1, entropy[b, t] of its distribution; both are meaningless at
+    the last token.
     """
 
     hidden: Tensor
@@ -56,7 +61,8 @@ class TextPass:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Rollouts of a batch: R = B c branches, n each, sequence-major; drawn_log_probs are those the decode passes saw."""
+    """Rollouts of a batch: R = B c branches, n each, sequence-major; drawn_log_probs are those the
+    decode passes saw."""
 
     branches: Branches
     tokens: Tensor  # [R n, k]
@@ -65,7 +71,8 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class ScoredRollouts:
-    """Rollouts with what the policy loss needs of the time they were made: old_log_probs [R n, k], advantages [R n]."""
+    """Rollouts with what the policy loss needs of the time they were made: old_log_probs [R n, k],
+    advantages [R n]."""
 
     rollouts: Rollouts
     old_log_probs: Tensor
@@ -73,6 +80,7 @@ class ScoredRollouts:
     advantages: Tensor
 
 
+@record_function("refine/text forward")
 def text_pass(
     model: FastWeightModel, batch: TextBatch, *, with_entropy: bool, record: bool
 ) -> TextPass:
@@ -88,11 +96,13 @@ def text_pass(
 
 
 def ntp_loss(text: TextPass, batch: TextBatch, denominator: Tensor) -> Tensor:
-    """-sum log p(next token) over valid targets / denominator (Eq. 2, averaged over the whole batch)."""
+    """-sum log p(next token) over valid targets / denominator (Eq. 2, averaged over the whole
+    batch)."""
     valid = batch.mask[:, 1:] & batch.mask[:, :-1]
     return -(text.log_probs[:, :-1] * valid).sum() / denominator
 
 
+@record_function("refine/choose positions")
 def choose_branches(
     text: TextPass, batch: TextBatch, config: RefineConfig, randomness: Randomness
 ) -> Branches:
@@ -113,12 +123,15 @@ def choose_branches(
     return Branches.at(positions)
 
 
+@record_function("refine/read states")
 def branch_states(text: TextPass, branches: Branches, n: int) -> list[FastWeightState]:
-    """Per layer, the states of n streams at every branch, read from the tape of `text` with its gradients."""
+    """Per layer, the states of n streams at every branch, read from the tape of `text` with its
+    gradients."""
     assert text.tape is not None
     return [state.fork(n) for state in text.tape.at(branches.batch_index, branches.position)]
 
 
+@record_function("refine/decode")
 def roll_out(
     model: FastWeightModel,
     states: Sequence[FastWeightState],
@@ -128,7 +141,8 @@ def roll_out(
     config: RefineConfig,
     randomness: Randomness,
 ) -> Rollouts:
-    """n rollouts of k tokens from every branch; `states` and `first_logits` [R n, V / tp] are those of the streams."""
+    """n rollouts of k tokens from every branch; `states` and `first_logits` [R n, V / tp] are those
+    of the streams."""
     n = config.rollouts_per_position
     tokens, log_probs, _ = decode(
         model,
@@ -141,6 +155,7 @@ def roll_out(
     return Rollouts(branches, tokens, log_probs)
 
 
+@record_function("refine/reward")
 def reward_rollouts(
     text: TextPass,
     batch: TextBatch,
@@ -148,7 +163,8 @@ def reward_rollouts(
     scores: BranchScores,
     config: RefineConfig,
 ) -> ScoredRollouts:
-    """Rewards against the text's own continuation (Eq. 9, 11, 12) and group-relative advantages; no gradient."""
+    """Rewards against the text's own continuation (Eq. 9, 11, 12) and group-relative advantages; no
+    gradient."""
     n, k = config.rollouts_per_position, config.rollout_tokens
     branches = rollouts.branches.fork(n)
     with torch.no_grad():
@@ -212,7 +228,7 @@ def describe(batch: TextBatch, text: TextPass, scored: ScoredRollouts) -> WorkMe
 
 
 def policy_denominator(num_sequences: int, config: RefineConfig) -> float:
-    """What policy losses of `num_sequences` sequences over all ranks are divided by: their tokens, or their rollouts."""
+    """What policy losses of `num_sequences` sequences over all ranks are divided by: their tokens,
+    or their rollouts."""
     rollouts = num_sequences * config.num_chunks * config.rollouts_per_position
     return float(rollouts * (config.rollout_tokens if config.aggregation == "token-mean" else 1))
-

@@ -19,14 +19,16 @@ from refine_mcore.training.checkpointing import load_weights
 
 
 def resolve_architecture(config: Config) -> Architecture:
-    """The architecture a run asks for: its checkpoint's or its preset's, with the overrides on top."""
+    """The architecture a run asks for: its checkpoint's or its preset's, with the overrides on
+    top."""
     model = config.model
     named = preset(model.preset) if model.preset is not None else None
     if model.checkpoint is not None:
         stored = read_description(find_checkpoint(Path(model.checkpoint))).architecture
         if named is not None and named != stored:
             raise UserError(
-                f"model.preset {model.preset} is not the architecture of model.checkpoint {model.checkpoint}"
+                f"model.preset {model.preset} is not the architecture of "
+                f"model.checkpoint {model.checkpoint}"
             )
         named = stored
     assert named is not None, "validate() asks for a preset or a checkpoint"
@@ -36,11 +38,17 @@ def resolve_architecture(config: Config) -> Architecture:
 def check_supported(config: Config) -> None:
     """Raise UserError for layouts and options that the step does not run yet."""
     if config.parallel.pipeline > 1:
-        raise UserError("parallel.pipeline must be 1: the ReFINE step does not run in a pipeline yet")
+        raise UserError(
+            "parallel.pipeline must be 1: the ReFINE step does not run in a pipeline yet"
+        )
     if config.parallel.sequence_parallel:
-        raise UserError("parallel.sequence_parallel must be false: the ReFINE step does not support it yet")
+        raise UserError(
+            "parallel.sequence_parallel must be false: the ReFINE step does not support it yet"
+        )
     if config.training.recompute is not None:
-        raise UserError("training.recompute must be null: the tape does not support recomputation yet")
+        raise UserError(
+            "training.recompute must be null: the tape does not support recomputation yet"
+        )
 
 
 def training_model(config: Config, pg_collection: Any) -> FastWeightModel:
@@ -54,6 +62,7 @@ def training_model(config: Config, pg_collection: Any) -> FastWeightModel:
             sequence_parallel=config.parallel.sequence_parallel,
         ),
         pg_collection,
+        transformer_engine=config.model.transformer_engine,
     )
     if config.model.checkpoint is not None:
         load_weights(model, Path(config.model.checkpoint))

@@ -8,7 +8,13 @@ from refine_mcore.config import Config
 from refine_mcore.data import LongDocumentWindows, Tokenizer
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.rollout.branches import Branches, Randomness
-from refine_mcore.training.refine_loss import TextBatch, branch_states, choose_branches, roll_out, text_pass
+from refine_mcore.training.refine_loss import (
+    TextBatch,
+    branch_states,
+    choose_branches,
+    roll_out,
+    text_pass,
+)
 
 _CONTEXT_TOKENS = 16
 _SHOWN = 3
@@ -22,7 +28,11 @@ def show_rollouts(
     refine = config.refine
     device = next(model.parameters()).device
     tokens = dataset[0][None].to(device)
-    batch = TextBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros(1, dtype=torch.long, device=device))
+    batch = TextBatch(
+        tokens,
+        torch.ones_like(tokens, dtype=torch.bool),
+        torch.zeros(1, dtype=torch.long, device=device),
+    )
     randomness = Randomness(config.training.seed, config.training.steps)
     text = text_pass(model, batch, with_entropy=True, record=True)
     chosen = choose_branches(text, batch, refine, randomness)

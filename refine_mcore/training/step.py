@@ -1,4 +1,5 @@
-"""One training step: a batch through its mode, each optimizer step through Megatron's own schedule and optimizer."""
+"""One training step: a batch through its mode, each optimizer step through Megatron's own schedule
+and optimizer."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
+from torch.profiler import record_function
 
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
@@ -45,18 +47,18 @@ class TrainStep:
     ) -> tuple[ReducedMetrics, float]:
         """Train on this rank's micro-batches of batch `step`; `mode` overrides the configured one.
 
-        Returns the step's metrics over all ranks and the gradient norm before clipping (of the last optimizer step).
+        Returns the step's metrics over all ranks and the gradient norm before clipping (of the last
+        optimizer step).
         """
         module: FastWeightModel = self._model.module
-        context = StepContext(
-            module, self._config, Randomness(self._seed, step), self._groups.dp
-        )
+        context = StepContext(module, self._config, Randomness(self._seed, step), self._groups.dp)
         metrics, grad_norm, steps = StepAccumulator(), 0.0, 0
         for work in STEP_MODES[mode or self._config.mode](context, batches):
             self._model.zero_grad_buffer()
             self._optimizer.zero_grad()
             forward_backward(self._model, work, metrics)
-            _, norm, _ = self._optimizer.step()
+            with record_function("refine/optimizer"):
+                _, norm, _ = self._optimizer.step()
             grad_norm, steps = float(norm or 0.0), steps + 1
         return metrics.reduce(self._groups.dp, steps), grad_norm
 
@@ -64,7 +66,8 @@ class TrainStep:
 def forward_backward(
     model: DistributedDataParallel, work: list[Work], metrics: StepAccumulator
 ) -> None:
-    """Forward and backward of all work items by Megatron's schedule; gradients are summed over ranks and items."""
+    """Forward and backward of all work items by Megatron's schedule; gradients are summed over
+    ranks and items."""
 
     def forward_step(items: Iterator[Work], model: Any) -> tuple[Tensor, Any]:
         loss, reported = next(items)()

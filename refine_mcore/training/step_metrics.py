@@ -1,6 +1,7 @@
 """What a step reports: sums over micro-batches, and per text the positions, rollouts and rewards.
 
-Everything stays on the device until `StepAccumulator.reduce`, which brings the whole step to the host in one go.
+Everything stays on the device until `StepAccumulator.reduce`, which brings the whole step to the
+host in one go.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextRecord:
-    """Per text of a micro-batch: sample_index [B], positions [B, c], tokens [B, c n k], rewards [B, c n]."""
+    """Per text of a micro-batch: sample_index [B], positions [B, c], tokens [B, c n k], rewards [B,
+    c n]."""
 
     sample_index: Tensor
     positions: Tensor
@@ -33,7 +35,8 @@ class WorkMetrics:
 
 @dataclass(frozen=True)
 class ReducedMetrics:
-    """One step on the host. Rollout fields are None in a step without rollouts; texts are in sample order."""
+    """One step on the host. Rollout fields are None in a step without rollouts; texts are in sample
+    order."""
 
     loss_ntp: float
     loss_policy: float | None = None
@@ -60,7 +63,8 @@ class StepAccumulator:
             self.texts.append(metrics.texts)
 
     def reduce(self, dp_group: dist.ProcessGroup, optimizer_steps: int) -> ReducedMetrics:
-        """Sum over data-parallel ranks. Losses are averaged over the optimizer steps of the batch."""
+        """Sum over data-parallel ranks. Losses are averaged over the optimizer steps of the
+        batch."""
         names = sorted(self.sums)
         total = torch.stack([self.sums[name].double() for name in names])
         dist.all_reduce(total, group=dp_group)

@@ -1,14 +1,15 @@
 """The modes of a training step behind one interface: what to run, in which order, for one batch.
 
-A mode turns this rank's micro-batches into optimizer steps; each is a list of `Work`, one entry per Megatron micro-batch,
-whose losses add up to
+A mode turns this rank's micro-batches into optimizer steps; each is a list of `Work`, one entry per
+Megatron micro-batch, whose losses add up to
 
     ntp_weight * NTP + policy_weight * policy        (paper, section 3; both over global counts)
 
 * `ntp`: the next-token loss alone.
-* `fused`: one forward over the text, rollouts branched in place from its states, one backward for both losses.
-* `two_phase`: the paper's schedule. Rollouts, old log-probs and rewards for the whole batch first, without gradients; then
-  one optimizer step per mini-batch on the stored rollouts.
+* `fused`: one forward over the text, rollouts branched in place from its states, one backward for
+  both losses.
+* `two_phase`: the paper's schedule. Rollouts, old log-probs and rewards for the whole batch first,
+  without gradients; then one optimizer step per mini-batch on the stored rollouts.
 * `prefix_copy` (prefix_copy.py): the published way, kept as the reference.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
-from refine_mcore.rollout.branches import Branches, Randomness
+from refine_mcore.rollout.branches import Randomness
 from refine_mcore.rollout.scoring import BranchScores, score
 from refine_mcore.training.refine_loss import (
     ScoredRollouts,
@@ -47,7 +48,8 @@ Work = Callable[[], tuple[Tensor, WorkMetrics]]
 
 @dataclass(frozen=True)
 class StepContext:
-    """What every mode needs: the unwrapped model, the objective, this step's randomness, the data-parallel group."""
+    """What every mode needs: the unwrapped model, the objective, this step's randomness, the
+    data-parallel group."""
 
     model: FastWeightModel
     config: RefineConfig
@@ -55,13 +57,15 @@ class StepContext:
     dp_group: dist.ProcessGroup
 
     def global_targets(self, batches: Sequence[TextBatch]) -> Tensor:
-        """Valid next-token targets of these micro-batches over all data-parallel ranks; stays on the device."""
+        """Valid next-token targets of these micro-batches over all data-parallel ranks; stays on
+        the device."""
         count = torch.stack([batch.num_targets() for batch in batches]).sum()
         dist.all_reduce(count, group=self.dp_group)
         return count
 
     def policy_denominator(self, batches: Sequence[TextBatch]) -> float:
-        """What the policy loss of these micro-batches is divided by; every data-parallel rank has as many."""
+        """What the policy loss of these micro-batches is divided by; every data-parallel rank has
+        as many."""
         local = sum(batch.tokens.shape[0] for batch in batches)
         return policy_denominator(local * self.dp_group.size(), self.config)
 
@@ -137,8 +141,8 @@ def _train_on_stored(
 def _branch(
     context: StepContext, batch: TextBatch, text: TextPass
 ) -> tuple[ScoredRollouts, BranchScores]:
-    """Choose positions, roll out, score and reward, in place. The states are read once: detached for decoding,
-    with the gradients of `text` for scoring."""
+    """Choose positions, roll out, score and reward, in place. The states are read once: detached
+    for decoding, with the gradients of `text` for scoring."""
     model, config = context.model, context.config
     branches = choose_branches(text, batch, config, context.randomness)
     streams = branches.fork(config.rollouts_per_position)

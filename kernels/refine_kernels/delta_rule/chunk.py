@@ -1,0 +1,321 @@
+"""Chunkwise parallel form of the delta rule, with and without decay, in plain torch.
+
+In a chunk with incoming state S and cumulated log decay c_t = g_1 + ... + g_t, the prediction
+errors e_t = v_t - exp(g_t) S_{t-1}^T k_t of all tokens solve one unit lower triangular system,
+
+    (I + G diag(beta)) E = V - exp(c) K S,        G_ts = exp(c_t - c_s) k_t.k_s  for s < t,
+
+and with the writes U = beta * E the output and the outgoing state are matrix products:
+
+    O  = exp(c) Q S + P U,      P_ts = exp(c_t - c_s) q_t.k_s  for s <= t,     q scaled
+    S' = exp(c_C) S + (exp(c_C - c) K)^T U.
+
+(Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule", section 3, and "Gated
+Delta Networks", section 3.3; they solve for U.  Solving for E makes every gradient, that of beta
+included, free of a division by beta, which may be zero.)
+
+Products within chunks run over several chunks at once; only products with the state are in a loop.
+The backward pass through that loop is written by hand: it keeps the inputs, E and one state per
+call, and recomputes the rest, where autograd would keep every intermediate.  Nothing is padded:
+the tokens after the last full chunk are a chunk of their own.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Products within chunks are batched over this many chunks: enough for wide matrix products, few
+# enough for the temporaries of a call to stay in cache (measured on CPU: 8 to 16 are best).
+_CHUNKS_AT_ONCE = 8
+
+
+def chunk_delta_rule(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """Delta rule over a piece of text.
+
+    q, k [B,T,H,K]; v [B,T,H,V]; beta [B,T,H]; initial_state [B,H,K,V] or None for zeros;
+    scale defaults to K**-0.5.  q=None only advances the state.  A token with beta = 0 leaves the
+    state as it is.
+
+    Returns (o [B,T,H,V] in the dtype of v, or None; final state [B,H,K,V]; the states before each
+    chunk of ``chunk_size`` tokens, counted from the start of this piece).  States are at least
+    float32 and part of the autograd graph.  Differentiable once.
+    """
+    return chunk_rule(q, k, v, beta, None, scale, initial_state, chunk_size)
+
+
+def chunk_rule(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
+    b, t, h, k_dim = k.shape
+    scale = k_dim**-0.5 if scale is None else scale
+    state = k.new_zeros(b, h, k_dim, v.shape[-1]) if initial_state is None else initial_state
+    states = [state.to(torch.promote_types(v.dtype, torch.float32))]
+    rest = t % chunk_size
+    group = _CHUNKS_AT_ONCE * chunk_size
+    lengths = [min(group, t - rest - i) for i in range(0, t - rest, group)] + [rest] * (rest > 0)
+    pieces = [
+        # split, not slicing: its backward joins the pieces once.
+        [None] * len(lengths) if x is None else x.split(lengths, 1)
+        for x in (q, k, v, beta, g)
+    ]
+    outputs = []
+    for n, *piece in zip(lengths, *pieces, strict=True):
+        o, *new_states = _ChunkRule.apply(*piece, states[-1], scale, min(chunk_size, n))
+        outputs.append(o)
+        states += new_states
+    final_state = states.pop()
+    if q is None:
+        return None, final_state, states
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), final_state, states
+
+
+def _to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
+    """[B,T,H,D] -> [T/C, B*H, C, D]."""
+    x = x.unflatten(1, (-1, chunk_size)).permute(1, 0, 3, 2, 4)
+    return x.to(dtype).flatten(1, 2).contiguous()
+
+
+def _from_chunks(x: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    """[T/C, B*H, C, D] -> [B,T,H,D]."""
+    return x.unflatten(1, (batch, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2).to(dtype)
+
+
+class _Terms(NamedTuple):
+    """What q, k and g contribute to the equations above, for all chunks; None where absent."""
+
+    k_in: Tensor  # exp(c) K            [N,BH,C,K]
+    k_out: Tensor  # exp(c_C - c) K     [N,BH,C,K]
+    gram: Tensor  # G                   [N,BH,C,C]
+    q_in: Tensor | None  # exp(c) Q     [N,BH,C,K]
+    scores: Tensor | None  # P          [N,BH,C,C]
+    retain: Tensor | None  # exp(c_C)   [N,BH,1,1]
+
+    @classmethod
+    def of(cls, q: Tensor | None, k: Tensor, g: Tensor | None) -> "_Terms":
+        """From q (scaled), k [N,BH,C,K] and g [N,BH,C,1]."""
+        gram = (k @ k.transpose(-1, -2)).tril(-1)
+        scores = None if q is None else (q @ k.transpose(-1, -2)).tril()
+        if g is None:
+            return cls(k, k, gram, q, scores, None)
+        c = g.cumsum(-2)
+        size = c.shape[-2]
+        later = torch.ones(size, size, dtype=torch.bool, device=c.device).triu(1)
+        # -inf before exp: for s > t the difference is positive and could overflow.
+        decay = (c - c.transpose(-1, -2)).masked_fill(later, -torch.inf).exp()
+        from_start = c.exp()
+        return cls(
+            k_in=from_start * k,
+            k_out=decay[..., -1:, :].transpose(-1, -2) * k,
+            gram=decay * gram,
+            q_in=None if q is None else from_start * q,
+            scores=None if scores is None else decay * scores,
+            retain=from_start[..., -1:, :],
+        )
+
+    def inverse(self, beta: Tensor) -> Tensor:
+        """(I + G diag(beta))^-1, for beta [N,BH,C,1]."""
+        return _unit_lower_inverse(self.gram * beta.transpose(-1, -2))
+
+    def retained(self, state: Tensor, i: int) -> Tensor:
+        """exp(c_C) S of chunk i."""
+        return state if self.retain is None else self.retain[i] * state
+
+    def advance(self, state: Tensor, writes: Tensor, i: int) -> Tensor:
+        """The state after chunk i."""
+        return torch.baddbmm(self.retained(state, i), self.k_out[i].transpose(-1, -2), writes[i])
+
+
+def _unit_lower_inverse(a: Tensor) -> Tensor:
+    """(I + a)^-1 for strictly lower triangular a [..., n, n], by halves.
+
+    Block substitution: as accurate as a triangular solve also when keys repeat (summing powers of a
+    is not), and batched matrix products are faster on CPU than a batched solve.
+    """
+    n = a.shape[-1]
+    if n == 1:
+        return torch.ones_like(a)
+    h = n // 2
+    first, second = a[..., :h, :h], a[..., h:, h:]
+    if n % 2:
+        first, second = _unit_lower_inverse(first), _unit_lower_inverse(second)
+    else:
+        first, second = _unit_lower_inverse(torch.stack((first, second)))
+    inverse = torch.zeros_like(a)
+    inverse[..., :h, :h] = first
+    inverse[..., h:, h:] = second
+    inverse[..., h:, :h] = (second @ (a[..., h:, :h] @ first)).neg_()
+    return inverse
+
+
+class _ChunkRule(torch.autograd.Function):
+    """The rule over full chunks: (o or None, *states after each chunk)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        state: Tensor,
+        scale: float,
+        chunk_size: int,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.scale, ctx.chunk_size = scale, chunk_size
+        q_c, k_c, beta_c, g_c = _ChunkRule._chunked(ctx, q, k, beta, g, state.dtype)
+        v_c = _to_chunks(v, chunk_size, state.dtype)
+        terms = _Terms.of(q_c, k_c, g_c)
+        inverse = terms.inverse(beta_c)
+        errors, writes = torch.empty_like(v_c), torch.empty_like(v_c)
+        states = [state.flatten(0, 1)]
+        for i, v_i in enumerate(v_c):
+            unexplained = torch.baddbmm(v_i, terms.k_in[i], states[i], alpha=-1)
+            torch.bmm(inverse[i], unexplained, out=errors[i])
+            torch.mul(errors[i], beta_c[i], out=writes[i])
+            states.append(terms.advance(states[i], writes, i))
+        o = None
+        if terms.q_in is not None and terms.scores is not None:
+            out = terms.scores @ writes
+            for i, q_i in enumerate(terms.q_in):
+                out[i].baddbmm_(q_i, states[i])
+            o = _from_chunks(out, k.shape[0], v.dtype)
+        ctx.save_for_backward(q, k, v, beta, g, state, errors)
+        ctx.set_materialize_grads(False)
+        return o, *(s.unflatten(0, state.shape[:2]) for s in states[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_o: Tensor | None, *grad_states: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, beta, g, state, errors = ctx.saved_tensors
+        q_c, k_c, beta_c, g_c = _ChunkRule._chunked(ctx, q, k, beta, g, state.dtype)
+        k_c = k_c.detach().requires_grad_()
+        q_c = None if q_c is None else q_c.detach().requires_grad_()
+        g_c = None if g_c is None else g_c.detach().requires_grad_()
+        with torch.enable_grad():
+            terms = _Terms.of(q_c, k_c, g_c)
+        grad_terms, grad_v, grad_beta, grad_state = _loop_backward(
+            terms,
+            beta_c,
+            errors,
+            state.flatten(0, 1),
+            None if grad_o is None else _to_chunks(grad_o, ctx.chunk_size, state.dtype),
+            [None if x is None else x.flatten(0, 1) for x in grad_states],
+        )
+        used = [
+            (x, d)
+            for x, d in zip(terms, grad_terms, strict=True)
+            if x is not None and d is not None
+        ]
+        torch.autograd.backward([x for x, _ in used], [d for _, d in used])
+
+        def back(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
+            if grad is None or like is None:
+                return None
+            return _from_chunks(grad, k.shape[0], like.dtype).view(like.shape)
+
+        return (
+            back(None if q_c is None or q_c.grad is None else q_c.grad * ctx.scale, q),
+            back(k_c.grad, k),
+            back(grad_v, v),
+            back(grad_beta, beta),
+            back(None if g_c is None else g_c.grad, g),
+            grad_state.view(state.shape),
+            None,
+            None,
+        )
+
+    @staticmethod
+    def _chunked(
+        ctx: Any,
+        q: Tensor | None,
+        k: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        size = ctx.chunk_size
+        return (
+            None if q is None else _to_chunks(q, size, dtype) * ctx.scale,
+            _to_chunks(k, size, dtype),
+            _to_chunks(beta.unsqueeze(-1), size, dtype),
+            None if g is None else _to_chunks(g.unsqueeze(-1), size, dtype),
+        )
+
+
+def _loop_backward(
+    terms: _Terms,
+    beta: Tensor,
+    errors: Tensor,
+    state: Tensor,
+    grad_o: Tensor | None,
+    grad_states: Sequence[Tensor | None],
+) -> tuple[_Terms, Tensor, Tensor, Tensor]:
+    """Gradients of (terms, V, beta, initial state), from those of O and of each chunk's end state.
+
+    With dU the gradient of the writes as the output and the next state use them, the adjoint of the
+    triangular system is L = (I + G diag(beta))^-T (beta * dU), and the gradient of U in full is
+    dU - G^T L: later tokens' errors see it too.  L is the gradient of V.
+    """
+    writes = errors * beta
+    states = [state]
+    for i in range(len(writes) - 1):
+        states.append(terms.advance(states[i], writes, i))
+    adjoint = terms.inverse(beta).transpose(-1, -2)
+    grad_k_in, grad_k_out = torch.empty_like(terms.k_in), torch.empty_like(terms.k_in)
+    grad_v = torch.empty_like(errors)
+    grad_retain = None if terms.retain is None else torch.empty_like(terms.retain)
+    grad_writes = torch.zeros_like(writes)
+    grad_q_in, grad_scores = None, None
+    if grad_o is not None:
+        assert terms.q_in is not None and terms.scores is not None
+        grad_writes = terms.scores.transpose(-1, -2) @ grad_o
+        grad_scores = grad_o @ writes.transpose(-1, -2)
+        grad_q_in = torch.empty_like(terms.q_in)
+    grad_state = torch.zeros_like(state)
+    for i in reversed(range(len(writes))):
+        given = grad_states[i]
+        if given is not None:
+            grad_state = grad_state + given
+        grad_writes[i].baddbmm_(terms.k_out[i], grad_state)
+        torch.bmm(writes[i], grad_state.transpose(-1, -2), out=grad_k_out[i])
+        torch.bmm(adjoint[i], grad_writes[i] * beta[i], out=grad_v[i])
+        torch.bmm(grad_v[i], states[i].transpose(-1, -2), out=grad_k_in[i])
+        if grad_retain is not None:
+            torch.sum(grad_state * states[i], (-2, -1), keepdim=True, out=grad_retain[i])
+        grad_state = terms.retained(grad_state, i)
+        grad_state = torch.baddbmm(grad_state, terms.k_in[i].transpose(-1, -2), grad_v[i], alpha=-1)
+        if grad_o is not None and terms.q_in is not None and grad_q_in is not None:
+            grad_state.baddbmm_(terms.q_in[i].transpose(-1, -2), grad_o[i])
+            torch.bmm(grad_o[i], states[i].transpose(-1, -2), out=grad_q_in[i])
+    grad_writes.flatten(0, 1).baddbmm_(
+        terms.gram.transpose(-1, -2).flatten(0, 1), grad_v.flatten(0, 1), alpha=-1
+    )
+    grad_beta = (grad_writes * errors).sum(-1, keepdim=True)
+    grad_gram = (grad_v @ writes.transpose(-1, -2)).neg_()
+    grad_terms = _Terms(
+        grad_k_in.neg_(), grad_k_out, grad_gram, grad_q_in, grad_scores, grad_retain
+    )
+    return grad_terms, grad_v, grad_beta, grad_state

@@ -1,0 +1,45 @@
+"""The fast weights of LaCT as plain tuples of tensors, and the norms that bound them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROW_NORM_EPS = 1e-5
+
+
+class RowNorms(NamedTuple):
+    """Row norms of the initial fast weights, [B or 1, n, rows, 1]; differentiable."""
+
+    w0: Tensor
+    w1: Tensor
+    w2: Tensor
+
+
+class FastWeights(NamedTuple):
+    """f(z) = w1 (silu(w0 z) * (w2 z)) of each stream and fast head, and the momentum buffers.
+
+    w0, w2 [B,n,dh,d]; w1 [B,n,d,dh].  ``momentum`` has the same three shapes; None stands for
+    zeros.  With prenorm these are the un-normalised weights.
+    """
+
+    w0: Tensor
+    w1: Tensor
+    w2: Tensor
+    momentum: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def row_norms(self) -> RowNorms:
+        """The norms nu_a, to be taken of the initial weights."""
+        return RowNorms(*(torch.linalg.vector_norm(w, dim=-1, keepdim=True) for w in self[:3]))
+
+    def effective(self, norms: RowNorms, prenorm: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights that f uses: with prenorm, these at their initial row norms."""
+        if not prenorm:
+            return self.w0, self.w1, self.w2
+        w0, w1, w2 = (with_row_norm(w, norm) for w, norm in zip(self[:3], norms, strict=True))
+        return w0, w1, w2
+
+
+def with_row_norm(w: Tensor, norm: Tensor) -> Tensor:
+    """w with each row scaled to the given norm."""
+    return w * (norm / (torch.linalg.vector_norm(w, dim=-1, keepdim=True) + ROW_NORM_EPS))

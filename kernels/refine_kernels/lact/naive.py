@@ -1,0 +1,68 @@
+"""LaCT's fast-weight branch by definition: autograd makes the update, a token loop reads."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refine_kernels.lact.fast_weights import FastWeights, RowNorms
+from refine_kernels.lact.newton_schulz import newton_schulz
+
+
+def _f(weights: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The fast network on one token of each stream and head: x [B,n,d] -> [B,n,d]."""
+    w0, w1, w2 = weights
+    hidden = F.silu(torch.einsum("bnhd,bnd->bnh", w0, x)) * torch.einsum("bnhd,bnd->bnh", w2, x)
+    return torch.einsum("bndh,bnh->bnd", w1, hidden)
+
+
+def _normalised(w: Tensor, norm: Tensor) -> Tensor:
+    return w / (w.square().sum(-1, keepdim=True).sqrt() + 1e-5) * norm
+
+
+def naive_lact(
+    fq: Tensor,
+    fk: Tensor,
+    fv: Tensor,
+    lr: Tensor,
+    momentum: Tensor | None,
+    weights: FastWeights,
+    norms: RowNorms,
+    *,
+    chunk_size: int,
+    muon: bool,
+    muon_dtype: torch.dtype | None = None,
+    prenorm: bool = False,
+) -> tuple[Tensor, list[FastWeights]]:
+    """Same arguments and results as chunk_lact.
+
+    Needs grad mode: the three gradients are those of sum_t eta_t <f(k_t), v_t>.
+    """
+    main = [w * 1.0 for w in weights[:3]]
+    buffers = [torch.zeros_like(w) for w in main]
+    if weights.momentum is not None:
+        buffers = list(weights.momentum)
+    t_total = fq.shape[1]
+    outputs, boundary_weights = [], []
+    for start in range(0, t_total, chunk_size):
+        end = min(start + chunk_size, t_total)
+        momenta = None if momentum is None else (buffers[0], buffers[1], buffers[2])
+        boundary_weights.append(FastWeights(main[0], main[1], main[2], momenta))
+        w = [_normalised(x, nu) for x, nu in zip(main, norms, strict=True)] if prenorm else main
+        outputs += [_f(w, fq[:, t]) for t in range(start, end)]
+        if end == t_total:
+            break
+        gains = torch.stack(
+            [(_f(w, fk[:, t]) * fv[:, t]).sum(-1)[..., None] * lr[:, t] for t in range(start, end)]
+        ).sum((0, 1, 2))
+        for a in range(3):
+            (g,) = torch.autograd.grad(gains[a], w[a], create_graph=True)
+            if momentum is not None:
+                g = g + momentum[:, start:end].mean(1)[..., None, None] * buffers[a]
+                buffers[a] = g
+            step = newton_schulz(g, muon_dtype) if muon else g
+            main[a] = main[a] + step
+            if not prenorm:
+                main[a] = _normalised(main[a], norms[a])
+    return torch.stack(outputs, 1), boundary_weights

@@ -1,0 +1,1 @@
+"""Short depthwise causal convolution with a carried tail of inputs."""

@@ -1,0 +1,1 @@
+"""Log-probabilities, entropy and sampling over logits whose vocabulary may be sharded."""

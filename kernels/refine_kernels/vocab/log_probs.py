@@ -1,0 +1,152 @@
+"""Log-probability of given tokens and entropy of the whole distribution, from logits.
+
+A softmax over the vocabulary in float32 is the largest tensor of a language-model step.  Nothing
+of that size is made here: rows are taken in slices, only the logits (as they come) and one
+log-sum-exp per row are kept for the backward pass, and the backward writes its slices straight
+into the gradient.  With a tensor-parallel group each rank holds an even share of the vocabulary and
+only per-row numbers cross the wire.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from refine_kernels.vocab.shard import VocabShard
+
+# Entries of a slice: small enough for a CPU cache and to be no memory peak, large enough for a GPU.
+SLICE_ENTRIES = 2**21
+
+
+def log_probs_and_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    with_entropy: bool,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    rows_per_slice: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """log p(target) and H(p) for p = softmax(logits / temperature).
+
+    logits [..., V_local]; targets [...] global token ids.  ``vocab_size`` is the true size of the
+    vocabulary (later columns count as -inf), ``group`` the ranks over which it is sharded evenly.
+
+    Returns (log_probs [...], entropy [...] or None) in at least float32.  Only log_probs carries a
+    gradient; it arrives in the dtype of the logits.  A target outside the vocabulary (an ignore
+    index) is read as logit 0: finite, and for the caller to mask.
+    """
+    shard = VocabShard.of(logits.shape[-1], vocab_size, group)
+    rows = rows_per_slice or max(1, SLICE_ENTRIES // logits.shape[-1])
+    log_probs, entropy = _LogProbs.apply(
+        logits.flatten(0, -2), targets.flatten(), temperature, shard, rows, with_entropy
+    )
+    shape = targets.shape
+    return log_probs.view(shape), entropy.view(shape) if with_entropy else None
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        shard: VocabShard,
+        rows: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        stats, target_logit = _local_statistics(
+            logits, targets, temperature, shard, rows, with_entropy
+        )
+        peak, total, weighted, target_logit = _combine(stats, target_logit, shard.group)
+        log_total = total.log()
+        lse = peak + log_total
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.temperature, ctx.shard, ctx.rows = temperature, shard, rows
+        entropy = None
+        if with_entropy:
+            entropy = log_total - weighted / total
+            ctx.mark_non_differentiable(entropy)
+        return target_logit - lse, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """d log p(y) / d logits = (onehot(y) - p) / temperature."""
+        logits, targets, lse = ctx.saved_tensors
+        shard: VocabShard = ctx.shard
+        grad = (grad / ctx.temperature).unsqueeze(1)
+        column, held = _local_columns(targets, shard)
+        grad_logits = torch.empty_like(logits)
+        grad_logits[:, shard.valid :] = 0
+        if shard.valid == 0:
+            return grad_logits, None, None, None, None, None
+        for start in range(0, logits.shape[0], ctx.rows):
+            s = slice(start, start + ctx.rows)
+            z = logits[s, : shard.valid].to(lse.dtype) / ctx.temperature
+            g = z.sub_(lse[s, None]).exp_().mul_(-grad[s])
+            g.scatter_add_(1, column[s], grad[s] * held[s])
+            grad_logits[s, : shard.valid] = g
+        return grad_logits, None, None, None, None, None
+
+
+def _local_columns(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Column of each target [R,1], and whether this rank holds it [R,1]."""
+    column = (targets.long() - shard.offset).unsqueeze(1)
+    held = (column >= 0) & (column < shard.valid)
+    return column.masked_fill(~held, 0), held
+
+
+def _local_statistics(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    shard: VocabShard,
+    rows: int,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Per row, over this rank's columns, with z = logits / temperature and peak m = max z:
+
+    stats [3,R] = (m, sum exp(z - m), sum exp(z - m) (z - m)), and the target's z or 0 [R].
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    n = logits.shape[0]
+    stats = torch.zeros(3, n, dtype=dtype, device=logits.device)
+    target_logit = stats.new_zeros(n)
+    if shard.valid == 0:
+        # The lowest finite number, not -inf: (-inf) * 0 would be nan when shards are combined.
+        stats[0] = torch.finfo(dtype).min
+        return stats, target_logit
+    column, held = _local_columns(targets, shard)
+    for start in range(0, n, rows):
+        s = slice(start, start + rows)
+        z = logits[s, : shard.valid].to(dtype) / temperature
+        peak = z.amax(1, keepdim=True)
+        target_logit[s] = z.gather(1, column[s]).mul_(held[s]).squeeze(1)
+        z.sub_(peak)
+        p = z.exp()
+        stats[0, s] = peak.squeeze(1)
+        stats[1, s] = p.sum(1)
+        if with_entropy:
+            stats[2, s] = p.mul_(z).sum(1)
+    return stats, target_logit
+
+
+def _combine(
+    stats: Tensor, target_logit: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same statistics over the whole vocabulary: two all-reduces of per-row numbers."""
+    peak, total, weighted = stats
+    if group is None:
+        return peak, total, weighted, target_logit
+    top = peak.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    shift = peak - top
+    factor = shift.exp()
+    sums = torch.stack((total * factor, (weighted + shift * total) * factor, target_logit))
+    dist.all_reduce(sums, group=group)
+    return top, sums[0], sums[1], sums[2]

@@ -1,0 +1,146 @@
+"""LaCT's state and tape: window keys and values, fast weights in force, the open chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from refine_kernels.dispatch import FastWeights
+from torch import Tensor
+
+from refine_mcore.models.attention import AttentionState, AttentionTape
+from refine_mcore.models.state import FastWeightState, LayerTape, TokenHistory, take_streams
+
+
+class FastInputs(NamedTuple):
+    """What the fast weights are written with, per token and fast head: fk, fv [R, T, n, d], rates
+    lr [R, T, n, 3], and with momentum mu [R, T, n]."""
+
+    fk: Tensor
+    fv: Tensor
+    lr: Tensor
+    mu: Tensor | None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As the tuple a `TokenHistory` keeps."""
+        return (self.fk, self.fv, self.lr) + (() if self.mu is None else (self.mu,))
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> FastInputs:
+        """The inverse of `tensors`."""
+        fk, fv, lr, *mu = tensors
+        return cls(fk, fv, lr, mu[0] if mu else None)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FastInputs:
+        """`function` of every tensor."""
+        return self.of(function(x) for x in self.tensors())
+
+
+@dataclass(frozen=True)
+class LaCTState(FastWeightState):
+    """Window keys and values, the weights in force, the open chunk.
+
+    Stream r uses row `weight_rows[r]` of `weights`, so that branches of one chunk share them. The
+    open chunk is the last `position - start of chunk` tokens of `pending`; at the end of a full
+    chunk it is that chunk, not yet written.
+    """
+
+    attention: AttentionState
+    weights: FastWeights
+    weight_rows: tuple[int, ...]
+    pending: TokenHistory
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Tokens consumed by each stream."""
+        return self.attention.position
+
+    @property
+    def num_streams(self) -> int:
+        return len(self.position)
+
+    def select(self, indices: Sequence[int]) -> LaCTState:
+        return LaCTState(
+            self.attention.select(indices),
+            self.weights,
+            tuple(self.weight_rows[i] for i in indices),
+            self.pending.select(indices),
+        )
+
+
+def open_chunk_length(position: int, chunk_size: int) -> int:
+    """Tokens of the chunk in force that a stream at `position` has consumed: 1 to chunk_size, 0
+    only at the start."""
+    return position - weights_index(position, chunk_size) * chunk_size
+
+
+def weights_index(position: int, chunk_size: int) -> int:
+    """How many updates a stream at `position` has made: the one of a full chunk waits for the next
+    token."""
+    return max(0, -(-position // chunk_size) - 1)
+
+
+@dataclass(frozen=True)
+class LaCTTape(LayerTape):
+    """A text's keys, values and chunk inputs, and the weights in force during each of its chunks.
+
+    `first` is the position of the first token in `inputs`, `first_chunk` the index of the first
+    entry of `chunks`.
+    """
+
+    chunk_size: int
+    attention: AttentionTape
+    inputs: tuple[Tensor, ...]
+    first: int
+    chunks: list[FastWeights]
+    first_chunk: int
+
+    def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> LaCTState:
+        attention = self.attention.at(batch_index, offset)
+        position = attention.position
+        in_force = [
+            (weights_index(p, self.chunk_size) - self.first_chunk, b)
+            for p, b in zip(position, batch_index, strict=True)
+        ]
+        distinct = sorted(set(in_force))
+        weights = join_weights([weight_rows(self.chunks[i], [b]) for i, b in distinct])
+        limit = [p - self.first for p in position]
+        return LaCTState(
+            attention,
+            weights,
+            tuple(distinct.index(pair) for pair in in_force),
+            TokenHistory.branch(self.inputs, batch_index, limit),
+        )
+
+
+def weight_rows(weights: FastWeights, rows: Sequence[int]) -> FastWeights:
+    """The weights of the chosen rows; a single row is a view, more are gathered."""
+
+    def pick(w: Tensor) -> Tensor:
+        return w[rows[0] : rows[0] + 1] if len(rows) == 1 else take_streams(w, rows)
+
+    w0, w1, w2, momentum = weights
+    if momentum is not None:
+        momentum = pick(momentum[0]), pick(momentum[1]), pick(momentum[2])
+    return FastWeights(pick(w0), pick(w1), pick(w2), momentum)
+
+
+def join_weights(parts: Sequence[FastWeights]) -> FastWeights:
+    """All rows of all parts. Before a stream's first update its momentum buffers are zeros."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def join(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat(list(tensors))
+
+    w0, w1, w2 = (join(part) for part in zip(*(part[:3] for part in parts), strict=True))
+    if all(part.momentum is None for part in parts):
+        return FastWeights(w0, w1, w2)
+    buffers = [
+        tuple(map(torch.zeros_like, part[:3])) if part.momentum is None else part.momentum
+        for part in parts
+    ]
+    m0, m1, m2 = (join(part) for part in zip(*buffers, strict=True))
+    return FastWeights(w0, w1, w2, (m0, m1, m2))

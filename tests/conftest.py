@@ -1,0 +1,52 @@
+"""What all tests share: repeatable randomness, few threads, and where the golden numbers lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import settings
+
+from refine_mcore import platform
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+# Search is derandomised so that a red test stays red; deadlines would only measure the machine.
+settings.register_profile("refine", derandomize=True, deadline=None, max_examples=20)
+settings.load_profile("refine")
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Tests that draw numbers draw the same ones alone and in any order."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder of reference numbers; its README says where they come from."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def single_rank() -> Iterator[ProcessGroupCollection]:
+    """Megatron's process groups for a world of one; torn down after the test."""
+    platform.initialize()
+    platform.init_distributed(timeout_s=60)
+    yield platform.initialize_model_parallel(seed=0)
+    platform.shutdown()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on a machine without one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

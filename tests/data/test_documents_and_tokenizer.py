@@ -1,0 +1,124 @@
+"""Reading documents, the shipped corpus and the tokenizer trained on it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from refine_mcore.data import load_tokenizer, read_documents
+from refine_mcore.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CORPUS = ROOT / "examples/data/public_domain.jsonl"
+MODEL = ROOT / "examples/data/tokenizer.model"
+
+
+def test_reads_files_in_order(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "id": 3}\n\n{"text": "zwei ü\\n"}\n')
+    (tmp_path / "b.txt").write_text("three\nlines\r\n\n", encoding="utf-8", newline="")
+    documents = list(read_documents([tmp_path / "a.jsonl", str(tmp_path / "b.txt")]))
+    assert [document.text for document in documents] == ["one", "zwei ü\n", "three\nlines\r\n\n"]
+    origins = [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b.txt"]
+    assert [document.origin for document in documents] == origins
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', ":2: the line is not valid JSON in UTF-8"),
+        ("a.jsonl", b'{"text": "\xff"}\n', ":1: the line is not valid JSON in UTF-8"),
+        ("a.jsonl", b'{"content": "x"}\n', ":1: the line is not an object with a string field"),
+        ("a.jsonl", b'{"text": ["x"]}\n', ":1: the line is not an object with a string field"),
+        ("a.jsonl", b'"text"\n', ":1: the line is not an object with a string field 'text'"),
+        ("a.jsonl", b"\n\n", ": holds no documents"),
+        ("a.txt", b"abc\xff", ": not UTF-8 text (byte 3)"),
+        ("a.txt", b" \n", ": holds no documents"),
+        ("a.csv", b"x", ": documents are read from .jsonl and .txt files only"),
+    ],
+)
+def test_bad_documents(tmp_path, name, content, complaint):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(read_documents([path]))
+    assert str(error.value).startswith(f"{path}{complaint}")
+
+
+def test_missing_documents(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*/no\.jsonl: No such file or directory"):
+        list(read_documents([tmp_path / "no.jsonl"]))
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*/folder\.txt: Is a directory"):
+        list(read_documents([tmp_path / "folder.txt"]))
+
+
+def test_shipped_corpus_keeps_its_credits():
+    records = [json.loads(line) for line in CORPUS.read_text(encoding="utf-8").splitlines()]
+    assert len(records) == 21
+    assert len({record["id"] for record in records}) == 21
+    for record in records:
+        assert record["title"] and record["source"]
+        assert record["license"].startswith("public domain")
+        assert len(record["text"]) > 13_000
+
+
+def test_shipped_tokenizer_keeps_the_text_exactly():
+    tokenizer = load_tokenizer(MODEL)
+    assert tokenizer.vocab_size == 2048
+    tokens = 0
+    for document in read_documents([CORPUS]):
+        ids = tokenizer.text_to_ids(document.text)
+        assert tokenizer.ids_to_text(ids) == document.text
+        tokens += len(ids)
+    assert tokens == 203_977  # as examples/data/README.md says
+    for text in ("  two  spaces \n\n\tand a tab", "日本語 🙂", ""):
+        assert tokenizer.ids_to_text(tokenizer.text_to_ids(text)) == text
+
+
+def test_bad_tokenizers(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer .*/no\.model does not exist"):
+        load_tokenizer(tmp_path / "no.model")
+    with pytest.raises(UserError, match="does not exist or is not a file"):
+        load_tokenizer(tmp_path)
+    truncated = tmp_path / "truncated.model"
+    truncated.write_bytes(MODEL.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"truncated\.model is not a readable SentencePiece model"):
+        load_tokenizer(truncated)
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    """The module tools/train_tokenizer.py (tools/ is no package)."""
+    spec = importlib.util.spec_from_file_location(
+        "train_tokenizer", ROOT / "tools/train_tokenizer.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_trainer_makes_the_shipped_file(trainer, tmp_path):
+    output = tmp_path / "tokenizer.model"
+    trainer.main(["--input", str(CORPUS), "--output", str(output)])
+
+    def pieces(path: Path) -> list[str]:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return [model.id_to_piece(i) for i in range(model.get_piece_size())]
+
+    assert pieces(output) == pieces(MODEL)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.model"]
+    with pytest.raises(UserError, match="tokenizer.model exists already"):
+        trainer.main(["--input", str(CORPUS), "--output", str(output)])
+
+
+def test_trainer_refuses_too_little_text(trainer, tmp_path):
+    (tmp_path / "a.txt").write_text("hardly anything")
+    with pytest.raises(UserError, match=r"no tokenizer of 2048 pieces from .*a\.txt"):
+        trainer.train([str(tmp_path / "a.txt")], 2048)

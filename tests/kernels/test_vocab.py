@@ -1,0 +1,206 @@
+"""Log-probabilities, entropy, keyed noise and sampling, whole and sharded over two ranks."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
+from refine_kernels.dispatch import (
+    combine_keys,
+    counter_uniform,
+    log_probs_and_entropy,
+    sample_tokens,
+)
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def reference(golden):
+    return load_file(golden / "objective.safetensors")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    "name,dtype,tolerance", [("f64", torch.float64, 1e-9), ("f32", None, 1e-5)]
+)
+def test_golden_values(reference, temperature, name, dtype, tolerance):
+    logits = reference["ent.logits.f32"].to(dtype or torch.float32)
+    log_probs, entropy = log_probs_and_entropy(
+        logits, reference["ent.labels"], with_entropy=True, temperature=temperature
+    )
+    for ours, key in ((log_probs, "logprob"), (entropy, "entropy")):
+        theirs = reference[f"ent.{key}.t{temperature}.{name}"]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+def test_golden_gradient(reference):
+    logits = reference["ent.logits.f32"].requires_grad_()
+    log_probs, _ = log_probs_and_entropy(
+        logits, reference["ent.labels"], with_entropy=False, temperature=0.7
+    )
+    log_probs.sum().backward()
+    theirs = reference["ent.dlogprob_sum_dlogits.t0.7.f32"]
+    torch.testing.assert_close(logits.grad, theirs, rtol=0, atol=1e-5)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 9),
+    vocab=st.integers(1, 12),
+    padding=st.integers(0, 3),
+    rows_per_slice=st.integers(1, 10),
+    temperature=st.floats(0.2, 3.0),
+)
+def test_equals_log_softmax(seed, rows, vocab, padding, rows_per_slice, temperature):
+    gen = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(rows, vocab + padding, dtype=torch.float64, generator=gen)
+    logits.requires_grad_()
+    targets = torch.randint(vocab, (rows,), generator=gen)
+    upstream = torch.randn(rows, dtype=torch.float64, generator=gen)
+    log_probs, entropy = log_probs_and_entropy(
+        logits,
+        targets,
+        with_entropy=True,
+        temperature=temperature,
+        vocab_size=vocab,
+        rows_per_slice=rows_per_slice,
+    )
+    log_softmax = (logits[:, :vocab] / temperature).log_softmax(-1)
+    expected = log_softmax.gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(log_probs, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        entropy, -(log_softmax.exp() * log_softmax).sum(-1), rtol=1e-10, atol=1e-10
+    )
+    assert entropy is not None and not entropy.requires_grad
+    (ours,) = torch.autograd.grad(log_probs, logits, upstream)
+    (theirs,) = torch.autograd.grad(expected, logits, upstream)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_low_precision_logits_and_ignored_targets():
+    logits = torch.randn(2, 3, 7).bfloat16().requires_grad_()
+    targets = torch.tensor([[0, -100, 6], [1, 2, 3]])
+    log_probs, entropy = log_probs_and_entropy(logits, targets, with_entropy=True)
+    assert log_probs.dtype == torch.float32 and log_probs.shape == entropy.shape == (2, 3)
+    assert log_probs.isfinite().all()
+    (log_probs * (targets >= 0)).sum().backward()
+    assert logits.grad.dtype == torch.bfloat16
+    assert not logits.grad[0, 1].any()
+
+
+def kolmogorov_smirnov(u: torch.Tensor) -> float:
+    """Largest gap between the empirical and the uniform distribution, times sqrt(n)."""
+    u = u.flatten().sort().values
+    grid = torch.arange(1, len(u) + 1, dtype=u.dtype) / len(u)
+    return ((grid - u).abs().max() * len(u) ** 0.5).item()
+
+
+def test_noise_is_uniform_along_and_across_keys():
+    keys = combine_keys(1234, torch.arange(300))
+    u = counter_uniform(keys, torch.arange(500))
+    assert u.dtype == torch.float64 and u.min() > 0 and u.max() < 1
+    # 1.63 is the 1 % point of the Kolmogorov distribution; plain keys must do as well as mixed
+    for sample in (u, u[0], u[:, 0], counter_uniform(torch.arange(300), torch.arange(500))):
+        assert kolmogorov_smirnov(sample) < 1.63
+
+
+def test_neighbouring_keys_and_counters_are_independent():
+    for keys in (torch.arange(400), combine_keys(7, torch.arange(400))):
+        u = counter_uniform(keys, torch.arange(400)) - 0.5
+        for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1]), (u[1:, :-1], u[:-1, 1:])):
+            correlation = 12 * (a * b).mean() * a.numel() ** 0.5
+            assert correlation.abs() < 4
+    assert counter_uniform(torch.arange(400), torch.arange(400)).unique().numel() == 400 * 400
+
+
+def test_noise_of_a_shard_is_a_slice_of_the_whole():
+    keys = combine_keys(torch.arange(5), 9)
+    whole = counter_uniform(keys, torch.arange(40))
+    assert torch.equal(counter_uniform(keys, torch.arange(17, 33)), whole[:, 17:33])
+    assert torch.equal(counter_uniform(keys[2:3], torch.arange(40)), whole[2:3])
+
+
+def test_float32_noise_stays_inside_the_open_interval():
+    u = counter_uniform(torch.arange(1000), torch.arange(1000), torch.float32)
+    assert u.dtype == torch.float32 and u.min() > 0 and u.max() < 1
+
+
+def test_keys_depend_on_every_part_and_its_place():
+    parts = torch.arange(4)
+    keys = combine_keys(
+        5, parts[:, None, None], parts[None, :, None], parts[None, None, :]
+    ).flatten()
+    assert keys.unique().numel() == 64
+    assert combine_keys(5, 1, 2, 3) == keys[1 * 16 + 2 * 4 + 3]
+    assert combine_keys(1, 2) != combine_keys(2, 1)
+
+
+def test_key_of_known_integers_never_changes():
+    """Runs resume and results are compared across versions: the stream is part of the format."""
+    assert combine_keys(1, 2, 3).item() == -1532074704679183783
+
+
+def test_samples_follow_the_softmax():
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 9.0]).expand(40_000, 5)
+    keys = combine_keys(3, torch.arange(40_000))
+    tokens = sample_tokens(logits, keys, temperature=1.5, vocab_size=4)
+    expected = (logits[0, :4] / 1.5).softmax(-1)
+    frequency = torch.bincount(tokens, minlength=4) / len(tokens)
+    assert ((frequency - expected).abs() < 4 * (expected * (1 - expected) / 40_000).sqrt()).all()
+
+
+def test_rows_are_drawn_by_their_own_keys():
+    logits = torch.randn(6, 50)
+    keys = combine_keys(1, torch.arange(6))
+    tokens = sample_tokens(logits, keys)
+    order = torch.tensor([4, 0, 5])
+    assert torch.equal(sample_tokens(logits[order], keys[order]), tokens[order])
+
+
+def test_greedy_takes_the_lowest_of_equals_and_no_padding():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 9.0], [0.0, 0.0, 0.0, 9.0]])
+    assert sample_tokens(logits, None, vocab_size=3).tolist() == [1, 0]
+
+
+def _sharded_rank(rank: int, store: str, vocab_size: int, local: int) -> None:
+    """Both ranks compare their shard with the whole; a rank may hold nothing but padding."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    gen = torch.Generator().manual_seed(0)
+    whole = torch.randn(9, 2 * local, dtype=torch.float64, generator=gen).requires_grad_()
+    targets = torch.randint(vocab_size, (9,), generator=gen)
+    upstream = torch.randn(9, dtype=torch.float64, generator=gen)
+    columns = slice(rank * local, (rank + 1) * local)
+    shard = whole.detach()[:, columns].clone().requires_grad_()
+    options = {"with_entropy": True, "temperature": 0.8, "vocab_size": vocab_size}
+    expected = log_probs_and_entropy(whole, targets, **options)
+    actual = log_probs_and_entropy(
+        shard, targets, **options, group=dist.group.WORLD, rows_per_slice=4
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    expected[0].backward(upstream)
+    actual[0].backward(upstream)
+    torch.testing.assert_close(shard.grad, whole.grad[:, columns], rtol=1e-12, atol=1e-12)
+    keys = combine_keys(11, torch.arange(9))
+    tied = (whole.detach() * 0).index_fill_(1, torch.tensor([1, local]), 1.0)
+    for logits, row_keys in ((whole, keys), (whole, None), (tied, None)):
+        sharded = sample_tokens(
+            logits[:, columns], row_keys, vocab_size=vocab_size, group=dist.group.WORLD
+        )
+        assert torch.equal(sharded, sample_tokens(logits, row_keys, vocab_size=vocab_size))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("vocab_size,local", [(11, 6), (5, 8)], ids=["padded", "empty_shard"])
+def test_two_ranks_equal_one(tmp_path: Path, vocab_size: int, local: int):
+    mp.spawn(_sharded_rank, (str(tmp_path / "store"), vocab_size, local), nprocs=2)

@@ -1,0 +1,200 @@
+"""Small models of every family and option, and what tests ask of their states.
+
+Weights and rates are large, so that what a state holds matters to everything behind it; chunks and
+windows are a few tokens, so that short texts and branches cross them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refine_mcore.models.architecture import (
+    Architecture,
+    AttentionOptions,
+    DeltaNetOptions,
+    GatedDeltaNetOptions,
+    LaCTOptions,
+    MixerOptions,
+)
+from refine_mcore.models.attention import AttentionState
+from refine_mcore.models.delta_rule_mixer import DeltaRuleState
+from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
+from refine_mcore.models.initialization import initialize
+from refine_mcore.models.lact_state import LaCTState, open_chunk_length
+from refine_mcore.models.state import FastWeightState
+from refine_mcore.models.transformer_config import transformer_config
+
+VOCAB = 23
+
+
+def _architecture(
+    mixer: MixerOptions, attention: AttentionOptions | None = None, tie_embeddings: bool = False
+) -> Architecture:
+    return Architecture(
+        VOCAB, 16, 2, 24, mixer, attention, tie_embeddings=tie_embeddings, initializer_range=0.3
+    )
+
+
+_FULL = AttentionOptions(layers=(0,), num_heads=2)
+_WINDOW = AttentionOptions((1,), num_heads=4, num_kv_heads=2, window_size=3, qkv_bias=True)
+_LACT = LaCTOptions(
+    num_attention_heads=4,
+    num_fast_heads=2,
+    chunk_size=4,
+    window_size=6,
+    low_rank=2,
+    use_momentum=True,
+    use_muon=True,
+)
+
+ARCHITECTURES = {
+    "delta_net": _architecture(DeltaNetOptions(2)),
+    "delta_net-gate-negative-conv3": _architecture(
+        DeltaNetOptions(2, use_gate=True, allow_neg_eigval=True, conv_size=3, expand_v=2.0)
+    ),
+    "delta_net-no_conv-no_beta": _architecture(
+        DeltaNetOptions(2, use_short_conv=False, use_beta=False, qk_activation="identity")
+    ),
+    "delta_net-identity-tied": _architecture(
+        DeltaNetOptions(2, qk_activation="identity", expand_k=0.5), tie_embeddings=True
+    ),
+    "delta_net-full_attention": _architecture(DeltaNetOptions(2), _FULL),
+    "delta_net-window_attention": _architecture(DeltaNetOptions(2), _WINDOW),
+    "gated_delta_net": _architecture(GatedDeltaNetOptions(2, head_dim=6)),
+    "gated_delta_net-value_heads-negative": _architecture(
+        GatedDeltaNetOptions(2, 6, num_value_heads=4, allow_neg_eigval=True, use_gate=False)
+    ),
+    "gated_delta_net-no_conv": _architecture(
+        GatedDeltaNetOptions(2, head_dim=6, expand_v=1.5, use_short_conv=False)
+    ),
+    "gated_delta_net-full_attention": _architecture(
+        GatedDeltaNetOptions(2, 6), replace(_FULL, num_heads=4, num_kv_heads=1)
+    ),
+    "gated_delta_net-window_attention": _architecture(
+        GatedDeltaNetOptions(2, 6), replace(_WINDOW, window_size=5)
+    ),
+    "lact": _architecture(_LACT),
+    "lact-full_rank": _architecture(
+        replace(
+            _LACT, low_rank=None, use_momentum=False, use_muon=False, chunk_size=5, window_size=3
+        )
+    ),
+    "lact-muon-plain": _architecture(
+        replace(_LACT, use_momentum=False, fast_rope=False, learnable_scale=False, inter_multi=1.5)
+    ),
+    "lact-prenorm-qk_norm": _architecture(
+        replace(
+            _LACT,
+            use_muon=False,
+            prenorm=True,
+            v_silu=False,
+            qk_norm=True,
+            qkv_bias=True,
+            window_size=1,
+        )
+    ),
+    "lact-linear-full_attention": _architecture(
+        replace(_LACT, use_muon=False, qkv_silu=False, num_fast_heads=4, chunk_size=3), _FULL
+    ),
+}
+NAMES = list(ARCHITECTURES)
+# One of each kind, for tests that do not depend on the options.
+FAMILIES = [
+    "delta_net",
+    "gated_delta_net-window_attention",
+    "delta_net-full_attention",
+    "lact",
+    "lact-full_rank",
+]
+
+
+def make_model(name: str, pg_collection: Any) -> FastWeightModel:
+    """A float64 model of generic parameters: no zero biases, unit gains, tiny learning rates."""
+    model = build_model(transformer_config(ARCHITECTURES[name], dtype=torch.float64), pg_collection)
+    initialize(model, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+            if parameter_name.endswith("biases.lr_proj"):
+                parameter += 4.0
+    return model
+
+
+def random_tokens(*shape: int, seed: int = 0) -> Tensor:
+    """Token ids below VOCAB."""
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weights_like(x: Tensor, seed: int = 1) -> Tensor:
+    """Fixed random weights that make a scalar of x in which every entry counts."""
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+
+
+def contents(
+    model: FastWeightModel, states: Sequence[FastWeightState], stream: int
+) -> list[Tensor]:
+    """All that one stream's next tokens can see of the states, however it is held."""
+    arch = model.config.arch
+    found: list[Tensor] = []
+    for state in states:
+        if isinstance(state, DeltaRuleState):
+            found += [state.conv[stream], state.recurrent[stream]]
+        elif isinstance(state, AttentionState):
+            found += _visible_keys(state, stream, arch.attention.window_size)
+        else:
+            assert isinstance(state, LaCTState)
+            found += _visible_keys(state.attention, stream, arch.mixer.window_size)
+            found += _fast_weights(state, stream)
+            opened = open_chunk_length(state.position[stream], arch.mixer.chunk_size)
+            found += state.pending.last(stream, opened)
+    return found
+
+
+def _visible_keys(state: AttentionState, stream: int, window: int | None) -> tuple[Tensor, ...]:
+    position = state.position[stream]
+    return state.history.last(stream, position if window is None else min(window - 1, position))
+
+
+def _fast_weights(state: LaCTState, stream: int) -> list[Tensor]:
+    weights = state.weights
+    momentum = weights.momentum or tuple(torch.zeros_like(w) for w in weights[:3])
+    return [w[state.weight_rows[stream]] for w in (*weights[:3], *momentum)]
+
+
+def gradients(model: FastWeightModel, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of `loss` for every parameter, zero where it does not reach."""
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(named.items(), found, strict=True)
+    }
+
+
+def assert_same(
+    actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float = 1e-9
+) -> None:
+    """Tensors pair by pair of one shape and the same to `tolerance` of their norm."""
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape, f"tensor {i}: {tuple(a.shape)} is not {tuple(e.shape)}"
+        error, norm = (a - e).norm().item(), e.norm().item()
+        assert error <= tolerance * norm + 1e-12, f"tensor {i}: off by {error:.1e} of {norm:.1e}"
+
+
+def assert_same_gradients(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9
+) -> None:
+    """Every parameter's gradient the same to `tolerance` of its norm, or of a thousandth of all."""
+    assert actual.keys() == expected.keys()
+    total = torch.stack([g.norm() for g in expected.values()]).norm().item()
+    assert total > 0
+    for name, e in expected.items():
+        error = (actual[name] - e).norm().item()
+        scale = max(e.norm().item(), 1e-3 * total)
+        assert error <= tolerance * scale, f"{name}: off by {error:.1e} of {scale:.1e}"

@@ -1,0 +1,5 @@
+"""The small models and their world of one rank, as the model tests have them."""
+
+from tests.models.conftest import model_of, process_groups
+
+__all__ = ["model_of", "process_groups"]

@@ -1,0 +1,88 @@
+"""The seam on one rank; two ranks are in tests/distributed/test_platform.py."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from refine_mcore import compat, platform
+from refine_mcore.errors import UserError
+
+_WORLD_OF_ONE = """
+from refine_mcore import platform
+
+def main():
+    platform.initialize()
+    platform.init_distributed(timeout_s=60)
+    groups = platform.initialize_model_parallel(seed=1)
+    assert groups.tp.size() == groups.pp.size() == groups.dp.size() == 1
+    import megatron.core.models.gpt.gpt_layer_specs
+    platform.shutdown()
+
+main()
+"""
+
+
+def test_plain_processes_side_by_side_need_no_launcher_and_say_nothing() -> None:
+    """No environment, no port in common, and none of Megatron's import warnings."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _WORLD_OF_ONE], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output.decode()
+        assert output == b""
+
+
+def test_device_and_backend_belong_together() -> None:
+    expected = ("cuda", "nccl") if torch.cuda.is_available() else ("cpu", "gloo")
+    assert (platform.device().type, platform.backend()) == expected
+
+
+def test_same_seed_same_random_numbers(single_rank) -> None:
+    first = torch.rand(3, device=platform.device())
+    platform.initialize_model_parallel(seed=0)
+    assert torch.equal(torch.rand(3, device=platform.device()), first)
+    platform.initialize_model_parallel(seed=1)
+    assert not torch.equal(torch.rand(3, device=platform.device()), first)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 3), (0, 1)])
+def test_layout_that_does_not_fit_is_refused(single_rank, tensor: int, pipeline: int) -> None:
+    with pytest.raises(UserError, match=f"{tensor} x pipeline parallel {pipeline} .* 1 rank"):
+        platform.initialize_model_parallel(tensor=tensor, pipeline=pipeline)
+
+
+def test_other_megatron_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat.metadata, "version", lambda package: "0.19.2")
+    with pytest.raises(UserError, match="0.16.1 is required, found: 0.19.2"):
+        compat.check_version()
+
+
+def test_function_without_device_literal_is_refused() -> None:
+    """If Megatron changes under the seam, it must not pass over a function in silence."""
+
+    def on_cuda() -> torch.Tensor:
+        return torch.zeros(1, device="cuda")
+
+    platform._move_literals_to_cpu(on_cuda)
+    assert on_cuda().device.type == "cpu"
+    with pytest.raises(RuntimeError, match="on_cuda names no CUDA device"):
+        platform._move_literals_to_cpu(on_cuda)
+
+
+def test_output_discarding_recompute_works_without_transformer_engine(single_rank) -> None:
+    from megatron.core.tensor_parallel import CheckpointWithoutOutput
+
+    inputs = torch.tensor([2.0], device=platform.device(), requires_grad=True)
+    checkpoint = CheckpointWithoutOutput()
+    squared = checkpoint.checkpoint(torch.square, inputs)
+    output = squared * squared
+    checkpoint.discard_output_and_register_recompute(output)
+    output.backward()
+    assert inputs.grad is not None
+    assert inputs.grad.item() == 32.0  # d x^4 / dx

@@ -1,0 +1,63 @@
+"""The main job run inside a test: a tiny model on a little of the shipped text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.pretrain_refine import main
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = ROOT / "examples" / "data" / "tokenizer.model"
+CORPUS = ROOT / "examples" / "data" / "public_domain.jsonl"
+STEPS = 4
+# Metrics that depend on the clock and not on the run.
+_TIMES = ("tokens_per_second", "step_seconds")
+
+
+def write_config(directory: Path) -> Path:
+    """A configuration and its text in `directory`: one next-token step, then ReFINE steps."""
+    with CORPUS.open(encoding="utf-8") as file:
+        text = json.loads(file.readline())["text"]
+    (directory / "text.txt").write_text(text[:6000], encoding="utf-8")
+    config = {
+        "model": {"preset": "tiny-deltanet", "overrides": {"vocab_size": 2048}},
+        "data": {
+            "paths": [str(directory / "text.txt")],
+            "tokenizer": str(TOKENIZER),
+            "sequence_length": 64,
+        },
+        "refine": {"num_chunks": 3, "rollout_tokens": 4},
+        "optimizer": {"lr": 1e-3, "lr_warmup_steps": 1, "lr_decay_style": "cosine"},
+        "training": {
+            "steps": STEPS,
+            "ntp_warmup_steps": 1,
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+            "dtype": "float32",
+        },
+        "run": {"directory": str(directory / "run"), "tensorboard": False, "progress": False},
+    }
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def run_job(config: Path, run: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Run (or resume) the job in directory `run`; its metrics without those that tell time."""
+    main(["--config", str(config), f"run.directory={run}", *overrides])
+    return metrics(run)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The steps that `run` has recorded, without the metrics that tell time."""
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in s.items() if key not in _TIMES} for s in steps]
+
+
+def column(steps: list[dict[str, Any]], key: str) -> list[Any]:
+    """One metric over the steps."""
+    return [step[key] for step in steps]

@@ -1,0 +1,290 @@
+"""One step by every mode: loss, rollouts and gradients, against prefix copies and definitions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from refine_mcore.config import RefineConfig
+from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.rollout.branches import Randomness
+from refine_mcore.training.prefix_copy import prefix_copy
+from refine_mcore.training.refine_loss import TextBatch
+from refine_mcore.training.step_metrics import ReducedMetrics, StepAccumulator
+from refine_mcore.training.step_modes import StepContext, StepMode, Work, fused, ntp, two_phase
+from tests.models.zoo import FAMILIES, NAMES, assert_same_gradients, gradients, random_tokens
+
+ModelOf = Callable[[str], FastWeightModel]
+LENGTHS = (22, 15, 22, 19)  # valid tokens of each text; the rest is padding
+CONFIG = RefineConfig(num_chunks=3, rollout_tokens=5, margin_left=2, margin_right=5)
+
+
+def make_batches(*sizes: int) -> list[TextBatch]:
+    """The four texts in micro-batches of the given sizes."""
+    tokens, sample_index = random_tokens(4, 22), torch.tensor([3, 11, 5, 8])
+    mask = torch.arange(22) < torch.tensor(LENGTHS)[:, None]
+    cuts = [x.split(sizes) for x in (tokens, mask, sample_index)]
+    return [TextBatch(*part) for part in zip(*cuts, strict=True)]
+
+
+class Step:
+    """One mode over micro-batches, every optimizer step without moving the weights."""
+
+    def __init__(
+        self,
+        mode: StepMode,
+        model: FastWeightModel,
+        batches: Sequence[TextBatch],
+        config: RefineConfig = CONFIG,
+        seed: int = 1,
+    ) -> None:
+        group = model.pg_collection.dp
+        self.context = StepContext(model, config, Randomness(seed, 2), group)
+        self.losses: list[float] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        metrics = StepAccumulator()
+        for works in mode(self.context, batches):
+            loss, gradient = run_works(model, works, metrics)
+            self.losses.append(loss)
+            self.gradients.append(gradient)
+        self.metrics: Any = metrics.reduce(group, len(self.losses))
+        self.rewards = torch.cat([record.rewards for record in metrics.texts])
+
+
+def run_works(
+    model: FastWeightModel, works: list[Work], metrics: StepAccumulator
+) -> tuple[float, dict[str, Tensor]]:
+    """Sum of the losses and of the gradients of all work items."""
+    total, summed = 0.0, {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for work in works:
+        loss, reported = work()
+        metrics.add(reported)
+        total += loss.item()
+        for name, gradient in gradients(model, loss).items():
+            summed[name] += gradient
+    return total, summed
+
+
+def assert_same_step(actual: Step, expected: Step) -> None:
+    """One optimizer step each, with the same rollouts, loss, gradient and log line."""
+    assert torch.equal(actual.metrics.positions, expected.metrics.positions)
+    assert torch.equal(actual.metrics.tokens, expected.metrics.tokens)
+    numbers = [
+        {key: value for key, value in vars(step.metrics).items() if isinstance(value, float)}
+        for step in (actual, expected)
+    ]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-9, abs=1e-9)
+    assert sum(actual.losses) == pytest.approx(sum(expected.losses), rel=1e-10)
+    (actual_gradient,), (expected_gradient,) = actual.gradients, expected.gradients
+    assert_same_gradients(actual_gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modes_equal_copying_the_prefix(name: str, model_of: ModelOf) -> None:
+    config = replace(CONFIG, rollouts_per_position=1 + NAMES.index(name) % 2)
+    batches = make_batches(2, 2)[:1]
+    reference = Step(prefix_copy, model_of(name), batches, config)
+    for mode in (fused, two_phase):
+        step = Step(mode, model_of(name), batches, config)
+        assert_same_step(step, reference)
+        assert step.metrics.log_prob_drift < 1e-9
+
+
+OPTIONS = [
+    {"reward": "binary", "grouping": "joint", "rollouts_per_position": 3},
+    {"reward": "hybrid", "grouping": "position", "rollouts_per_position": 2},
+    {"reward": "edit", "reward_weights": (0.5, 2.0), "normalize_std": False},
+    {"rollout_temperature": 0.6, "selection": "uniform", "aggregation": "seq-mean-token-sum"},
+    {"selection": "argmax", "aggregation": "seq-mean-token-mean", "policy_weight": 3.0},
+    {"selection": "argmin", "entropy_of": "prefix_token", "rollout_tokens": 1, "ntp_weight": 0.0},
+    {"pooling_ignores_padding": True, "smoothing_window": 2, "selection_temperature": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
+def test_options_mean_the_same_in_every_mode(options: dict[str, Any], model_of: ModelOf) -> None:
+    model, config, batches = model_of("delta_net"), replace(CONFIG, **options), make_batches(2, 2)
+    steps = [Step(mode, model, batches, config) for mode in (prefix_copy, fused, two_phase)]
+    assert all(torch.isfinite(g).all() for g in steps[0].gradients[0].values())
+    for step in steps[1:]:
+        assert_same_step(step, steps[0])
+
+
+def rollouts_of(step: Step) -> list[tuple[int, int, Tensor]]:
+    """(text, position, tokens [k]) of every rollout, in the order of the four texts and n = 1."""
+    order = torch.tensor([3, 11, 5, 8]).argsort().argsort()
+    positions, k = step.metrics.positions[order], step.context.config.rollout_tokens
+    tokens = step.metrics.tokens[order].reshape(*positions.shape, k)
+    return [
+        (text, int(positions[text, chunk]), tokens[text, chunk])
+        for text in range(positions.shape[0])
+        for chunk in range(positions.shape[1])
+    ]
+
+
+def full_run_log_probs(model: FastWeightModel, rollouts: list[tuple[int, int, Tensor]]) -> Tensor:
+    """[R, k] from one run over prefix and rollout each."""
+    found = []
+    texts = random_tokens(4, 22)
+    for text, position, tokens in rollouts:
+        hidden = model(torch.cat([texts[text, :position], tokens])[None]).hidden
+        log_p = model.logits(hidden)[position - 1 : -1, 0].log_softmax(-1)
+        found.append(log_p.gather(1, tokens[:, None])[:, 0])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rewards_compare_rollouts_with_the_text_that_follows(name: str, model_of: ModelOf) -> None:
+    """Mean cosine of the hidden states after each rollout token and after the text's own."""
+    model, k = model_of(name), CONFIG.rollout_tokens
+    step = Step(fused, model, make_batches(2, 2))
+    texts = random_tokens(4, 22)
+    text_hidden = model(texts).hidden.transpose(0, 1)
+    expected = []
+    for text, position, tokens in rollouts_of(step):
+        rollout = model(torch.cat([texts[text, :position], tokens])[None]).hidden[position:, 0]
+        following = text_hidden[text, position : position + k]
+        expected.append(F.cosine_similarity(rollout, following, dim=-1).mean())
+    torch.testing.assert_close(step.rewards.flatten(), torch.stack(expected), rtol=0, atol=1e-9)
+
+
+def test_positions_lie_where_the_text_is_least_certain(model_of: ModelOf) -> None:
+    """`argmax` in every third of the valid tokens, by the entropy of the first rollout token."""
+    model = model_of("delta_net")
+    step = Step(fused, model, make_batches(4), replace(CONFIG, selection="argmax"))
+    log_p = model.logits(model(random_tokens(4, 22)).hidden).log_softmax(-1).transpose(0, 1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    expected = []
+    for text, length in enumerate(LENGTHS):
+        size = length // CONFIG.num_chunks
+        for start in range(0, size * CONFIG.num_chunks, size):
+            position = start + int(entropy[text, start : start + size].argmax()) + 1
+            expected.append(min(max(position, CONFIG.margin_left), length - CONFIG.margin_right))
+    assert [position for _, position, _ in rollouts_of(step)] == expected
+    valid = [entropy[text, :length] for text, length in enumerate(LENGTHS)]
+    assert step.metrics.entropy_mean == pytest.approx(torch.cat(valid).mean().item())
+
+
+def mean_ntp_loss(model: FastWeightModel) -> Tensor:
+    """torch's cross entropy over the valid targets of the four texts."""
+    tokens = random_tokens(4, 22)
+    logits = model.logits(model(tokens).hidden).transpose(0, 1)
+    rows = [(logits[b, : n - 1], tokens[b, 1:n]) for b, n in enumerate(LENGTHS)]
+    return F.cross_entropy(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_next_token_mode_is_the_mean_cross_entropy(name: str, model_of: ModelOf) -> None:
+    model, metrics = model_of(name), StepAccumulator()
+    context = StepContext(model, CONFIG, Randomness(0, 0), model.pg_collection.dp)
+    (works,) = ntp(context, make_batches(1, 3))
+    loss, gradient = run_works(model, works, metrics)
+    expected = mean_ntp_loss(model)
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    assert_same_gradients(gradient, gradients(model, expected))
+    assert metrics.reduce(context.dp_group, 1) == ReducedMetrics(loss_ntp=loss)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradient_is_that_of_the_objective_as_written(name: str, model_of: ModelOf) -> None:
+    """ntp_weight * NTP - policy_weight * mean of A log p, for the rollouts and rewards reported."""
+    model = model_of(name)
+    config = replace(CONFIG, ntp_weight=0.7, policy_weight=1.3)
+    step = Step(fused, model, make_batches(1, 2, 1), config)
+    rewards = step.rewards
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    log_probs = full_run_log_probs(model, rollouts_of(step))
+    policy = -(advantages.flatten()[:, None] * log_probs).mean()
+    assert_same_gradients(
+        step.gradients[0], gradients(model, 0.7 * mean_ntp_loss(model) + 1.3 * policy)
+    )
+    assert step.metrics.loss_policy == pytest.approx(0.0, abs=1e-9)  # -mean A at ratio 1
+
+
+@pytest.mark.parametrize("mode", [fused, two_phase])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_micro_batches_do_not_show(name: str, mode: StepMode, model_of: ModelOf) -> None:
+    whole = Step(mode, model_of(name), make_batches(4))
+    for sizes in ((2, 2), (1, 1, 1, 1), (3, 1)):
+        assert_same_step(Step(mode, model_of(name), make_batches(*sizes)), whole)
+
+
+def test_draws_follow_seed_and_sample(model_of: ModelOf) -> None:
+    model, config = model_of("delta_net"), replace(CONFIG, rollouts_per_position=4)
+    first, same = (Step(fused, model, make_batches(4), config) for _ in range(2))
+    other = Step(fused, model, make_batches(4), config, seed=2)
+    assert torch.equal(first.metrics.tokens, same.metrics.tokens)
+    assert not torch.equal(first.metrics.tokens, other.metrics.tokens)
+    rollouts = first.metrics.tokens.reshape(-1, 4, config.rollout_tokens)
+    assert all(len({tuple(rollout) for rollout in group.tolist()}) > 1 for group in rollouts)
+
+    batch = make_batches(4)[0]
+    moved = replace(batch, sample_index=batch.sample_index + 100)
+    elsewhere = Step(fused, model, [moved], config)
+    assert not torch.equal(first.metrics.tokens, elsewhere.metrics.tokens)
+
+
+@pytest.mark.parametrize("selection", ["entropy", "uniform", "argmax", "argmin"])
+def test_positions_keep_their_margins(selection: Any, model_of: ModelOf) -> None:
+    config = replace(CONFIG, selection=selection, margin_left=4, margin_right=7)
+    for seed in range(5):
+        step = Step(fused, model_of("delta_net"), make_batches(4), config, seed)
+        for text, position, _ in rollouts_of(step):
+            assert 4 <= position <= LENGTHS[text] - 7
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding_has_no_influence(name: str, model_of: ModelOf) -> None:
+    (batch,) = make_batches(4)
+    filled = replace(batch, tokens=torch.where(batch.mask, batch.tokens, 7))
+    assert not torch.equal(batch.tokens, filled.tokens)
+    for mode in (fused, two_phase):
+        assert_same_step(Step(mode, model_of(name), [filled]), Step(mode, model_of(name), [batch]))
+
+
+def test_mini_batches_are_steps_of_their_own(model_of: ModelOf) -> None:
+    """Without an update between them, each is a fused step on its texts."""
+    model, batches = model_of("gated_delta_net"), make_batches(1, 1, 1, 1)
+    step = Step(two_phase, model, batches, replace(CONFIG, mini_batch_size=2))
+    assert len(step.gradients) == 2
+    for part, gradient in zip((batches[:2], batches[2:]), step.gradients, strict=True):
+        assert_same_gradients(gradient, Step(fused, model, part).gradients[0])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_later_mini_batches_see_the_ratio_to_the_old_policy(name: str, model_of: ModelOf) -> None:
+    """The second optimizer step against the clipped loss by hand, after the weights have moved."""
+    model, batches, metrics = model_of(name), make_batches(2, 2), StepAccumulator()
+    reference = Step(fused, model, batches)
+    config = replace(CONFIG, mini_batch_size=2, ntp_weight=0.0, policy_weight=1.0)
+    steps = two_phase(StepContext(model, config, Randomness(1, 2), model.pg_collection.dp), batches)
+    second = [rollout for rollout in rollouts_of(reference) if rollout[0] >= 2]
+    old = full_run_log_probs(model, second).detach()
+    rewards = reference.rewards[2:]
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+    advantage = advantages.reshape(-1, 1)
+
+    run_works(model, next(steps), StepAccumulator())
+    before = [p.detach().clone() for p in model.parameters()]
+    try:
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.05 * torch.randn_like(p)
+        loss, gradient = run_works(model, next(steps), metrics)
+        ratio = (full_run_log_probs(model, second) - old).exp()
+        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        worst = torch.maximum(-advantage * ratio, -advantage * clipped)
+        bounded = torch.where(advantage < 0, worst.minimum(-advantage * config.dual_clip), worst)
+        assert loss == pytest.approx(bounded.mean().item(), rel=1e-9)
+        assert_same_gradients(gradient, gradients(model, bounded.mean()))
+        reduced: Any = metrics.reduce(model.pg_collection.dp, 1)
+        fraction = (-advantage * clipped > -advantage * ratio).double().mean().item()
+        assert reduced.clip_fraction == pytest.approx(fraction) and fraction > 0
+    finally:
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), before, strict=True):
+                p.copy_(value)
