@@ -1,29 +1,28 @@
 # The two commands of the README, `make demo` and `make test`, each bring the environment up to date
-# first. Everything can be set on the command line, for example for a machine with CUDA 12.8:
-#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cu128
+# first. Everything can be set on the command line.
 VENV ?= .venv
 PYTHON ?= python3.11
-# Another release (TORCH=torch==2.14.0) or the path of a wheel.
+# Which torch. On a GPU machine: another release (TORCH=torch==2.14.0), the path of a wheel, or
+# with TORCH_INDEX the address of an index that has the build wanted.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
-# PyTorch's index for the build wanted; the CPU's by default, because PyPI's build brings CUDA along.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 # Optional dependencies to install: dev, gpu, eval.
 EXTRAS ?= dev
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --retries 2
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: setup test demo lint
 
 setup: $(STAMP)
 
-# torch goes first and from its own index; after that, any torch satisfies the other packages.
-# Its pin is taken out of the constraints, so that TORCH may name another release.
+# torch goes first: once it is there, no other package pulls in another build of it. Its pin is
+# taken out of the constraints, so that TORCH may name another release.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	$(PIP) install -c $(VENV)/constraints.txt --extra-index-url $(TORCH_INDEX) '$(TORCH)'
+	$(PIP) install -c $(VENV)/constraints.txt $(addprefix --index-url ,$(TORCH_INDEX)) '$(TORCH)'
 	$(PIP) install -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
 	touch $(STAMP)
 

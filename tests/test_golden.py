@@ -90,9 +90,7 @@ def test_longer_text(golden, score_model, name: str) -> None:
     assert_gradients_close(scored, expected, "b", 1e-2 if "muon" in name else 1e-4)
 
 
-def assert_gradients_close(
-    scored: Outputs, expected: Outputs, text: str, tolerance: float
-) -> None:
+def assert_gradients_close(scored: Outputs, expected: Outputs, text: str, tolerance: float) -> None:
     """Every parameter's gradient, by its norm and whatever else the reference holds of it: all of
     it, or its head and its projection on cos(0), cos(1), ...; errors are relative to the norm."""
     prefix = f"gradnorm_{text}."

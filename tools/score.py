@@ -29,9 +29,12 @@ def main(argv: list[str]) -> None:
     positions = _positions(arguments.rollout_at)
     if output.exists():
         raise UserError(f"{output} exists: name another --output or remove it")
-    if not output.parent.is_dir():
+    if arguments.rollout_tokens < 1:
+        raise UserError(f"--rollout-tokens must be at least 1, not {arguments.rollout_tokens}")
+    if not (output.parent.is_dir() and os.access(output.parent, os.W_OK)):
         raise UserError(f"{output.parent} is no directory to write {output.name} to")
 
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from refine_mcore import platform
@@ -55,8 +58,8 @@ def main(argv: list[str]) -> None:
             try:
                 save_file(tensors, partial)
                 os.replace(partial, output)
-            except OSError as error:
-                raise UserError(f"cannot write {output}: {error.strerror}") from None
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"cannot write {output}: {error}") from None
             finally:
                 partial.unlink(missing_ok=True)
     finally:

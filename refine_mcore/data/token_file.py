@@ -10,6 +10,8 @@ from torch import Tensor
 
 from refine_mcore.errors import UserError
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def read_token_file(path: Path, key: str, vocab_size: int) -> Tensor:
     """The tensor `key` of a safetensors file as token ids [B, T], int64. Raises UserError if it
@@ -24,7 +26,7 @@ def read_token_file(path: Path, key: str, vocab_size: int) -> Tensor:
         raise UserError(f"{path} does not exist") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-    if tokens.dim() != 2 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+    if tokens.dim() != 2 or tokens.dtype not in _INTEGERS:
         raise UserError(
             f"{key} in {path} must hold whole numbers [batch, tokens], not "
             f"{tokens.dtype} {list(tokens.shape)}"

@@ -18,16 +18,22 @@ from refine_mcore.models.architecture import Architecture, LaCTOptions
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.sharding import sharded_tensors
 
+_VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
 _DRAW = Callable[[torch.Generator, tuple[int, ...]], Tensor]
 
 
 def initialize(model: FastWeightModel, seed: int) -> None:
-    """Fill every parameter of this rank from its reference distribution."""
+    """Fill every parameter of this rank from its reference distribution; padding is zero."""
+    arch = model.config.arch
     with torch.no_grad():
         for tensor in sharded_tensors(model):
+            shape = tensor.global_shape
+            if tensor.key in _VOCABULARY_KEYS:  # a padded shape would change the draw
+                shape = (arch.vocab_size, *shape[1:])
             generator = torch.Generator().manual_seed(_key_seed(seed, tensor.key))
-            whole = _distribution(tensor.key, model.config.arch)(generator, tensor.global_shape)
-            tensor.data.copy_(whole[tensor.global_slice()])
+            whole = _distribution(tensor.key, arch)(generator, shape)
+            part = whole[tensor.global_slice()]
+            tensor.data.zero_()[: len(part)].copy_(part)
 
 
 def _key_seed(seed: int, key: str) -> int:

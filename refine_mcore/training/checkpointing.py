@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from torch.distributed.checkpoint import CheckpointException
 
 from refine_mcore import compat
 from refine_mcore.conversion.description import copy_description, find_checkpoint, write_description
@@ -94,16 +97,15 @@ def save_training(
 def load_training(
     checkpoint: Path, model: FastWeightModel, optimizer: Any, scheduler: Any
 ) -> Progress:
-    """Restore weights, optimizer and schedule from a training checkpoint; returns where the run
-    was."""
+    """Restore weights, optimizer state and place in the schedule; returns where the run was.
+
+    Learning rates and the optimizer's other options stay those of the present configuration.
+    """
     directory = find_checkpoint(checkpoint)
     compat.prime_optimizer(optimizer)
     template = _training_state(Progress(), model, optimizer, scheduler, is_loading=True)
+    _check_optimizer(template["optimizer"], directory)
     state = _load(model, template, directory)
-    if "progress" not in state:
-        raise UserError(
-            f"{directory} holds weights only: name it as model.checkpoint, not checkpoint.load"
-        )
     model.load_state_dict(state["model"])
     options = [{name: group[name] for name in _GROUP_OPTIONS} for group in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
@@ -111,6 +113,27 @@ def load_training(
         group.update(own)
     scheduler.load_state_dict(state["scheduler"])
     return Progress(**state["progress"])
+
+
+def _check_optimizer(template: dict[str, Any], directory: Path) -> None:
+    """Raise UserError unless the checkpoint holds what this kind of optimizer keeps per parameter.
+
+    Its keys are `optimizer.state.<name>.<parameter>`; the names depend on dtype and sharding.
+    """
+
+    def names(keys: Iterable[str]) -> set[str]:
+        return {key.split(".")[2] for key in keys if key.startswith("optimizer.state.")}
+
+    stored = names(read_metadata(directory).state_dict_metadata)
+    if not stored:
+        raise UserError(
+            f"{directory} holds weights only: name it as model.checkpoint, not checkpoint.load"
+        )
+    if stored != names(entry.key for entry in nested_values(template) if hasattr(entry, "key")):
+        raise UserError(
+            f"{directory} holds the state of another optimizer: training.dtype and "
+            "optimizer.use_distributed_optimizer must stay as they were when it was saved"
+        )
 
 
 def _training_state(
@@ -128,9 +151,8 @@ def _training_state(
 
 
 def _load(model: FastWeightModel, template: dict[str, Any], directory: Path) -> dict[str, Any]:
-    stored = read_metadata(
-        directory
-    ).state_dict_metadata  # also refuses foreign pickles before Megatron opens any
+    # Also refuses foreign pickles before Megatron opens any.
+    stored = read_metadata(directory).state_dict_metadata
     for shard in sharded_tensors(model):
         if shard.key not in stored:
             raise UserError(f"checkpoint {directory} lacks the tensor {shard.key}")
@@ -140,4 +162,7 @@ def _load(model: FastWeightModel, template: dict[str, Any], directory: Path) -> 
                 f"checkpoint {directory} holds {shard.key} of shape {list(shape)}, "
                 f"the model needs {list(shard.global_shape)}"
             )
-    return dist_checkpointing.load(template, str(directory))
+    try:
+        return dist_checkpointing.load(template, str(directory))
+    except (Exception, CheckpointException) as error:  # a damaged file may raise anything
+        raise UserError(f"checkpoint {directory} is damaged: it cannot be read") from error

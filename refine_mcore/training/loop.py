@@ -40,6 +40,10 @@ from refine_mcore.training.step_metrics import ReducedMetrics
 def train(config: Config) -> None:
     """Run the whole training described by `config` on the ranks that were started."""
     check_supported(config)
+    if config.training.dtype == "float64" and config.optimizer.clip_grad:
+        raise UserError(
+            "training.dtype float64 needs optimizer.clip_grad 0: Megatron clips float32 gradients"
+        )
     architecture = resolve_architecture(config)
     check_layout(architecture, config.parallel.tensor, config.parallel.pipeline)
     platform.initialize()

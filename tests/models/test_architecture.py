@@ -69,6 +69,21 @@ def test_parameters_are_those_of_the_checkpoint_format(name: str, process_groups
     assert not torch.equal(shards[embedding].data, first[embedding])
 
 
+def test_vocabulary_padding_does_not_change_the_draw(process_groups: Any) -> None:
+    """A configuration for two tensor-parallel ranks, built on one, pads 61 tokens to 62."""
+    arch = preset("tiny-deltanet").with_overrides({"hidden_size": 20, "intermediate_size": 8})
+    drawn = []
+    for ranks in (1, 2):
+        model = build_model(transformer_config(arch, tensor_parallel=ranks), process_groups)
+        initialize(model, seed=1)
+        drawn.append({shard.key: shard.data for shard in sharded_tensors(model)})
+    for key, plain in drawn[0].items():
+        padded = drawn[1][key]
+        assert torch.equal(padded[: len(plain)], plain)
+        assert len(padded) == {61: 62}.get(len(plain), len(plain))
+        assert not padded[len(plain) :].any()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_descriptions_survive_json(name: str) -> None:
     architecture = ARCHITECTURES[name]

@@ -158,6 +158,19 @@ def test_branches_equal_full_runs(
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_streams_may_lie_end_to_end(name: str, model_of: ModelOf) -> None:
+    """Branches on one sequence axis, [R * T, 1, d], are the same streams as on two."""
+    model = model_of(name)
+    branched = model(random_tokens(2, 11), record=True).tape.at([0, 1, 1], [3, 11, 6])
+    rollouts = random_tokens(3, 5, seed=1)
+    out = model(rollouts, branched, output_states=True)
+    flat = model(rollouts.reshape(1, 15), branched, output_states=True)
+    assert_same([flat.hidden[:, 0]], [out.hidden.transpose(0, 1).reshape(15, -1)])
+    for stream in range(3):
+        assert_same(contents(model, flat.states, stream), contents(model, out.states, stream))
+
+
+@pytest.mark.parametrize("name", NAMES)
 @EXAMPLES
 @given(length=st.integers(2, 19), data=st.data())
 def test_nothing_before_a_token_depends_on_it(

@@ -127,9 +127,7 @@ def test_resuming_takes_the_learning_rate_and_length_of_its_configuration(
     assert column(steps[2:], "lr") == [0.5] * 4
 
 
-def test_resuming_with_another_batch_size_skips_no_text(
-    config, stopped_run, monkeypatch
-) -> None:
+def test_resuming_with_another_batch_size_skips_no_text(config, stopped_run, monkeypatch) -> None:
     """Samples consumed are counted: 2 steps of 4 texts, then one of 2; the next begins at the 10th."""
     smaller = "training.global_batch_size=2"
     with monkeypatch.context() as patch:
@@ -153,6 +151,9 @@ def test_checkpoint_holds_model_description_and_no_extra_tensors(plain_run: Path
     names = {file.name for file in checkpoint.iterdir()}
     assert {".metadata", "metadata.json", "common.pt", "architecture.json"} <= names
     reader = CheckpointReader(checkpoint)
-    for key in ("embedding.word_embeddings.weight", "decoder.layers.1.self_attention.k_proj.weight"):
+    for key in (
+        "embedding.word_embeddings.weight",
+        "decoder.layers.1.self_attention.k_proj.weight",
+    ):
         assert key in reader
         assert f"optimizer.state.exp_avg.{key}" in reader

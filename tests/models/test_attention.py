@@ -1,0 +1,105 @@
+"""Attention in query blocks, of texts in pieces and of branches, against its definition."""
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from refine_mcore.models.attention import attend, rotary_table, rotate
+from refine_mcore.models.state import TokenHistory
+from tests.models.zoo import assert_same
+
+EXAMPLES = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+WINDOWS = st.none() | st.integers(1, 40)
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """One query at a time: q [T, heads, d] belong to the last T of k, v [S, kv_heads, d]."""
+    length, heads, dim = q.shape
+    before, group = k.shape[0] - length, heads // k.shape[1]
+    out = torch.empty_like(q)
+    for t in range(length):
+        stop = before + t + 1
+        start = 0 if window is None else max(0, stop - window)
+        for head in range(heads):
+            keys, values = k[start:stop, head // group], v[start:stop, head // group]
+            out[t, head] = (keys @ q[t, head] / dim**0.5).softmax(0) @ values
+    return out
+
+
+def random_qkv(streams: int, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Four query heads, two key/value heads, in float64; they need gradients."""
+    shapes = ((streams, queries, 4, 6), (streams, keys, 2, 6), (streams, keys, 2, 6))
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    return q, k, v
+
+
+def assert_same_with_gradients(
+    actual: Tensor, expected: Tensor, inputs: tuple[Tensor, ...]
+) -> None:
+    assert_same([actual], [expected])
+    weights = torch.randn_like(expected)
+    got = torch.autograd.grad((actual * weights).sum(), inputs)
+    assert_same(got, torch.autograd.grad((expected * weights).sum(), inputs))
+
+
+@EXAMPLES
+@given(
+    length=st.integers(1, 30),
+    before=st.integers(0, 30),
+    window=WINDOWS,
+    block=st.sampled_from([1, 3, 7, 512]),
+)
+def test_attention_of_a_text(
+    length: int, before: int, window: int | None, block: int, monkeypatch
+) -> None:
+    """With the history that an earlier piece leaves: all of it, or the last window - 1 tokens."""
+    monkeypatch.setattr("refine_mcore.models.attention._MAX_QUERY_BLOCK", block)
+    q, k, v = random_qkv(2, length, before + length)
+    past = None
+    if before:
+        past = TokenHistory((k[:, :before], v[:, :before]))
+        past = past if window is None else past.keep_last(window - 1)
+    out = attend(q, k[:, before:], v[:, before:], past, window)
+    expected = torch.stack([naive_attention(*row, window) for row in zip(q, k, v, strict=True)])
+    assert_same_with_gradients(out, expected, (q, k, v))
+
+
+@EXAMPLES
+@given(
+    length=st.integers(1, 6),
+    own=st.integers(0, 6),
+    window=WINDOWS,
+    branches=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 20)), min_size=1, max_size=5),
+)
+def test_attention_of_branches(
+    length: int, own: int, window: int | None, branches: list[tuple[int, int]]
+) -> None:
+    """Branches that left their texts anywhere, with some tokens of their own behind them."""
+    _, text_k, text_v = random_qkv(3, 1, 20)
+    q, k, v = random_qkv(len(branches), length, own + length)
+    rows, limit = zip(*branches, strict=True)
+    past = TokenHistory.branch((text_k, text_v), rows, limit).append((k[:, :own], v[:, :own]))
+    out = attend(q, k[:, own:], v[:, own:], past, window)
+    expected = [
+        naive_attention(
+            q[i], torch.cat([text_k[b, :p], k[i]]), torch.cat([text_v[b, :p], v[i]]), window
+        )
+        for i, (b, p) in enumerate(branches)
+    ]
+    assert_same_with_gradients(out, torch.stack(expected), (q, k, v, text_k, text_v))
+
+
+def test_rotation_is_by_the_position_of_each_stream() -> None:
+    """Pairs (i, i + dim/2) turn by position * base^(-2i/dim)."""
+    x = torch.randn(2, 3, 1, 4, dtype=torch.float64)
+    rotated = rotate(x, rotary_table((5, 9), 3, 4, 100.0, x))
+    for stream, start in enumerate((5, 9)):
+        for t in range(3):
+            for i in range(2):
+                turn = torch.polar(torch.ones(()), torch.tensor((start + t) * 100.0 ** (-i / 2)))
+                pair = torch.complex(x[stream, t, 0, i], x[stream, t, 0, i + 2]) * turn
+                found = torch.complex(rotated[stream, t, 0, i], rotated[stream, t, 0, i + 2])
+                torch.testing.assert_close(found, pair, rtol=0, atol=1e-6)
+    one_start = rotate(x, rotary_table((5, 5), 3, 4, 100.0, x))
+    assert torch.equal(one_start[0], rotated[0])
