@@ -15,7 +15,7 @@ USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
 # How long a rank other than 0 waits for the launcher to stop it before it speaks for itself.
-_OTHER_RANK_GRACE_SECONDS = 2.0
+_OTHER_RANK_GRACE_SECONDS = 10.0
 
 
 class UserError(Exception):

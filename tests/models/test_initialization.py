@@ -4,6 +4,7 @@ distributions. That layouts agree is tested with the training loop, on two ranks
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ def weights(
     name: str,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    **overrides: object,
+    overrides: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    architecture = preset(name).with_overrides(overrides)
+    architecture = preset(name).with_overrides(overrides or {})
     model = build_model(transformer_config(architecture, dtype=dtype), process_groups)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,7 +42,7 @@ def test_function_of_seed_and_name(process_groups, name: str) -> None:
     first = weights(process_groups, name)
     torch.manual_seed(99)  # the global generator has no part in it
     again, other = weights(process_groups, name), weights(process_groups, name, seed=1)
-    deeper = weights(process_groups, name, num_layers=3)
+    deeper = weights(process_groups, name, overrides={"num_layers": 3})
     for key, weight in first.items():
         assert weight.isfinite().all(), key
         assert torch.equal(weight, again[key])
@@ -66,7 +67,7 @@ def std(weight: Tensor) -> float:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_projections_and_norms(process_groups, name: str) -> None:
-    found = weights(process_groups, name, **WIDE, initializer_range=0.05)
+    found = weights(process_groups, name, overrides=WIDE | {"initializer_range": 0.05})
     layer = "decoder.layers.1."
     projections = [f"{layer}self_attention.{p}_proj.weight" for p in "qkvo"]
     projections += [f"{layer}mlp.linear_fc1.weight", f"{layer}mlp.linear_fc2.weight"]
@@ -82,10 +83,14 @@ def test_projections_and_norms(process_groups, name: str) -> None:
 
 def test_decay_of_gated_delta_net(process_groups) -> None:
     """exp(A_log) is uniform on (0, 16); softplus(dt_bias) is log-uniform on (1e-3, 0.1)."""
-    mixer = {"mixer.num_heads": 2, "mixer.num_value_heads": 4000, "mixer.expand_v": 1.0}
-    found = weights(
-        process_groups, "tiny-gated-deltanet", **mixer, **{"mixer.head_dim": 1, "num_layers": 1}
-    )
+    many_heads = {
+        "num_layers": 1,
+        "mixer.num_heads": 2,
+        "mixer.num_value_heads": 4000,
+        "mixer.head_dim": 1,
+        "mixer.expand_v": 1.0,
+    }
+    found = weights(process_groups, "tiny-gated-deltanet", overrides=many_heads)
     prefix = "decoder.layers.0.self_attention."
     decay = found[f"{prefix}A_log"].exp()
     assert 0 < decay.min() < 0.1 and 15.9 < decay.max() <= 16
@@ -98,13 +103,13 @@ def test_decay_of_gated_delta_net(process_groups) -> None:
 def test_fast_weights_of_lact(process_groups) -> None:
     """Full: 1/sqrt(fan-in). Low rank: gain/sqrt(rank) and gain/sqrt(head width), gain 0.5."""
     prefix = "decoder.layers.0.self_attention."
-    inter = {"mixer.inter_multi": 2.0}
-    full = weights(process_groups, "tiny-lact", **WIDE, **inter, **{"mixer.low_rank": None})
+    wide = WIDE | {"mixer.inter_multi": 2.0}
+    full = weights(process_groups, "tiny-lact", overrides=wide | {"mixer.low_rank": None})
     assert full[f"{prefix}w0"].shape == full[f"{prefix}w2"].shape == (2, 192, 96)
     assert std(full[f"{prefix}w0"]) == pytest.approx(96**-0.5, rel=0.05)
     assert std(full[f"{prefix}w2"]) == pytest.approx(96**-0.5, rel=0.05)
     assert std(full[f"{prefix}w1"]) == pytest.approx(192**-0.5, rel=0.05)
-    low = weights(process_groups, "tiny-lact", **WIDE, **inter, **{"mixer.low_rank": 16})
+    low = weights(process_groups, "tiny-lact", overrides=wide | {"mixer.low_rank": 16})
     for name in ("w0", "w2"):
         assert std(low[f"{prefix}{name}.w_left"]) == pytest.approx(0.5 / 16**0.5, rel=0.05)
         assert std(low[f"{prefix}{name}.w_right"]) == pytest.approx(0.5 / 96**0.5, rel=0.05)

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, and a run's checkpoint serves wherever one is asked for."""
+"""A resumed run is the uninterrupted one; a run's checkpoints survive crashes and serve others."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_resuming_takes_the_learning_rate_and_length_of_its_configuration(
 
 
 def test_resuming_with_another_batch_size_skips_no_text(config, stopped_run, monkeypatch) -> None:
-    """Samples consumed are counted: 2 steps of 4 texts, then one of 2; the next begins at the 10th."""
+    """Samples consumed are counted: 2 steps of 4 texts and one of 2, so the next is the 10th."""
     smaller = "training.global_batch_size=2"
     with monkeypatch.context() as patch:
         stop_at(patch, 3)

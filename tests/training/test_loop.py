@@ -26,7 +26,12 @@ from tests.distributed.harness import run_distributed
 from tests.training.jobs import STEPS, column, run_job, write_config
 
 FAMILIES = ("tiny-deltanet", "tiny-gated-deltanet", "tiny-lact")
-DATA_PARALLEL, TENSOR_PARALLEL = "data-parallel", "tensor-parallel"
+# Two-rank layouts. Micro-batches of one text interleave the data-parallel ranks' samples.
+LAYOUTS = {
+    "data-parallel": ("training.micro_batch_size=1",),
+    "sharded-optimizer": ("optimizer.use_distributed_optimizer=true",),
+    "tensor-parallel": ("parallel.tensor=2",),
+}
 
 
 @pytest.fixture(scope="module")
@@ -161,11 +166,17 @@ def test_starts_from_a_converted_model_and_exports_it(
     which import again."""
     original = copy_model(golden, "gated_deltanet", tmp_path / "original")
     checkpoint = to_checkpoint(original, tmp_path / "imported")
-    options = (f"model.checkpoint={checkpoint}", "model.preset=null", "model.overrides={}")
     # The reference has a vocabulary of 97: text of single bytes, whose ids come first.
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(1 + i * i % 7) for i in range(400)))
-    options += (f"data.paths=[{text}]", "training.steps=2", "optimizer.weight_decay=0")
+    options = (
+        f"model.checkpoint={checkpoint}",
+        "model.preset=null",
+        "model.overrides={}",
+        f"data.paths=[{text}]",
+        "training.steps=2",
+        "optimizer.weight_decay=0",
+    )
 
     run_job(config, tmp_path / "frozen", *options, "optimizer.lr=1e-30")
     assert files(to_hf(tmp_path / "frozen" / "checkpoints", tmp_path / "same")) == files(original)
@@ -198,7 +209,7 @@ def test_two_ranks_give_the_run_of_one(config: Path, plain_run: Path, tmp_path: 
     """Data- and tensor-parallel: the same hashes, losses and weights, from the same start."""
     run_distributed(_run_on_two_ranks, 2, config, tmp_path)
     expected_weights = weights(plain_run, tmp_path / "expected")
-    for layout in (DATA_PARALLEL, TENSOR_PARALLEL):
+    for layout in LAYOUTS:
         for one, two in zip(recorded(plain_run), recorded(tmp_path / layout), strict=True):
             assert (one["positions"], one["rollout_tokens"]) == (
                 two["positions"],
@@ -217,9 +228,8 @@ def test_two_ranks_give_the_run_of_one(config: Path, plain_run: Path, tmp_path: 
 
 
 def _run_on_two_ranks(config: Path, directory: Path) -> None:
-    _run(load_config(config, [f"run.directory={directory / DATA_PARALLEL}"]))
-    tensor = ["parallel.tensor=2", f"run.directory={directory / TENSOR_PARALLEL}"]
-    _run(load_config(config, tensor))
+    for layout, overrides in LAYOUTS.items():
+        _run(load_config(config, [f"run.directory={directory / layout}", *overrides]))
     initial = {
         (preset, size): _initial_weights(
             load_config(config, [f"model.preset={preset}", f"parallel.tensor={size}"])
