@@ -97,8 +97,10 @@ class _Bench:
         self.model = wrap_data_parallel(
             training_model(config, self.groups), config.optimizer, self.groups
         )
-        optimizer, _ = build_optimizer(self.model, config, getattr(torch, training.dtype))
-        self.run_step = TrainStep(self.model, optimizer, config.refine, training.seed, self.groups)
+        self.optimizer, _ = build_optimizer(self.model, config, getattr(torch, training.dtype))
+        self.run_step = TrainStep(
+            self.model, self.optimizer, config.refine, training.seed, self.groups
+        )
         count = training.global_batch_size // training.micro_batch_size
         self.batches = [
             TextBatch(
@@ -129,6 +131,7 @@ class _Bench:
         randomness = Randomness(self.config.training.seed, 0)
         context = StepContext(self.model.module, self.config.refine, randomness, self.groups.dp)
         self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
         for work in STEP_MODES[mode](context, self.batches):
             forward_backward(self.model, work, StepAccumulator())
         return torch.cat([p.main_grad.flatten().clone() for p in self.model.parameters()])

@@ -161,6 +161,9 @@ class TrainingConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     # Steps between log lines where there is no progress bar.
     log_interval: PositiveInt = 1
+    # Tokens between the states that delta-rule layers keep for branching, a multiple of 64: a
+    # larger one takes less memory and replays more tokens for each branch.
+    tape_interval: PositiveInt = 64
     # full: recompute each layer in the backward pass instead of keeping its activations.
     recompute: Literal["full"] | None = None
 

@@ -29,11 +29,9 @@ class DeltaNet(DeltaRuleMixer):
     def gate_projections(self) -> list[Projection]:
         return [Projection("b_proj", self.options.num_heads)] if self.options.use_beta else []
 
-    def gates(self, parts: dict[str, Tensor]) -> tuple[Tensor, None]:
+    def gates(self, parts: dict[str, Tensor], v: Tensor) -> tuple[Tensor, None]:
         if not self.options.use_beta:
-            v = parts["v_proj"]
-            heads = self.heads.value_heads // self.tp_size
-            return v.new_ones(*v.shape[:2], heads, dtype=at_least_float32(v.dtype)), None
+            return v.new_ones(v.shape[:3], dtype=at_least_float32(v.dtype)), None
         return write_strength(parts["b_proj"], self.options.allow_neg_eigval), None
 
 

@@ -29,11 +29,16 @@ from refine_mcore.models.parallel_layers import (
     row_sharded_parameter,
     shared_by_heads,
 )
-from refine_mcore.models.state import FastWeightState, LayerTape, gather_tokens, take_streams
-from refine_mcore.models.transformer_config import FastWeightConfig
+from refine_mcore.models.state import (
+    FastWeightState,
+    LayerTape,
+    RecordedTokens,
+    gather_tokens,
+    take_streams,
+)
+from refine_mcore.models.transformer_config import KERNEL_CHUNK, FastWeightConfig
 
 _L2_EPS = 1e-6
-CHUNK_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -124,37 +129,46 @@ class DeltaRuleMixer(Mixer):
         """The projections that the gates are made of, beside q, k, v."""
 
     @abstractmethod
-    def gates(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """beta and g [R, T, local value heads] from the named projections, in at least float32."""
+    def gates(self, parts: dict[str, Tensor], v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """beta and g [R, T, local value heads] for the values v [R, T, heads, V], from the named
+        projections, in at least float32."""
 
     def mix(
         self, x: Tensor, state: FastWeightState | None, output_state: bool, record: bool
     ) -> MixerOutput:
         assert state is None or isinstance(state, DeltaRuleState)
-        tokens = self.streams_first(self.in_proj(x), state)
-        parts = self.in_proj.split(tokens)
-        convolved, conv_tail = self.convolve(tokens, state)
-        q, inputs = self.recurrence_inputs(convolved, parts)
+        packed = self.streams_first(self.in_proj(x), state)
+        tape = DeltaRuleTape(self, packed, state) if record else None
+        raw, gates = self.split_packed(packed if tape is None else tape.packed.tokens)
+        convolved, conv_tail = self.convolve(raw, state)
+        if tape is not None:
+            convolved = tape.record_convolved(convolved)
+        q, inputs = self.recurrence_inputs(convolved, gates)
         initial = state.recurrent if state is not None else None
         o, final, boundaries = self.recurrence(q, inputs, initial)
         assert o is not None
         y = rms_norm(o, shared_by_heads(self.o_norm, self.tp_group), self.config.layernorm_epsilon)
         if self.options.use_gate:
-            y = y * F.silu(parts["g_proj"]).reshape(y.shape)
-        tape = None
-        if record:
-            past = state.conv if state is not None else None
-            tape = DeltaRuleTape(self, tokens, convolved, past, [*boundaries, final])
+            y = y * F.silu(gates["g_proj"]).reshape(y.shape)
+        if tape is not None:
+            tape.record_states(boundaries, final)
         return MixerOutput(
             self.project_output(y.flatten(2), x),
             DeltaRuleState(conv_tail, final) if output_state else None,
             tape,
         )
 
-    def convolve(self, tokens: Tensor, state: DeltaRuleState | None) -> tuple[Tensor, Tensor]:
+    def split_packed(self, packed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The inputs of the convolution, q, k and v as they lie side by side, and the gates by
+        name. One split: its backward is one concatenation."""
+        sizes = [sum(self.conv_sizes), *self.in_proj.local_sizes[3:]]
+        names = [projection.name for projection in self.in_proj.projections[3:]]
+        raw, *gates = packed.split(sizes, dim=-1)
+        return raw, dict(zip(names, gates, strict=True))
+
+    def convolve(self, raw: Tensor, state: DeltaRuleState | None) -> tuple[Tensor, Tensor]:
         """SiLU of the short convolution of q, k, v [R, T, channels], and the inputs the next token
         needs."""
-        raw = tokens[..., : sum(self.conv_sizes)]
         if not self.options.use_short_conv:
             return self.activate(raw), raw[:, :0]
         weight = torch.cat([self.q_conv1d, self.k_conv1d, self.v_conv1d])
@@ -176,7 +190,7 @@ class DeltaRuleMixer(Mixer):
         return torch.cat([q, k, F.silu(v)], dim=-1)
 
     def recurrence_inputs(
-        self, convolved: Tensor, parts: dict[str, Tensor]
+        self, convolved: Tensor, gates: dict[str, Tensor]
     ) -> tuple[Tensor, RecurrenceInputs]:
         """q [R, T, heads, K] and what the state is written with."""
         q, k, v = convolved.split(self.conv_sizes, dim=-1)
@@ -186,39 +200,42 @@ class DeltaRuleMixer(Mixer):
         if groups > 1:
             q, k = q.repeat_interleave(groups, dim=2), k.repeat_interleave(groups, dim=2)
         v = v.reshape(streams, length, -1, self.heads.value)
-        return q, RecurrenceInputs(k, v, *self.gates(parts))
+        return q, RecurrenceInputs(k, v, *self.gates(gates, v))
 
     def recurrence(
         self, q: Tensor | None, inputs: RecurrenceInputs, initial_state: Tensor | None
     ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """Output, final state and the states before each chunk; q=None only advances the state."""
         k, v, beta, g = inputs
-        options: dict[str, Any] = {"initial_state": initial_state, "chunk_size": CHUNK_SIZE}
+        options: dict[str, Any] = {"initial_state": initial_state, "chunk_size": KERNEL_CHUNK}
         if g is None:
             return chunk_delta_rule(q, k, v, beta, **options)
         return chunk_gated_delta_rule(q, k, v, beta, g, **options)
 
 
 class DeltaRuleTape(LayerTape):
-    """Packed projections and convolution outputs of the text, and the states at chunk boundaries
-    (the last is final)."""
+    """Packed projections and convolution outputs of the text, and its states every
+    `tape_interval` tokens (the last is the final one)."""
 
-    def __init__(
-        self,
-        mixer: DeltaRuleMixer,
-        tokens: Tensor,
-        convolved: Tensor,
-        past: Tensor | None,
-        boundaries: list[Tensor],
-    ) -> None:
-        self.mixer, self.tokens, self.convolved = mixer, tokens, convolved
-        self.past, self.boundaries = past, boundaries
+    def __init__(self, mixer: DeltaRuleMixer, packed: Tensor, state: DeltaRuleState | None) -> None:
+        self.mixer = mixer
+        self.packed = RecordedTokens(packed)
+        self.past = None if state is None else state.conv
+
+    def record_convolved(self, convolved: Tensor) -> Tensor:
+        """Keep the convolution's output; the forward goes on with what is returned."""
+        self.convolved = RecordedTokens(convolved)
+        return self.convolved.tokens
+
+    def record_states(self, boundaries: list[Tensor], final: Tensor) -> None:
+        """Keep the states before each kernel chunk, thinned out, and the one after the text."""
+        self.interval = self.mixer.config.tape_interval
+        self.states = [*boundaries[:: self.interval // KERNEL_CHUNK], final]
 
     def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> DeltaRuleState:
-        starts = [t // CHUNK_SIZE * CHUNK_SIZE for t in offset]
-        recurrent = torch.stack(
-            [self.boundaries[s // CHUNK_SIZE][b] for s, b in zip(starts, batch_index, strict=True)]
-        )
+        kept = [t // self.interval for t in offset]
+        recurrent = torch.stack([self.states[i][b] for i, b in zip(kept, batch_index, strict=True)])
+        starts = [i * self.interval for i in kept]
         rest = [t - s for t, s in zip(offset, starts, strict=True)]
         if max(rest) > 0:
             recurrent = self._replay(recurrent, batch_index, starts, rest)
@@ -229,11 +246,10 @@ class DeltaRuleTape(LayerTape):
     ) -> Tensor:
         """The states after `rest[r]` more tokens; shorter rows are filled with writes of strength
         zero."""
-        length, last = max(rest), self.tokens.shape[1] - 1
-        index = [[min(s + i, last) for i in range(length)] for s in starts]
-        packed = gather_tokens(self.tokens, batch_index, index)
-        convolved = gather_tokens(self.convolved, batch_index, index)
-        _, inputs = self.mixer.recurrence_inputs(convolved, self.mixer.in_proj.split(packed))
+        length = max(rest)
+        _, gates = self.mixer.split_packed(self.packed.read(batch_index, starts, length))
+        convolved = self.convolved.read(batch_index, starts, length)
+        _, inputs = self.mixer.recurrence_inputs(convolved, gates)
         steps = torch.arange(length, device=states.device)
         valid = (steps < torch.tensor(rest, device=states.device)[:, None])[..., None]
         beta = inputs.beta * valid
@@ -242,23 +258,20 @@ class DeltaRuleTape(LayerTape):
 
     def _conv_tail(self, batch_index: Sequence[int], offset: Sequence[int]) -> Tensor:
         """The last conv_size - 1 inputs of the convolution before each offset."""
-        width, channels = self.mixer.conv_width - 1, sum(self.mixer.conv_sizes)
+        width = self.mixer.conv_width - 1
         near = [r for r, t in enumerate(offset) if t < width]  # these reach back before the forward
         far = [r for r, t in enumerate(offset) if t >= width]
         tails = []
         if far:
-            index = [list(range(offset[r] - width, offset[r])) for r in far]
-            tails.append(
-                gather_tokens(self.tokens, [batch_index[r] for r in far], index)[..., :channels]
-            )
+            rows, start = [batch_index[r] for r in far], [offset[r] - width for r in far]
+            tails.append(self.mixer.split_packed(self.packed.read(rows, start, width))[0])
         if near:
-            head = self.tokens[:, :width, :channels]
-            past = (
-                head.new_zeros(head.shape[0], width, channels) if self.past is None else self.past
-            )
-            index = [list(range(offset[r], offset[r] + width)) for r in near]
-            head = torch.cat([past, head], dim=1)
-            tails.append(gather_tokens(head, [batch_index[r] for r in near], index))
+            head, _ = self.mixer.split_packed(self.packed.tokens[:, :width])
+            past = self.past
+            if past is None:
+                past = head.new_zeros(head.shape[0], width, head.shape[2])
+            rows, start = [batch_index[r] for r in near], [offset[r] for r in near]
+            tails.append(gather_tokens(torch.cat([past, head], dim=1), rows, start, width))
         order = far + near
         return take_streams(torch.cat(tails), [order.index(r) for r in range(len(order))])
 

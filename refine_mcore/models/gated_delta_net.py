@@ -52,7 +52,7 @@ class GatedDeltaNet(DeltaRuleMixer):
         heads = self.options.value_heads
         return [Projection("b_proj", heads), Projection("a_proj", heads)]
 
-    def gates(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def gates(self, parts: dict[str, Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
         dtype = at_least_float32(parts["a_proj"].dtype)
         rate = F.softplus(parts["a_proj"].to(dtype) + self.dt_bias.to(dtype))
         beta = write_strength(parts["b_proj"], self.options.allow_neg_eigval)

@@ -130,24 +130,105 @@ class StreamGroups:
         return take_streams(y, self._places)
 
 
-def gather_tokens(x: Tensor, batch_index: Sequence[int], token_index: list[list[int]]) -> Tensor:
-    """x [B, T, c], token_index [R][n] -> [R, n, c]: chosen tokens of text batch_index[r] for each
-    stream r.
+def gather_tokens(
+    x: Tensor, batch_index: Sequence[int], start: Sequence[int], length: int
+) -> Tensor:
+    """x [B, T, c] -> [R, length, c]: tokens start[r], start[r] + 1, ... of text batch_index[r] for
+    each stream r. Where a text has ended its last token is repeated.
 
-    One `index_select` over the texts' tokens in the order they lie in memory: no copy of the texts,
-    and a backward of one scatter-add.
+    One `index_select` over the texts' tokens in the order they lie in memory: no copy of the texts.
     """
-    texts, length = x.shape[:2]
-    time_first = texts > 1 and x.stride(0) < x.stride(1)
-    rows = (x.transpose(0, 1) if time_first else x).reshape(texts * length, -1)
-    step_text, step_token = (1, texts) if time_first else (length, 1)
-    flat = [
-        b * step_text + t * step_token
-        for b, tokens in zip(batch_index, token_index, strict=True)
-        for t in tokens
-    ]
-    picked = rows.index_select(0, torch.tensor(flat, dtype=torch.long, device=x.device))
-    return picked.reshape(len(token_index), len(token_index[0]), x.shape[-1])
+    return _select_tokens(x, *_token_places(x, batch_index, start, length))
+
+
+class RecordedTokens:
+    """A per-token tensor of a text forward, [B, T, c], of which streams read a few tokens later.
+
+    The forward must go on with `tokens`, not with the tensor recorded, and only split it. The
+    gradients of what was read are then added to the gradient of `tokens` in place, as rows; an
+    ordinary gather would make a zero tensor of the text's size for each reading, in every layer.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._readings: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.tokens = _Record.apply(x, self._readings) if x.requires_grad else x
+
+    def read(self, batch_index: Sequence[int], start: Sequence[int], length: int) -> Tensor:
+        """As `gather_tokens`."""
+        texts, tokens = _token_places(self.tokens, batch_index, start, length)
+        if not (self.tokens.requires_grad and torch.is_grad_enabled()):
+            return _select_tokens(self.tokens, texts, tokens)
+        return _Read.apply(self.tokens, texts, tokens, self._readings)
+
+
+class _Record(torch.autograd.Function):
+    """Identity; backward adds the gradients that `_Read` left, which autograd runs before."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, readings: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        ctx.readings = readings
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # The gradient of a split is a fresh tensor that nothing else holds.
+        if not (grad.is_contiguous() or grad.transpose(0, 1).is_contiguous()):
+            grad = grad.contiguous()
+        for texts, tokens, rows in ctx.readings:
+            _token_rows(grad).index_add_(0, _row_index(grad, texts, tokens), rows)
+        ctx.readings.clear()
+        return grad, None
+
+
+class _Read(torch.autograd.Function):
+    """`_select_tokens`; backward leaves its gradient to `_Record`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        texts: Tensor,
+        tokens: Tensor,
+        readings: list[tuple[Tensor, Tensor, Tensor]],
+    ) -> Tensor:
+        ctx.places, ctx.readings = (texts, tokens), readings
+        return _select_tokens(x, texts, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
+        ctx.readings.append((*ctx.places, grad.reshape(-1, grad.shape[-1])))
+        return None, None, None, None
+
+
+def _token_places(
+    x: Tensor, batch_index: Sequence[int], start: Sequence[int], length: int
+) -> tuple[Tensor, Tensor]:
+    """Text [R, 1] and token [R, length] of everything to read from x [B, T, c]."""
+    texts = torch.tensor(list(batch_index), device=x.device)[:, None]
+    starts = torch.tensor(list(start), device=x.device)[:, None]
+    steps = torch.arange(length, device=x.device)
+    return texts, (starts + steps).clamp(max=x.shape[1] - 1)
+
+
+def _select_tokens(x: Tensor, texts: Tensor, tokens: Tensor) -> Tensor:
+    rows = _token_rows(x).index_select(0, _row_index(x, texts, tokens))
+    return rows.reshape(*tokens.shape, x.shape[-1])
+
+
+def _time_first(x: Tensor) -> bool:
+    return x.shape[0] > 1 and x.stride(0) < x.stride(1)
+
+
+def _token_rows(x: Tensor) -> Tensor:
+    """[B, T, c] as [B * T, c] in the order of memory."""
+    return (x.transpose(0, 1) if _time_first(x) else x).reshape(-1, x.shape[-1])
+
+
+def _row_index(x: Tensor, texts: Tensor, tokens: Tensor) -> Tensor:
+    """Where in `_token_rows(x)` these tokens are."""
+    if _time_first(x):
+        return (tokens * x.shape[0] + texts).flatten()
+    return (texts * x.shape[1] + tokens).flatten()
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,17 @@ from megatron.core.transformer import TransformerConfig
 from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import Architecture, DeltaNetOptions, LaCTOptions
 
+KERNEL_CHUNK = 64  # tokens the delta rules take at a time
+
 
 @dataclass
 class FastWeightConfig(TransformerConfig):
     """TransformerConfig of a fast-weight model; build it with `transformer_config`."""
 
     architecture: Architecture | None = None
+    # Tokens between the states that a delta-rule layer's tape keeps, a multiple of the kernel's
+    # chunk. A larger one keeps less memory alive and replays more tokens for a branch.
+    tape_interval: int = KERNEL_CHUNK
 
     @property
     def arch(self) -> Architecture:
@@ -37,6 +42,7 @@ def transformer_config(
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
     sequence_parallel: bool = False,
+    tape_interval: int = KERNEL_CHUNK,
     **megatron_options: Any,
 ) -> FastWeightConfig:
     """The Megatron configuration that runs `architecture` in `dtype` at the given layout.
@@ -46,8 +52,13 @@ def transformer_config(
     UserError where a size does not divide.
     """
     check_layout(architecture, tensor_parallel, pipeline_parallel)
+    if tape_interval % KERNEL_CHUNK:
+        raise UserError(
+            f"the tape interval of {tape_interval} tokens must be a multiple of {KERNEL_CHUNK}"
+        )
     return FastWeightConfig(
         architecture=architecture,
+        tape_interval=tape_interval,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.intermediate_size,

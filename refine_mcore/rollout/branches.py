@@ -47,13 +47,12 @@ class Branches:
     def rows_before(self, x: Tensor) -> Tensor:
         """x [S, B, c] at the last token of each prefix: [R, c]; its logits give the first rollout
         token."""
-        index = [[p - 1] for p in self.position]
-        return gather_tokens(x.transpose(0, 1), self.batch_index, index)[:, 0]
+        last = [p - 1 for p in self.position]
+        return gather_tokens(x.transpose(0, 1), self.batch_index, last, 1)[:, 0]
 
     def rows_after(self, x: Tensor, k: int) -> Tensor:
         """x [S, B, c] at the k text tokens that follow each prefix: [R, k, c]."""
-        index = [list(range(p, p + k)) for p in self.position]
-        return gather_tokens(x.transpose(0, 1), self.batch_index, index)
+        return gather_tokens(x.transpose(0, 1), self.batch_index, self.position, k)
 
 
 class _Draw(IntEnum):

@@ -201,7 +201,7 @@ def policy_loss(
         config.aggregation,
         denominator=denominator,
     )
-    tokens = torch.tensor(float(log_probs.numel()))
+    tokens = torch.tensor(float(log_probs.numel()), device=loss.device)
     sums = {"clipped": metrics["clip_fraction"] * tokens, "policy_tokens": tokens}
     return loss, {"loss_policy": loss.detach()} | sums
 
@@ -215,7 +215,7 @@ def describe(batch: TextBatch, text: TextPass, scored: ScoredRollouts) -> WorkMe
         "entropy": (text.entropy.detach() * batch.mask).sum(),
         "entropy_count": batch.mask.sum(),
         "drift": drift,
-        "rollout_tokens": torch.tensor(float(rollouts.tokens.numel())),
+        "rollout_tokens": torch.tensor(float(rollouts.tokens.numel()), device=drift.device),
     }
     positions = torch.tensor(rollouts.branches.position, device=rollouts.tokens.device)
     record = TextRecord(

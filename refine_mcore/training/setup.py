@@ -60,6 +60,7 @@ def training_model(config: Config, pg_collection: Any) -> FastWeightModel:
             tensor_parallel=config.parallel.tensor,
             pipeline_parallel=config.parallel.pipeline,
             sequence_parallel=config.parallel.sequence_parallel,
+            tape_interval=config.training.tape_interval,
         ),
         pg_collection,
         transformer_engine=config.model.transformer_engine,

@@ -6,6 +6,7 @@ import pytest
 
 from refine_mcore import platform
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.transformer_config import FastWeightConfig
 from tests.models.zoo import make_model
 
 
@@ -33,5 +34,9 @@ def model_of(process_groups) -> Callable[[str], FastWeightModel]:
 
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Delta-rule chunks of 4 tokens instead of 64, so that short texts have several."""
-    monkeypatch.setattr("refine_mcore.models.delta_rule_mixer.CHUNK_SIZE", 4)
+    """Delta-rule chunks of 4 tokens instead of 64, and a state kept at every second one, so that
+    short texts have several."""
+    monkeypatch.setattr("refine_mcore.models.delta_rule_mixer.KERNEL_CHUNK", 4)
+    # a property takes precedence over what each configuration holds
+    interval = property(lambda config: 8, lambda config, value: None)
+    monkeypatch.setattr(FastWeightConfig, "tape_interval", interval)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.state import FastWeightState
+from refine_mcore.models.transformer_config import FastWeightConfig
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.scoring import score
 from tests.models.zoo import (
@@ -104,10 +105,13 @@ def test_tape_holds_the_state_of_every_prefix(
             assert_same(contents(model, on_tape, stream), contents(model, alone, 0))
 
 
+@pytest.mark.parametrize("interval", [64, 128])
 def test_tape_over_whole_chunks_of_the_kernel(
-    model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+    model_of: ModelOf, monkeypatch: pytest.MonkeyPatch, interval: int
 ) -> None:
-    monkeypatch.setattr("refine_mcore.models.delta_rule_mixer.CHUNK_SIZE", 64)
+    monkeypatch.setattr("refine_mcore.models.delta_rule_mixer.KERNEL_CHUNK", 64)
+    kept = property(lambda config: interval, lambda config, value: None)
+    monkeypatch.setattr(FastWeightConfig, "tape_interval", kept)
     tokens = random_tokens(1, 150)
     positions = [1, 63, 64, 65, 127, 128, 150]
     for name in ("delta_net", "gated_delta_net"):

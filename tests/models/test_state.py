@@ -14,6 +14,7 @@ from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.lact_state import LaCTState
 from refine_mcore.models.state import (
     FastWeightState,
+    RecordedTokens,
     StreamGroups,
     TokenHistory,
     detach_tree,
@@ -175,10 +176,31 @@ def test_new_bytes_sees_copies_and_no_views() -> None:
 def test_gather_tokens_reads_both_layouts() -> None:
     text_first = torch.randn(3, 7, 2)
     time_first = text_first.transpose(0, 1).contiguous().transpose(0, 1)
-    expected = torch.stack([text_first[2, [0, 6]], text_first[0, [3, 3]]])
+    expected = torch.stack([text_first[2, [0, 1]], text_first[0, [6, 6]]])
     for x in (text_first, time_first):
-        assert torch.equal(gather_tokens(x, [2, 0], [[0, 6], [3, 3]]), expected)
-    assert gather_tokens(text_first, [2, 0], [[], []]).shape == (2, 0, 2)
+        assert torch.equal(gather_tokens(x, [2, 0], [0, 6], 2), expected)
+    assert gather_tokens(text_first, [2, 0], [1, 2], 0).shape == (2, 0, 2)
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+def test_recorded_tokens_have_the_gradient_of_a_gather(time_first: bool) -> None:
+    """Readings and the split that goes on with the tensor, against plain indexing."""
+    x = torch.randn(3, 7, 5, dtype=torch.float64)
+    if time_first:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    recorded = RecordedTokens(ours * 2)
+    head, tail = recorded.tokens.split([2, 3], dim=-1)
+    read = recorded.read([2, 2, 0], [0, 1, 5], 3)
+    again = recorded.read([1], [4], 1)
+    (head.sin().sum() + tail.cos().sum() + read.square().sum() + again.exp().sum()).backward()
+
+    y = plain * 2
+    expected = torch.stack([y[2, [0, 1, 2]], y[2, [1, 2, 3]], y[0, [5, 6, 6]]])
+    assert torch.equal(read, expected)
+    total = y[..., :2].sin().sum() + y[..., 2:].cos().sum()
+    (total + expected.square().sum() + y[1, 4:5].exp().sum()).backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
 
 
 def test_stream_groups_lay_streams_out_by_row() -> None:
