@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from refine_mcore.config.loader import save_config
 from refine_mcore.config.schema import Config
 from refine_mcore.errors import UserError
 
 
 def prepare_run_directory(config: Config) -> Path:
-    """Creates RUN (`run.directory`) with the resolved `config.yaml` in it and returns it. One rank
-    calls this.
+    """Creates RUN (`run.directory`) and returns it. One rank calls this.
 
-    An existing RUN is accepted if it is empty, or if it is an earlier run (has a `config.yaml`) and
+    The run writes the resolved `config.yaml` there once its model stands. An existing RUN is
+    accepted if it is empty, or if it is an earlier run (has a `config.yaml`) and
     `checkpoint.resume` is `auto`. Raises UserError otherwise, and where RUN cannot be created or
     written.
     """
@@ -32,5 +31,4 @@ def prepare_run_directory(config: Config) -> Path:
         raise UserError(f"run.directory {run} exists and checkpoint.resume is never")
     if occupied and not (run / "config.yaml").is_file():
         raise UserError(f"run.directory {run} exists and holds something other than a run")
-    save_config(config, run / "config.yaml")
     return run

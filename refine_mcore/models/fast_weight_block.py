@@ -58,6 +58,7 @@ class FastWeightBlock(TransformerBlock):
         output_states: bool = False,
         record: bool = False,
     ) -> BlockOutput:
+        assert self.config.recompute_granularity is None, "a tape does not survive recomputation"
         if not self.pre_process:
             hidden_states = self.input_tensor
         # Megatron's pipeline schedules free outputs in place, which views do not allow

@@ -128,10 +128,6 @@ class FastWeightModel(LanguageModule):
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {key: entry for key, entry in sharded.items() if not key.endswith("_extra_state")}
 
-    def num_parameters(self) -> int:
-        """Parameters held by this rank."""
-        return sum(p.numel() for p in self.parameters())
-
 
 def build_model(
     config: FastWeightConfig, pg_collection: Any, *, transformer_engine: bool = False

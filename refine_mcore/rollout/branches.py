@@ -26,12 +26,11 @@ class Branches:
     position: tuple[int, ...]
 
     @classmethod
-    def at(cls, positions: Tensor | Sequence[Sequence[int]]) -> Branches:
-        """Branches at positions [B, c]."""
-        rows = positions.tolist() if isinstance(positions, Tensor) else positions
+    def at(cls, positions: Sequence[Sequence[int]]) -> Branches:
+        """Branches at positions [B][c]."""
         return cls(
-            tuple(b for b, row in enumerate(rows) for _ in row),
-            tuple(int(p) for row in rows for p in row),
+            tuple(b for b, row in enumerate(positions) for _ in row),
+            tuple(p for row in positions for p in row),
         )
 
     def __len__(self) -> int:

@@ -29,7 +29,6 @@ def decode(
     their log-probs [R, k] under that distribution as seen by these passes, and the logits [R, k, V
     / tp] that emitted them.
     """
-    states = [state.detach() for state in states]
     options = vocabulary_options(model)
     tokens, log_probs, emitted = [], [], []
     for j in range(k):

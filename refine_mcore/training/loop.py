@@ -4,7 +4,7 @@ with metrics and checkpoints."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 
 from refine_mcore import platform
-from refine_mcore.config import Config, data_parallel_layout, prepare_run_directory
+from refine_mcore.config import (
+    Config,
+    data_parallel_layout,
+    prepare_run_directory,
+    save_config,
+)
 from refine_mcore.data import (
     LongDocumentWindows,
     Tokenizer,
@@ -78,7 +83,9 @@ class _Run:
         self.optimizer, self.scheduler = build_optimizer(
             self.wrapped, config, getattr(torch, config.training.dtype)
         )
+        self.origin = None if config.model.checkpoint is None else Path(config.model.checkpoint)
         self.progress = self._resume()
+        _on_first_rank(lambda: save_config(config, self.directory / "config.yaml"))
 
     def _resume(self) -> Progress:
         """Go on from the run's own newest checkpoint, else from `checkpoint.load`, else begin."""
@@ -88,6 +95,7 @@ class _Run:
         if source is None:
             return Progress()
         progress = load_training(source, self.model, self.optimizer, self.scheduler)
+        self.origin = self.origin or source  # whose Hugging Face files travel on
         self._say(f"resumed from {source} at step {progress.step}")
         return progress
 
@@ -155,14 +163,13 @@ class _Run:
             )
 
     def _save(self) -> None:
-        origin = self.config.model.checkpoint
         save_training(
             self.directory / "checkpoints",
             self.progress,
             self.model,
             self.optimizer,
             self.scheduler,
-            None if origin is None else Path(origin),
+            self.origin,
         )
 
     def _writer(self) -> MetricsWriter:
@@ -202,9 +209,8 @@ class _Run:
             print(text, flush=True)
 
 
-def _on_first_rank(action: object) -> None:
+def _on_first_rank(action: Callable[[], object]) -> None:
     """Run `action` on rank 0; a UserError there ends every rank with the same sentence."""
-    assert callable(action)
     message: list[str | None] = [None]
     if dist.get_rank() == 0:
         try:

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from refine_mcore.config import RefineConfig
+from refine_mcore.errors import UserError
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.state import FastWeightState, StateTape
 from refine_mcore.objective.advantages import group_ids, group_relative_advantages
 from refine_mcore.objective.losses import clipped_policy_loss
-from refine_mcore.objective.positions import select_positions
+from refine_mcore.objective.positions import check_lengths, select_positions
 from refine_mcore.objective.rewards import sequence_reward
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
@@ -120,7 +121,14 @@ def choose_branches(
         ignore_masked=config.pooling_ignores_padding,
         entropy_of=config.entropy_of,
     )
-    return Branches.at(positions)
+    # one transfer: the only planned wait for the device between forward and backward
+    rows = torch.cat([positions, batch.mask.sum(dim=1, keepdim=True)], dim=1).tolist()
+    margins = (config.margin_left, config.margin_right)
+    try:
+        check_lengths([row[-1] for row in rows], config.num_chunks, margins, config.rollout_tokens)
+    except ValueError as error:
+        raise UserError(f"a batch of training texts: {error}") from None
+    return Branches.at([row[:-1] for row in rows])
 
 
 @record_function("refine/read states")
@@ -201,7 +209,7 @@ def policy_loss(
         config.aggregation,
         denominator=denominator,
     )
-    tokens = torch.tensor(float(log_probs.numel()), device=loss.device)
+    tokens = torch.full((), float(log_probs.numel()), device=loss.device)
     sums = {"clipped": metrics["clip_fraction"] * tokens, "policy_tokens": tokens}
     return loss, {"loss_policy": loss.detach()} | sums
 
@@ -215,7 +223,7 @@ def describe(batch: TextBatch, text: TextPass, scored: ScoredRollouts) -> WorkMe
         "entropy": (text.entropy.detach() * batch.mask).sum(),
         "entropy_count": batch.mask.sum(),
         "drift": drift,
-        "rollout_tokens": torch.tensor(float(rollouts.tokens.numel()), device=drift.device),
+        "rollout_tokens": torch.full((), float(rollouts.tokens.numel()), device=drift.device),
     }
     positions = torch.tensor(rollouts.branches.position, device=rollouts.tokens.device)
     record = TextRecord(

@@ -19,9 +19,9 @@ from torch import Tensor
 
 gated_or_not = pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
 
-NAIVE = {False: naive_delta_rule, True: naive_gated_delta_rule}
-CHUNK = {False: chunk_delta_rule, True: chunk_gated_delta_rule}
-RECURRENT = {False: recurrent_delta_rule, True: recurrent_gated_delta_rule}
+NAIVE: dict[bool, Any] = {False: naive_delta_rule, True: naive_gated_delta_rule}
+CHUNK: dict[bool, Any] = {False: chunk_delta_rule, True: chunk_gated_delta_rule}
+RECURRENT: dict[bool, Any] = {False: recurrent_delta_rule, True: recurrent_gated_delta_rule}
 
 
 def make_inputs(
@@ -167,6 +167,7 @@ def test_strong_decay_stays_finite():
     single = [x.requires_grad_() for x in single]
     expected = naive_gated_delta_rule(*single, initial_state=state.float())
     o, final, _ = chunk_gated_delta_rule(*single, initial_state=state.float())
+    assert o is not None
     assert_close((o, final), expected, 1e-5)
     assert_close(gradients([o, final], single), gradients(list(expected), single), 1e-5)
 
@@ -178,6 +179,7 @@ def test_repeated_keys_stay_accurate_in_float32():
     k, beta = k[:, :1].expand_as(k), torch.full_like(beta, 1.9)
     expected = naive_delta_rule(q, k, v, beta)[0]
     o = chunk_delta_rule(*(x.float() for x in (q, k, v, beta)))[0]
+    assert o is not None
     assert_close(o.double(), expected, 1e-3)
     assert (o.double() - expected).norm() / expected.norm() < 1e-4
 
@@ -200,4 +202,5 @@ def test_no_graph_without_grad():
     inputs, state = make_inputs(10, 1, 9, 2, 4, 3, False)
     with torch.no_grad():
         o, final, boundaries = chunk_delta_rule(*inputs, initial_state=state, chunk_size=4)
+    assert o is not None
     assert not any(x.requires_grad for x in (o, final, *boundaries[1:]))

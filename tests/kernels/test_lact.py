@@ -1,5 +1,8 @@
 """LaCT's chunk form against the autograd definition, for every combination of options."""
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +15,9 @@ from refine_kernels.dispatch import (
 )
 from refine_kernels.lact.naive import naive_lact
 from refine_kernels.lact.newton_schulz import newton_schulz
+from torch import Tensor
+
+Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
 variants = pytest.mark.parametrize(
     "muon,momentum,prenorm",
@@ -24,21 +30,31 @@ variants = pytest.mark.parametrize(
 )
 
 
-def make_inputs(seed, b, t, n, d, dh, momentum):
+def fast_weights(tensors: Iterable[Tensor]) -> FastWeights:
+    w0, w1, w2 = tensors
+    return FastWeights(w0, w1, w2)
+
+
+def each(tokens: Tokens, f: Callable[[Tensor], Tensor]) -> Tokens:
+    """f of every token input that is there."""
+    fq, fk, fv, lr, momentum = tokens
+    return f(fq), f(fk), f(fv), f(lr), None if momentum is None else f(momentum)
+
+
+def make_inputs(
+    seed: int, b: int, t: int, n: int, d: int, dh: int, momentum: bool
+) -> tuple[Tokens, FastWeights]:
     """Token inputs (fq, fk, fv, lr, momentum or None) and fast weights, float64 leaves."""
     gen = torch.Generator().manual_seed(seed)
 
-    def randn(*shape):
+    def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=gen)
 
-    tokens = [randn(b, t, n, d) for _ in range(3)]
-    tokens.append(0.3 * randn(b, t, n, 3).sigmoid())
-    if momentum:
-        tokens.append(randn(b, t, n).sigmoid())
-    tokens = [x.requires_grad_() for x in tokens]
+    fq, fk, fv = (randn(b, t, n, d) for _ in range(3))
+    lr = 0.3 * randn(b, t, n, 3).sigmoid()
+    tokens = (fq, fk, fv, lr, randn(b, t, n).sigmoid() if momentum else None)
     weights = [randn(b, n, dh, d), randn(b, n, d, dh), randn(b, n, dh, d)]
-    weights = FastWeights(*(w.requires_grad_() for w in weights))
-    return [*tokens, *([] if momentum else [None])], weights
+    return each(tokens, Tensor.requires_grad_), fast_weights(w.requires_grad_() for w in weights)
 
 
 def gradients(outputs, inputs):
@@ -71,7 +87,7 @@ def flat(boundary_weights):
 def test_chunks_equal_the_definition(muon, momentum, prenorm, seed, b, t, n, d, dh, chunk_size):
     tokens, weights = make_inputs(seed, b, t, n, d, dh, momentum)
     norms = weights.row_norms()
-    options = {"chunk_size": chunk_size, "muon": muon, "prenorm": prenorm}
+    options: dict[str, Any] = {"chunk_size": chunk_size, "muon": muon, "prenorm": prenorm}
     o, boundaries = chunk_lact(*tokens, weights, norms, **options)
     o_n, boundaries_n = naive_lact(*tokens, weights, norms, **options)
     assert len(boundaries) == len(boundaries_n) == -(-t // chunk_size)
@@ -91,10 +107,10 @@ def test_chunks_equal_the_definition(muon, momentum, prenorm, seed, b, t, n, d, 
 def test_resuming_from_weights_with_momentum_equals_one_pass(muon, momentum, prenorm):
     tokens, weights = make_inputs(1, 2, 12, 2, 3, 4, momentum)
     norms = weights.row_norms()
-    options = {"muon": muon, "prenorm": prenorm}
+    options: dict[str, Any] = {"muon": muon, "prenorm": prenorm}
     o, boundaries = chunk_lact(*tokens, weights, norms, chunk_size=3, **options)
-    head = [None if x is None else x[:, 3:6] for x in tokens]
-    tail = [None if x is None else x[:, 6:] for x in tokens]
+    head = each(tokens, lambda x: x[:, 3:6])
+    tail = each(tokens, lambda x: x[:, 6:])
     after = update_fast_weights(boundaries[1], norms, *head[1:], **options)
     o_tail, _ = chunk_lact(*tail, after, norms, chunk_size=3, **options)
     assert_close(o_tail, o[:, 6:])
@@ -119,8 +135,8 @@ def test_rows_keep_their_initial_norms():
 
 def test_weights_shared_by_all_streams_need_no_copy():
     tokens, weights = make_inputs(4, 2, 7, 2, 3, 4, True)
-    shared = FastWeights(*(w[:1].detach() for w in weights[:3]))
-    repeated = FastWeights(*(w.expand(2, -1, -1, -1).contiguous() for w in shared[:3]))
+    shared = fast_weights(w[:1].detach() for w in weights[:3])
+    repeated = fast_weights(w.expand(2, -1, -1, -1).contiguous() for w in shared[:3])
     o, _ = chunk_lact(*tokens, shared, shared.row_norms(), chunk_size=3, muon=True)
     expected, _ = chunk_lact(*tokens, repeated, repeated.row_norms(), chunk_size=3, muon=True)
     assert_close(o, expected)
@@ -150,8 +166,10 @@ def test_newton_schulz_precision_is_the_callers():
 
 def test_low_precision_tokens_with_float32_weights():
     tokens, weights = make_inputs(5, 1, 9, 2, 4, 4, True)
-    single = FastWeights(*(w.detach().float() for w in weights[:3]))
-    half = [x.detach().bfloat16() for x in tokens]
+    single = fast_weights(w.detach().float() for w in weights[:3])
+    half = each(tokens, lambda x: x.detach().bfloat16())
     o, boundaries = chunk_lact(*half, single, single.row_norms(), chunk_size=4, muon=False)
     assert o.dtype == torch.bfloat16
-    assert boundaries[-1].w0.dtype == boundaries[-1].momentum[0].dtype == torch.float32
+    buffers = boundaries[-1].momentum
+    assert buffers is not None
+    assert boundaries[-1].w0.dtype == buffers[0].dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,10 +86,11 @@ def test_low_precision_logits_and_ignored_targets():
     logits = torch.randn(2, 3, 7).bfloat16().requires_grad_()
     targets = torch.tensor([[0, -100, 6], [1, 2, 3]])
     log_probs, entropy = log_probs_and_entropy(logits, targets, with_entropy=True)
+    assert entropy is not None
     assert log_probs.dtype == torch.float32 and log_probs.shape == entropy.shape == (2, 3)
     assert log_probs.isfinite().all()
     (log_probs * (targets >= 0)).sum().backward()
-    assert logits.grad.dtype == torch.bfloat16
+    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
     assert not logits.grad[0, 1].any()
 
 
@@ -182,7 +184,7 @@ def _sharded_rank(rank: int, store: str, vocab_size: int, local: int) -> None:
     upstream = torch.randn(9, dtype=torch.float64, generator=gen)
     columns = slice(rank * local, (rank + 1) * local)
     shard = whole.detach()[:, columns].clone().requires_grad_()
-    options = {"with_entropy": True, "temperature": 0.8, "vocab_size": vocab_size}
+    options: dict[str, Any] = {"with_entropy": True, "temperature": 0.8, "vocab_size": vocab_size}
     expected = log_probs_and_entropy(whole, targets, **options)
     actual = log_probs_and_entropy(
         shard, targets, **options, group=dist.group.WORLD, rows_per_slice=4
@@ -190,6 +192,7 @@ def _sharded_rank(rank: int, store: str, vocab_size: int, local: int) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     expected[0].backward(upstream)
     actual[0].backward(upstream)
+    assert whole.grad is not None
     torch.testing.assert_close(shard.grad, whole.grad[:, columns], rtol=1e-12, atol=1e-12)
     keys = combine_keys(11, torch.arange(9))
     tied = (whole.detach() * 0).index_fill_(1, torch.tensor([1, local]), 1.0)

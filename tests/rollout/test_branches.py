@@ -6,8 +6,8 @@ from refine_mcore.rollout.branches import Branches, Randomness
 
 
 def test_branches_are_sequence_major() -> None:
-    branches = Branches.at(torch.tensor([[3, 9], [4, 6]]))
-    assert branches == Branches((0, 0, 1, 1), (3, 9, 4, 6)) == Branches.at([[3, 9], [4, 6]])
+    branches = Branches.at([[3, 9], [4, 6]])
+    assert branches == Branches((0, 0, 1, 1), (3, 9, 4, 6))
     assert len(branches) == 4
     assert branches.fork(2) == Branches((0, 0, 0, 0, 1, 1, 1, 1), (3, 3, 9, 9, 4, 4, 6, 6))
 
