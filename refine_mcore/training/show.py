@@ -42,13 +42,16 @@ def show_rollouts(
     states = branch_states(text, branches, n)
     rollouts = roll_out(model, states, logits, batch, branches, refine, randomness).tokens[::n]
     ids = tokens[0].tolist()
+
+    def words(tokens: list[int]) -> str:
+        return tokenizer.ids_to_text(tokens).replace("\n", "⏎")
+
     lines = []
     for position, rollout in zip(branches.position, rollouts.tolist(), strict=True):
-        before = tokenizer.ids_to_text(ids[max(0, position - _CONTEXT_TOKENS) : position])
-        truth = tokenizer.ids_to_text(ids[position : position + refine.rollout_tokens])
+        before = ids[max(0, position - _CONTEXT_TOKENS) : position]
         lines += [
-            f"after {position} tokens: … {' '.join(before.split())}",
-            f"    rollout  {tokenizer.ids_to_text(rollout)}",
-            f"    text     {truth}",
+            f"after {position} tokens: … {words(before)}",
+            f"    rollout  {words(rollout)}",
+            f"    text     {words(ids[position : position + refine.rollout_tokens])}",
         ]
     return "\n".join(lines)
