@@ -26,6 +26,7 @@ import inspect
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,17 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def to_device(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Whole numbers known on the host as an int64 tensor on `device`.
+
+    The copy to a GPU goes through pinned memory, so that the host does not wait for the GPU.
+    """
+    tensor = torch.tensor(list(values), dtype=torch.long)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def backend() -> str:

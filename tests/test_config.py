@@ -20,6 +20,8 @@ from refine_mcore.config import (
     to_dict,
 )
 from refine_mcore.errors import UserError
+from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.training.setup import check_supported, resolve_architecture
 
 MINIMAL = "model: {preset: tiny-deltanet}\n"
 EXAMPLES = sorted(Path(__file__).parents[1].glob("examples/configs/*.yaml"))
@@ -269,6 +271,14 @@ def test_example_configs_load(path):
         assert (config.refine.mode, config.refine.mini_batch_size) == ("two_phase", 32)
     if path.name.startswith("bench"):
         assert config.data.sequence_length == 4096
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_configs_can_start(path):
+    config = load_config(path)
+    check_supported(config)
+    architecture = resolve_architecture(config)
+    transformer_config(architecture, tape_interval=config.training.tape_interval)
 
 
 def test_examples_exist():

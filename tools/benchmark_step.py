@@ -42,6 +42,7 @@ _PACKAGES = ("torch", "megatron-core", "triton", "flash-linear-attention")
 def main(argv: list[str]) -> None:
     arguments = _parse(argv)
     config = load_config(arguments.config, arguments.overrides)
+    _check_runs_here(config)
     if arguments.memory_of is not None:
         print(_in_process_group(lambda: _peak_memory(config, arguments.memory_of)))
         return
@@ -61,6 +62,15 @@ def main(argv: list[str]) -> None:
     report |= {"machine": _machine(), "versions": _versions(), "config": to_dict(config)}
     _write(output, report)
     _print(report)
+
+
+def _check_runs_here(config: Config) -> None:
+    """The benchmark is of one process; what the step does not support is refused, not ignored."""
+    from refine_mcore.training.setup import check_supported
+
+    check_supported(config)
+    if config.parallel.tensor > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("benchmark_step.py measures one rank: parallel.tensor must be 1")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -90,8 +90,16 @@ def write_checkpoint(directory: Path, shapes: Mapping[str, Shape], chunks: Seque
     (directory / _BACKEND_FILE).write_text(json.dumps(_BACKEND))
 
 
+def most_precise_key(key: str, stored: Container[str]) -> str:
+    """The checkpoint key to read parameter `key` from: the optimizer's fp32 main copy if there is
+    one, since a bf16 run's weights are that copy rounded."""
+    copies = (f"optimizer.state.{name}.{key}" for name in ("fp32_param", "param"))
+    return next((copy for copy in copies if copy in stored), key)
+
+
 class CheckpointReader:
-    """Reads single tensors of a checkpoint that was written at any parallel layout."""
+    """Reads single parameters of a checkpoint that was written at any parallel layout, from their
+    most precise copy."""
 
     def __init__(self, directory: Path) -> None:
         """Raises UserError if `directory` holds no readable torch_dist checkpoint."""
@@ -109,17 +117,21 @@ class CheckpointReader:
         return key in self._tensors
 
     def shape(self, key: str) -> Shape:
-        return tuple(self._tensors[key].size)
+        return tuple(self._stored(key).size)
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._tensors[key].properties.dtype
+        return self._stored(key).properties.dtype
+
+    def _stored(self, key: str) -> TensorStorageMetadata:
+        return self._tensors[most_precise_key(key, self._tensors)]
 
     def read_rows(self, key: str, start: int, target: torch.Tensor) -> None:
         """Fill `target` with rows from `start` on, converted to its dtype."""
-        stored = self._tensors[key]
+        stored = self._stored(key)
         offsets = torch.Size((start, *(0 for _ in target.shape[1:])))
         wanted = ChunkStorageMetadata(offsets, target.shape)
-        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        source = most_precise_key(key, self._tensors)
+        items = create_read_items_for_chunk_list(source, stored, [wanted])
         if sum(math.prod(item.lengths) for item in items) != target.numel():
             raise UserError(f"{self._directory} holds only a part of {key}")
         try:

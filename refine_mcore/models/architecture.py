@@ -9,8 +9,10 @@ heavy is loaded.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from types import UnionType
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from refine_mcore.errors import UserError
 
@@ -209,8 +211,7 @@ class Architecture:
             raise UserError(f"unknown model family {family!r}, known: {', '.join(MIXER_OPTIONS)}")
         data["mixer"] = _build(MIXER_OPTIONS[family], data.get("mixer", {}), "mixer.")
         if data.get("attention") is not None:
-            attention = _build(AttentionOptions, data["attention"], "attention.")
-            data["attention"] = replace(attention, layers=tuple(attention.layers))
+            data["attention"] = _build(AttentionOptions, data["attention"], "attention.")
         return _build(cls, data, "")
 
     def with_overrides(self, overrides: dict[str, Any]) -> Architecture:
@@ -240,12 +241,31 @@ def _build(cls: Any, data: Any, where: str) -> Any:
         raise UserError(
             f"unknown model field {where}{unknown[0]}, known: {', '.join(sorted(known))}"
         )
+    hints = get_type_hints(cls)
+    data = {name: _typed(value, hints[name], f"{where}{name}") for name, value in data.items()}
     try:
         return cls(**data)
     except TypeError as error:
         raise UserError(
             f"incomplete model description ({where or 'architecture'}): {error}"
         ) from None
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """`value` as a field of type `hint` holds it: whole numbers and spelled ones serve as floats
+    (YAML reads `1e-5` as text), nothing else is converted."""
+    allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if float in allowed and not isinstance(value, bool):
+        with suppress(TypeError, ValueError):
+            return float(value)
+    for kind in allowed:
+        if get_origin(kind) is tuple:
+            if isinstance(value, list | tuple):
+                return tuple(_typed(item, get_args(kind)[0], name) for item in value)
+        elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+    kinds = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+    raise UserError(f"model field {name} must be {kinds}, got {value!r}")
 
 
 def _positive(**values: int) -> None:

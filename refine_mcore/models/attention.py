@@ -26,6 +26,7 @@ from refine_mcore.models.parallel_layers import (
 )
 from refine_mcore.models.state import FastWeightState, LayerTape, StreamGroups, TokenHistory
 from refine_mcore.models.transformer_config import FastWeightConfig
+from refine_mcore.platform import to_device
 
 # Queries per product of windowed attention: bounds the mask and the work outside the window.
 _MAX_QUERY_BLOCK = 512
@@ -37,9 +38,11 @@ def rotary_table(
     """cos and sin [R or 1, length, 1, dim/2] of angle (positions[r] + t) * base^(-2i/dim), at least
     float32."""
     dtype = at_least_float32(like.dtype)
-    starts = sorted(set(positions))
-    offsets = torch.tensor(starts if len(starts) == 1 else list(positions), device=like.device)
-    steps = offsets[:, None] + torch.arange(length, device=like.device)
+    steps = torch.arange(length, device=like.device)[None]
+    if len(set(positions)) == 1:
+        steps = steps + positions[0]
+    else:
+        steps = to_device(positions, like.device)[:, None] + steps
     exponents = torch.arange(0, dim, 2, device=like.device, dtype=dtype) / dim
     angles = steps.to(dtype)[:, :, None, None] * base**-exponents
     return angles.cos(), angles.sin()
@@ -126,7 +129,16 @@ def _branch_attention(
         return _branch_attention_core(q, own_k, own_v, text_k, text_v, past, window)
     # scores over the text are [branches * k, S]: made again in the backward rather than kept
     return checkpoint(
-        _branch_attention_core, q, own_k, own_v, text_k, text_v, past, window, use_reentrant=False
+        _branch_attention_core,
+        q,
+        own_k,
+        own_v,
+        text_k,
+        text_v,
+        past,
+        window,
+        use_reentrant=False,
+        preserve_rng_state=False,
     )
 
 
@@ -169,7 +181,7 @@ def _branch_attention_core(
     query = torch.arange(length, device=q.device)[:, None] + before
     own = torch.arange(before + length, device=q.device)
     own_mask = own <= query
-    limit = torch.tensor(past.limit, device=q.device)[:, None, None]
+    limit = to_device(past.limit, q.device)[:, None, None]
     text = torch.arange(low, high, device=q.device)
     text_mask = (text < limit).expand(streams, length, -1)
     if window is not None:

@@ -2,9 +2,8 @@
 and gate.
 
 State of a stream: the last conv_size - 1 inputs of the convolution and S [heads, K, V], at least
-float32. The tape keeps the states at the kernel's chunk boundaries (autograd holds them anyway) and
-the tensors the forward made; a state between two boundaries is replayed from the few tokens since
-the last one.
+float32. The tape keeps the state every `tape_interval` tokens and the tensors the forward made
+anyway; a state in between is replayed from the few tokens since the last one kept.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from refine_mcore.models.state import (
     take_streams,
 )
 from refine_mcore.models.transformer_config import KERNEL_CHUNK, FastWeightConfig
+from refine_mcore.platform import to_device
 
 _L2_EPS = 1e-6
 
@@ -251,7 +251,7 @@ class DeltaRuleTape(LayerTape):
         convolved = self.convolved.read(batch_index, starts, length)
         _, inputs = self.mixer.recurrence_inputs(convolved, gates)
         steps = torch.arange(length, device=states.device)
-        valid = (steps < torch.tensor(rest, device=states.device)[:, None])[..., None]
+        valid = (steps < to_device(rest, states.device)[:, None])[..., None]
         beta = inputs.beta * valid
         g = None if inputs.g is None else inputs.g * valid
         return self.mixer.recurrence(None, inputs._replace(beta=beta, g=g), states)[1]

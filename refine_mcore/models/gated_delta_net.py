@@ -1,10 +1,11 @@
 """GatedDeltaNet (Yang et al. 2024, arXiv 2412.06464), as fla's `gated_deltanet` computes it.
 
-    g = -exp(A_log) softplus(W_a x + dt_bias);  S <- exp(g_t) S, then the delta write on the decayed
-    state y = W_o (rms(o) * SiLU(W_g x))
+    g = -exp(A_log) softplus(W_a x + dt_bias)
+    S <- exp(g_t) S, then the delta write on the decayed state
+    y = W_o (rms(o) * SiLU(W_g x))
 
-A_log and dt_bias are small per-head parameters whose errors compound over the text: the decay is
-made in at least float32.
+A_log and dt_bias are small per-head parameters whose errors compound over the text: they are kept,
+and the decay is made, in at least float32.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class GatedDeltaNet(DeltaRuleMixer):
         super().__init__(config, submodules, layer_number, pg_collection)
         for name in ("A_log", "dt_bias"):
             heads = self.heads.value_heads // self.tp_size
-            self.register_parameter(name, row_sharded_parameter((heads,), config))
+            dtype = at_least_float32(config.params_dtype)
+            self.register_parameter(name, row_sharded_parameter((heads,), config, dtype))
             self.raw_parameters[name] = name
         self.row_sharded |= {"A_log", "dt_bias"}
 

@@ -42,10 +42,14 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def row_sharded_parameter(shape: tuple[int, ...], config: TransformerConfig) -> torch.nn.Parameter:
-    """An uninitialised parameter whose dim 0 is this rank's share of a tensor-parallel split."""
+def row_sharded_parameter(
+    shape: tuple[int, ...], config: TransformerConfig, dtype: torch.dtype | None = None
+) -> torch.nn.Parameter:
+    """An uninitialised parameter whose dim 0 is this rank's share of a tensor-parallel split, in
+    `dtype` or else that of the configuration."""
+    dtype = config.params_dtype if dtype is None else dtype
     parameter = torch.nn.Parameter(
-        torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+        torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
     )
     set_tensor_model_parallel_attributes(parameter, True, 0, 1)
     return parameter

@@ -24,6 +24,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from refine_mcore.platform import to_device
+
 
 def detach_tree(value: Any) -> Any:
     """`value` with every tensor in it detached, through tuples, lists and dataclasses."""
@@ -44,7 +46,7 @@ def take_streams(x: Tensor, indices: Sequence[int]) -> Tensor:
     """x [R, ...] at the given streams; x itself if that is all of them in order."""
     if list(indices) == list(range(x.shape[0])):
         return x
-    return x.index_select(0, torch.tensor(list(indices), device=x.device))
+    return x.index_select(0, to_device(indices, x.device))
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,8 @@ def _token_places(
     x: Tensor, batch_index: Sequence[int], start: Sequence[int], length: int
 ) -> tuple[Tensor, Tensor]:
     """Text [R, 1] and token [R, length] of everything to read from x [B, T, c]."""
-    texts = torch.tensor(list(batch_index), device=x.device)[:, None]
-    starts = torch.tensor(list(start), device=x.device)[:, None]
+    texts = to_device(batch_index, x.device)[:, None]
+    starts = to_device(start, x.device)[:, None]
     steps = torch.arange(length, device=x.device)
     return texts, (starts + steps).clamp(max=x.shape[1] - 1)
 

@@ -11,6 +11,7 @@ from refine_kernels.dispatch import combine_keys, counter_uniform
 from torch import Tensor
 
 from refine_mcore.models.state import gather_tokens
+from refine_mcore.platform import to_device
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class Randomness:
     def token_keys(self, sample_index: Tensor, branches: Branches, n: int, token: int) -> Tensor:
         """[R * n] keys for the draw of rollout token number `token` of every rollout."""
         device = sample_index.device
-        samples = sample_index[torch.tensor(branches.batch_index, device=device)]
-        position = torch.tensor(branches.position, device=device)
+        samples = sample_index[to_device(branches.batch_index, device)]
+        position = to_device(branches.position, device)
         keys = combine_keys(self.seed, self.step, _Draw.TOKEN, samples, position)
         rollout = torch.arange(n, device=device)
         return combine_keys(keys[:, None], rollout, token).flatten()

@@ -10,24 +10,46 @@ A checkpoint carries the architecture and, if the run began from one, the Huggin
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from refine_mcore import compat
-from refine_mcore.conversion.description import copy_description, find_checkpoint, write_description
-from refine_mcore.conversion.torch_dist import read_metadata
+from refine_mcore.conversion.description import (
+    copy_description,
+    find_checkpoint,
+    read_description,
+    write_description,
+)
+from refine_mcore.conversion.torch_dist import most_precise_key, read_metadata
 from refine_mcore.errors import UserError
+from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.sharding import sharded_tensors
 
+# What reading a damaged file raises; torch's own exception is a BaseException.
+_UNREADABLE = (
+    CheckpointException,
+    CheckpointingException,
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 _LATEST = "latest_checkpointed_iteration.txt"
 # What a run's own configuration says of each group of parameters, whatever the checkpoint says.
 _GROUP_OPTIONS = ("max_lr", "min_lr", "betas", "eps")
@@ -42,10 +64,15 @@ class Progress:
 
 
 def load_weights(model: FastWeightModel, checkpoint: Path) -> None:
-    """Fill the model from a checkpoint of any layout and dtype. Raises UserError if it does not
-    fit."""
+    """Fill the model from a checkpoint of any layout and dtype, from the optimizer's fp32 copy
+    where the checkpoint has one. Raises UserError if it does not fit."""
     directory = find_checkpoint(checkpoint)
+    stored = read_metadata(directory).state_dict_metadata
     sharded = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
+    for entry in nested_values(sharded):
+        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+        key = next(iter(nested_values({"": parts}))).key
+        entry.key = most_precise_key(key, stored).removesuffix(key) + entry.key
     model.load_state_dict(_load(model, {"model": sharded}, directory)["model"])
 
 
@@ -102,6 +129,7 @@ def load_training(
     Learning rates and the optimizer's other options stay those of the present configuration.
     """
     directory = find_checkpoint(checkpoint)
+    _check_architecture(model.config.arch, directory)
     compat.prime_optimizer(optimizer)
     template = _training_state(Progress(), model, optimizer, scheduler, is_loading=True)
     _check_optimizer(template["optimizer"], directory)
@@ -113,6 +141,29 @@ def load_training(
         group.update(own)
     scheduler.load_state_dict(state["scheduler"])
     return Progress(**state["progress"])
+
+
+def _check_architecture(architecture: Architecture, directory: Path) -> None:
+    """Raise UserError unless the run goes on with the model that the checkpoint holds."""
+
+    def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        return {
+            name: value
+            for key, item in data.items()
+            for name, value in (
+                flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+            ).items()
+        }
+
+    stored, own = (
+        flat(read_description(directory).architecture.to_dict()),
+        flat(architecture.to_dict()),
+    )
+    differing = sorted(key for key in stored | own if stored.get(key) != own.get(key))
+    if differing:
+        raise UserError(
+            f"{directory} holds another model than the run asks for: {', '.join(differing)} differ"
+        )
 
 
 def _check_optimizer(template: dict[str, Any], directory: Path) -> None:
@@ -154,15 +205,19 @@ def _load(model: FastWeightModel, template: dict[str, Any], directory: Path) -> 
     # Also refuses foreign pickles before Megatron opens any.
     stored = read_metadata(directory).state_dict_metadata
     for shard in sharded_tensors(model):
-        if shard.key not in stored:
+        found = stored.get(shard.key)
+        if not isinstance(found, TensorStorageMetadata):
             raise UserError(f"checkpoint {directory} lacks the tensor {shard.key}")
-        shape = tuple(getattr(stored[shard.key], "size", ()))
-        if shape != tuple(shard.global_shape) and not shard.allow_shape_mismatch:
+        if found.size != torch.Size(shard.global_shape) and not shard.allow_shape_mismatch:
             raise UserError(
-                f"checkpoint {directory} holds {shard.key} of shape {list(shape)}, "
+                f"checkpoint {directory} holds {shard.key} of shape {list(found.size)}, "
                 f"the model needs {list(shard.global_shape)}"
             )
     try:
         return dist_checkpointing.load(template, str(directory))
-    except (Exception, CheckpointException) as error:  # a damaged file may raise anything
-        raise UserError(f"checkpoint {directory} is damaged: it cannot be read") from error
+    except _UNREADABLE as error:
+        if isinstance(error, torch.OutOfMemoryError | dist.DistError):
+            raise
+        raise UserError(
+            f"checkpoint {directory} cannot be read ({type(error).__name__}): it may be damaged"
+        ) from error

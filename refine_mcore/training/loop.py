@@ -3,6 +3,7 @@ with metrics and checkpoints."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -133,6 +134,11 @@ class _Run:
                 lr = self.optimizer.param_groups[0]["lr"]
                 micro_batches = list(islice(batches, self.num_micro_batches))
                 reduced, grad_norm = run_step(micro_batches, step, mode)
+                if not (math.isfinite(reduced.loss_ntp) and math.isfinite(grad_norm)):
+                    raise UserError(
+                        f"training diverged at step {step}: next-token loss {reduced.loss_ntp}, "
+                        f"gradient norm {grad_norm}; earlier checkpoints are in {self.directory}"
+                    )
                 self.scheduler.step(increment=1)
                 if writer is not None:
                     seconds = time.perf_counter() - started

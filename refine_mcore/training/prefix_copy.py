@@ -54,7 +54,7 @@ def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, Wo
     """Positions, rollouts, old log-probs, rewards and advantages of a batch, each branch from its
     own prefix."""
     text = text_pass(context.model, batch, with_entropy=True, record=False)
-    branches = choose_branches(text, batch, context.config, context.randomness)
+    branches = choose_branches(context.model, text, batch, context.config, context.randomness)
     rows = range(len(branches))
     drawn = [_generate(context, batch, branches, row) for row in rows]
     tokens, log_probs = (torch.cat(part) for part in zip(*drawn, strict=True))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from refine_kernels.dispatch import log_probs_and_entropy
 from torch import Tensor
 from torch.profiler import record_function
@@ -23,6 +24,7 @@ from refine_mcore.objective.advantages import group_ids, group_relative_advantag
 from refine_mcore.objective.losses import clipped_policy_loss
 from refine_mcore.objective.positions import check_lengths, select_positions
 from refine_mcore.objective.rewards import sequence_reward
+from refine_mcore.platform import to_device
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import BranchScores
@@ -105,7 +107,11 @@ def ntp_loss(text: TextPass, batch: TextBatch, denominator: Tensor) -> Tensor:
 
 @record_function("refine/choose positions")
 def choose_branches(
-    text: TextPass, batch: TextBatch, config: RefineConfig, randomness: Randomness
+    model: FastWeightModel,
+    text: TextPass,
+    batch: TextBatch,
+    config: RefineConfig,
+    randomness: Randomness,
 ) -> Branches:
     """One position per chunk and text (Eq. 5, 6); brings the positions to the host."""
     assert text.entropy is not None
@@ -121,8 +127,11 @@ def choose_branches(
         ignore_masked=config.pooling_ignores_padding,
         entropy_of=config.entropy_of,
     )
-    # one transfer: the only planned wait for the device between forward and backward
-    rows = torch.cat([positions, batch.mask.sum(dim=1, keepdim=True)], dim=1).tolist()
+    table = torch.cat([positions, batch.mask.sum(dim=1, keepdim=True)], dim=1)
+    if model.tp_group.size() > 1:
+        # ranks must branch alike even if a bit of an entropy differed between them
+        dist.broadcast(table, group=model.tp_group, group_src=0)
+    rows = table.tolist()  # the one planned wait for the device between forward and backward
     margins = (config.margin_left, config.margin_right)
     try:
         check_lengths([row[-1] for row in rows], config.num_chunks, margins, config.rollout_tokens)
@@ -225,7 +234,7 @@ def describe(batch: TextBatch, text: TextPass, scored: ScoredRollouts) -> WorkMe
         "drift": drift,
         "rollout_tokens": torch.full((), float(rollouts.tokens.numel()), device=drift.device),
     }
-    positions = torch.tensor(rollouts.branches.position, device=rollouts.tokens.device)
+    positions = to_device(rollouts.branches.position, rollouts.tokens.device)
     record = TextRecord(
         batch.sample_index,
         positions.reshape(texts, -1),

@@ -144,7 +144,7 @@ def _branch(
     """Choose positions, roll out, score and reward, in place. The states are read once: detached
     for decoding, with the gradients of `text` for scoring."""
     model, config = context.model, context.config
-    branches = choose_branches(text, batch, config, context.randomness)
+    branches = choose_branches(model, text, batch, config, context.randomness)
     streams = branches.fork(config.rollouts_per_position)
     states = branch_states(text, branches, config.rollouts_per_position)
     first_logits = streams.rows_before(text.logits.detach())

@@ -206,3 +206,26 @@ def test_layouts_of_a_hybrid_respect_its_key_value_heads() -> None:
 
 def test_vocabulary_is_padded_to_the_tensor_parallel_size() -> None:
     assert [padded_vocab_size(preset("tiny-lact"), n) for n in (1, 2, 4)] == [61, 62, 64]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("tie_embeddings", 1, "tie_embeddings must be bool, got 1"),
+        ("mixer.use_muon", "no", "mixer.use_muon must be bool, got 'no'"),
+        ("mixer.chunk_size", 8.0, "mixer.chunk_size must be int, got 8.0"),
+        ("norm_eps", "small", "norm_eps must be float, got 'small'"),
+        ("mixer.low_rank", "4", "mixer.low_rank must be int or NoneType, got '4'"),
+    ],
+)
+def test_fields_of_the_wrong_type_are_refused(field: str, value: object, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        preset("tiny-lact").with_overrides({field: value})
+
+
+def test_spelled_numbers_serve_as_floats() -> None:
+    """YAML reads `1e-5` as text."""
+    changed = preset("tiny-lact").with_overrides({"norm_eps": "1e-5", "mixer.rope_theta": 500})
+    assert isinstance(changed.mixer, LaCTOptions)
+    assert (changed.norm_eps, changed.mixer.rope_theta) == (1e-5, 500.0)
+    assert isinstance(changed.mixer.rope_theta, float)

@@ -6,9 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from refine_mcore.conversion.description import find_checkpoint
+from refine_mcore.conversion.description import find_checkpoint, read_description
 from refine_mcore.conversion.torch_dist import CheckpointReader
+from refine_mcore.errors import UserError
+from refine_mcore.models.fast_weight_model import build_model
+from refine_mcore.models.sharding import full_tensors
+from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.training.checkpointing import load_weights
 from refine_mcore.training.step import TrainStep
 from tests.conversion.helpers import WEIGHTS, to_hf
 from tests.training.jobs import STEPS, column, metrics, run_job, write_config
@@ -157,3 +163,32 @@ def test_checkpoint_holds_model_description_and_no_extra_tensors(plain_run: Path
     ):
         assert key in reader
         assert f"optimizer.state.exp_avg.{key}" in reader
+
+
+def test_resuming_another_model_is_refused(config, stopped_run) -> None:
+    """Also one with the same shapes, which would load."""
+    with pytest.raises(UserError, match=r"another model than the run asks for: norm_eps differ"):
+        run_job(config, stopped_run, "model.overrides={vocab_size: 2048, norm_eps: 1e-3}")
+
+
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_bfloat16_runs_are_read_from_their_float32_copies(
+    config: Path, tmp_path: Path, request: pytest.FixtureRequest, sharded: str
+) -> None:
+    """An update below the precision of bfloat16 survives export and a new start."""
+    run = tmp_path / "run"
+    options = ("training.dtype=bfloat16", "training.steps=2", "optimizer.lr=1e-5")
+    run_job(config, run, *options, f"optimizer.use_distributed_optimizer={sharded}")
+    directory = find_checkpoint(run / "checkpoints")
+    key = "decoder.layers.0.self_attention.q_proj.weight"
+    reader = CheckpointReader(directory)
+    assert reader.dtype(key) == torch.float32
+    weight = torch.empty(reader.shape(key))
+    reader.read_rows(key, 0, weight)
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+    architecture = read_description(directory).architecture
+    groups = request.getfixturevalue("single_rank")
+    model = build_model(transformer_config(architecture), groups)
+    load_weights(model, directory)
+    assert torch.equal(full_tensors(model)[key], weight)

@@ -1,0 +1,1 @@
+"""The step as a pipeline over slices of the sequence: its plan as data (`plan`)."""
