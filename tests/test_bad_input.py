@@ -97,7 +97,7 @@ def refused_job(refused: Refused, config: Path, tmp_path: Path) -> Refused:
         (["model.preset=tiny-delta"], "unknown model preset 'tiny-delta', known: bench-deltanet"),
         (["model.overrides.mixer.heads=3"], "model override 'mixer.heads': no such field"),
         (["model.overrides.mixer.num_heads=5"], "must be a positive whole number"),
-        (["model.overrides.hidden_size=wide"], "hidden_size must be a positive whole number"),
+        (["model.overrides.hidden_size=wide"], "hidden_size must be a whole number, got 'wide'"),
         (["model.overrides.vocab_size=50"], "is outside the model's vocabulary of 50"),
         (["data.sequence_length=60000"], "no document is as long as data.sequence_length"),
         (["data.paths=[no.txt]"], "cannot read no.txt: No such file or directory"),
@@ -219,13 +219,14 @@ def test_checkpoints_of_another_kind(
 ) -> None:
     """`checkpoint.load` wants a training checkpoint, of the model that is being trained."""
     checkpoint = trained / "checkpoints"
-    assert "of shape [32], the model needs [64]" in refused_job(
-        f"checkpoint.load={checkpoint}",
-        "model.overrides.hidden_size=64",
-    )
-    assert "lacks the tensor decoder.layers.2." in refused_job(
+    other_model = "holds another model than the run asks for: num_layers differ"
+    assert other_model in refused_job(
         f"checkpoint.load={checkpoint}", "model.overrides.num_layers=3"
     )
+    start = (f"model.checkpoint={checkpoint}", "model.preset=null")
+    wider, deeper = "model.overrides={hidden_size: 64}", "model.overrides={num_layers: 3}"
+    assert "of shape [32], the model needs [64]" in refused_job(*start, wider)
+    assert "lacks the tensor decoder.layers.2." in refused_job(*start, deeper)
     weights_only = f"{converted} holds weights only"
     text = tmp_path / "text.txt"
     text.write_text("\1\2" * 300)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 from refine_mcore.errors import UserError
@@ -251,6 +251,15 @@ def _build(cls: Any, data: Any, where: str) -> Any:
         ) from None
 
 
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    NoneType: "null",
+}
+
+
 def _typed(value: Any, hint: Any, name: str) -> Any:
     """`value` as a field of type `hint` holds it: whole numbers and spelled ones serve as floats
     (YAML reads `1e-5` as text), nothing else is converted."""
@@ -264,7 +273,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
                 return tuple(_typed(item, get_args(kind)[0], name) for item in value)
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return value
-    kinds = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+    kinds = " or ".join(_KINDS.get(kind, str(kind)) for kind in allowed)
     raise UserError(f"model field {name} must be {kinds}, got {value!r}")
 
 

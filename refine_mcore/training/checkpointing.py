@@ -219,5 +219,5 @@ def _load(model: FastWeightModel, template: dict[str, Any], directory: Path) -> 
         if isinstance(error, torch.OutOfMemoryError | dist.DistError):
             raise
         raise UserError(
-            f"checkpoint {directory} cannot be read ({type(error).__name__}): it may be damaged"
+            f"checkpoint {directory} is damaged: it cannot be read ({type(error).__name__})"
         ) from error

@@ -211,11 +211,11 @@ def test_vocabulary_is_padded_to_the_tensor_parallel_size() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("tie_embeddings", 1, "tie_embeddings must be bool, got 1"),
-        ("mixer.use_muon", "no", "mixer.use_muon must be bool, got 'no'"),
-        ("mixer.chunk_size", 8.0, "mixer.chunk_size must be int, got 8.0"),
-        ("norm_eps", "small", "norm_eps must be float, got 'small'"),
-        ("mixer.low_rank", "4", "mixer.low_rank must be int or NoneType, got '4'"),
+        ("tie_embeddings", 1, "tie_embeddings must be true or false, got 1"),
+        ("mixer.use_muon", "no", "mixer.use_muon must be true or false, got 'no'"),
+        ("mixer.chunk_size", 8.0, "mixer.chunk_size must be a whole number, got 8.0"),
+        ("norm_eps", "small", "norm_eps must be a number, got 'small'"),
+        ("mixer.low_rank", "4", "mixer.low_rank must be a whole number or null, got '4'"),
     ],
 )
 def test_fields_of_the_wrong_type_are_refused(field: str, value: object, complaint: str) -> None:
