@@ -49,7 +49,10 @@ def _check_passes(shape: Shape, stage: int, order: list[Pass]) -> None:
 
 
 def _check_messages(shape: Shape, stage: int, instructions: list[Instruction]) -> None:
-    """Each pass has its receive before it, and each output one send after it."""
+    """Each pass has its receive before it, and a send comes once and after the pass that feeds it.
+
+    What is left over or not sent at all, `_check_channels` finds at the other end.
+    """
     posted: set[tuple[str, Pass]] = set()
     to_send: set[Message] = set()
     for action, item, channel, peer in instructions:
@@ -73,10 +76,6 @@ def _check_messages(shape: Shape, stage: int, instructions: list[Instruction]) -
                     "which it does not have or has sent already"
                 )
             to_send.remove(message)
-    for _, item in posted:
-        raise InvalidPlan(f"stage {stage} receives the input of {item} for nothing")
-    for unsent in to_send:
-        raise InvalidPlan(f"stage {stage} does not send the input of {unsent.item}")
 
 
 def _check_channels(instructions: list[list[Instruction]]) -> None:

@@ -45,17 +45,19 @@ def draw(shape: Shape, timeline: Timeline, title: str) -> str:
 
 
 def _row(timeline: Timeline, stage: int, scale: float, y: int) -> list[str]:
-    """One path per colour: a plan may have a million boxes."""
-    paths: dict[str, list[str]] = {}
+    """One path per colour: a plan may have a million boxes. D and S lie on top and stay visible."""
+    paths: dict[str, list[str]] = {c: [] for op in "FWDS" for c in _COLOURS[op]}
     labels = []
     for start, end, item in timeline.passes[stage]:
         x, width = _LEFT + scale * start, scale * (end - start)
         gap = min(0.5, width / 4)  # a hairline between passes of one colour
-        colour = _COLOURS[item.op][item.microbatch % 2]
-        paths.setdefault(colour, []).append(f"M{x:.2f} {y}h{width - gap:.2f}v{_HEIGHT}H{x:.2f}z")
+        drawn = max(width - gap, 1.0 if item.op in "DS" else 0.0)
+        box = f"M{x:.2f} {y}h{drawn:.2f}v{_HEIGHT}H{x:.2f}z"
+        paths[_COLOURS[item.op][item.microbatch % 2]].append(box)
         if width >= _NARROWEST_LABEL:
             labels.append(
                 f'<text x="{x + width / 2:.1f}" y="{y + 15}" font-size="10" '
                 f'text-anchor="middle">{item.microbatch}</text>'
             )
-    return [f'<path fill="{c}" d="{"".join(boxes)}"/>' for c, boxes in paths.items()] + labels
+    filled = [(colour, boxes) for colour, boxes in paths.items() if boxes]
+    return [f'<path fill="{colour}" d="{"".join(boxes)}"/>' for colour, boxes in filled] + labels

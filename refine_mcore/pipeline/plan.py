@@ -10,7 +10,8 @@ forward takes 1 on a stage. Needs neither torch nor Megatron.
 
 `--json` prints one object:
 
-    stages                         per stage the passes in order, {"op": "F|D|S|W", "microbatch", "slice", "step"}
+    stages                         per stage the passes in order, each
+                                   {"op": "F|D|S|W", "microbatch", "slice", "step"}
     step_time, ideal_time, ratio   simulated with waiting sends; all work / stages; their quotient
     bubble                         per stage the share of the step without work
     held                           per stage the most micro-batches whose activations it keeps

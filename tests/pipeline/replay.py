@@ -3,6 +3,7 @@
 from typing import Any
 
 Key = tuple[str, int, int, int]
+_CHANNELS = {"F": "forward", "D": "branches", "W": "backward", "token": "token"}
 
 
 def replay(plan: dict[str, Any]) -> tuple[float, list[int]]:
@@ -59,7 +60,7 @@ def replay(plan: dict[str, Any]) -> tuple[float, list[int]]:
         if (stage, key) not in targets:
             return end
         kind, receiver, place = where[targets[stage, key]]
-        ahead = plan["shape"]["in_flight"] if kind == "token" else plan["receives_ahead"]["forward"]
+        ahead = plan["receives_ahead"][_CHANNELS[kind]]
         if place < ahead:
             return end
         index = consumers[kind, receiver][place - ahead]
