@@ -2,7 +2,7 @@
 same thing.
 
     python tools/benchmark_step.py --config examples/configs/bench_deltanet.yaml \\
-        --modes ntp,fused,two_phase,prefix_copy --json OUT.json [--rounds 4] [dotted.key=value ...]
+        --modes ntp,fused,two_phase,prefix_copy --json OUT.json [--rounds 3] [dotted.key=value ...]
 
 Whole training steps are timed (forward, backward, optimizer), the modes taking turns round by
 round; `prefix_copy` runs in one round only. A ratio is the median over rounds of (seconds of the
@@ -80,7 +80,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", required=True, type=Path)
     parser.add_argument("--modes", default=",".join(_MODES))
     parser.add_argument("--json", required=True)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     return parser.parse_args(argv)

@@ -156,19 +156,22 @@ def _branch_attention_core(
     compute = at_least_float32(q.dtype)
     scale = dim**-0.5
     low, high = _visible_range(past, window)
-    text_k, text_v = text_k[:, low:high].transpose(1, 2), text_v[:, low:high].transpose(1, 2)
+    if high - low > text_k.shape[1] // 2:
+        # the gradient of a slice is a zero tensor of the text's size: more than the slice saves
+        low, high = 0, text_k.shape[1]
+    else:
+        text_k, text_v = text_k[:, low:high], text_v[:, low:high]
+    text_k, text_v = text_k.transpose(1, 2), text_v.transpose(1, 2)
     groups = StreamGroups(past.rows, text_k.shape[0])
 
-    def by_head(
-        x: Tensor,
-    ) -> Tensor:  # [rows, n, heads, dim] -> [rows, kv_heads, heads/kv_heads * n, dim]
+    def by_head(x: Tensor) -> Tensor:
+        """[rows, n, heads, dim] -> [rows, kv_heads, heads / kv_heads * n, dim]"""
         rows, n = x.shape[:2]
         x = x.reshape(rows, n, kv_heads, heads // kv_heads, dim)
         return x.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, dim)
 
-    def streams_first(
-        x: Tensor,
-    ) -> Tensor:  # the inverse, then [streams, kv_heads, heads/kv_heads, T, last]
+    def streams_first(x: Tensor) -> Tensor:
+        """The inverse, then [streams, kv_heads, heads / kv_heads, T, last]."""
         rows, last = x.shape[0], x.shape[-1]
         x = x.reshape(rows, kv_heads, heads // kv_heads, -1, last).permute(0, 3, 1, 2, 4)
         return groups.scatter(x.contiguous()).permute(0, 2, 3, 1, 4)
