@@ -266,7 +266,8 @@ class DeltaRuleTape(LayerTape):
             rows, start = [batch_index[r] for r in far], [offset[r] - width for r in far]
             tails.append(self.mixer.split_packed(self.packed.read(rows, start, width))[0])
         if near:
-            head, _ = self.mixer.split_packed(self.packed.tokens[:, :width])
+            texts = range(self.packed.tokens.shape[0])
+            head, _ = self.mixer.split_packed(self.packed.read(texts, [0] * len(texts), width))
             past = self.past
             if past is None:
                 past = head.new_zeros(head.shape[0], width, head.shape[2])

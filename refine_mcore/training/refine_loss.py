@@ -51,8 +51,8 @@ class TextPass:
     """One forward over the texts: hidden [S, B, d], logits [S, B, V / tp], log_probs and entropy
     [B, S], the tape.
 
-    log_probs[b, t] is of token t + 1, entropy[b, t] of its distribution; both are meaningless at
-    the last token.
+    log_probs[b, t] is of token t + 1 and means nothing at the last token; entropy[b, t] is of the
+    distribution that token is drawn from.
     """
 
     hidden: Tensor

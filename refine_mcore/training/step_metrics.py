@@ -1,7 +1,6 @@
 """What a step reports: sums over micro-batches, and per text the positions, rollouts and rewards.
 
-Everything stays on the device until `StepAccumulator.reduce`, which brings the whole step to the
-host in one go.
+Everything stays on the device until `StepAccumulator.reduce`, at the end of the step.
 """
 
 from __future__ import annotations

@@ -158,7 +158,8 @@ def _micro_batches_per_step(context: StepContext, batches: Sequence[TextBatch]) 
     if context.config.mini_batch_size is None:
         return len(batches)
     sequences = batches[0].tokens.shape[0] * context.dp_group.size()
-    return max(1, context.config.mini_batch_size // sequences)
+    assert context.config.mini_batch_size % sequences == 0, "data_parallel_layout refuses the rest"
+    return context.config.mini_batch_size // sequences
 
 
 def total_loss(
