@@ -111,7 +111,7 @@ class _Bench:
         from refine_mcore.training.setup import resolve_architecture, training_model
         from refine_mcore.training.step import TrainStep
 
-        platform.init_distributed()
+        platform.init_distributed(config.parallel.timeout)
         self.groups = platform.initialize_model_parallel(seed=config.training.seed)
         self.config = config
         training = config.training

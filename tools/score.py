@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
 
     import torch.distributed as dist
 
-    platform.init_distributed()
+    platform.init_distributed(config.parallel.timeout)
     try:
         tensors = _score(config, tokens, positions, arguments)
         if dist.get_rank() == 0:

@@ -93,8 +93,27 @@ def _check_schedule(config: Config) -> str | None:
 
 
 def _check_parallel(config: Config) -> str | None:
-    if config.parallel.sequence_parallel and config.parallel.tensor == 1:
+    parallel, optimizer = config.parallel, config.optimizer
+    if parallel.sequence_parallel and parallel.tensor == 1:
         return "parallel.sequence_parallel needs parallel.tensor of at least 2"
+    split = parallel.layers_per_stage
+    if split is not None and len(split) != parallel.pipeline:
+        return (
+            f"parallel.layers_per_stage names {len(split)} stages, "
+            f"parallel.pipeline is {parallel.pipeline}"
+        )
+    if parallel.slices is not None and parallel.slices > config.data.sequence_length:
+        return (
+            f"parallel.slices ({parallel.slices}) exceeds "
+            f"data.sequence_length ({config.data.sequence_length})"
+        )
+    if optimizer.overlap_param_gather and not (
+        optimizer.use_distributed_optimizer and optimizer.overlap_grad_reduce
+    ):
+        return (
+            "optimizer.overlap_param_gather needs optimizer.use_distributed_optimizer "
+            "and optimizer.overlap_grad_reduce"
+        )
     return None
 
 

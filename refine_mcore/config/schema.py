@@ -141,6 +141,11 @@ class OptimizerConfig:
     min_lr: NonNegativeFloat = 0.0
     # Shard the optimizer state over data-parallel ranks.
     use_distributed_optimizer: bool = False
+    # Reduce gradients over data-parallel ranks while the last backward pass still runs.
+    overlap_grad_reduce: bool = False
+    # Gather updated parameters during the next forward pass; needs the distributed optimizer and
+    # overlap_grad_reduce.
+    overlap_param_gather: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ class TrainingConfig:
     # Tokens between the states that delta-rule layers keep for branching, a multiple of 64: a
     # larger one takes less memory and replays more tokens for each branch.
     tape_interval: PositiveInt = 64
-    # full: recompute each layer in the backward pass instead of keeping its activations.
+    # full: run each slice's forward again before its backward instead of keeping its activations.
     recompute: Literal["full"] | None = None
 
 
@@ -176,6 +181,13 @@ class ParallelConfig:
     pipeline: PositiveInt = 1
     # Shard the activations between tensor-parallel blocks over the sequence.
     sequence_parallel: bool = False
+    # Slices of the sequence that the pipeline passes on one by one; null: as many as the plan of
+    # the step gains from (1 without a pipeline). At least one token each; the last may be shorter.
+    slices: PositiveInt | None = None
+    # Layers of each pipeline stage; null: spread evenly, the first stages take what is left over.
+    layers_per_stage: tuple[PositiveInt, ...] | None = None
+    # Seconds that a rank waits for the others in a collective or message before the job fails.
+    timeout: PositiveFloat = 600.0
 
 
 @dataclass(frozen=True)
@@ -186,6 +198,8 @@ class CheckpointConfig:
     load: str | None = None
     # Steps between checkpoints; the last step is always saved.
     save_interval: PositiveInt = 50
+    # Write checkpoints in the background while training goes on.
+    async_save: bool = False
     # auto: go on from RUN's own last checkpoint if there is one. never: RUN must not exist yet.
     resume: Literal["auto", "never"] = "auto"
 

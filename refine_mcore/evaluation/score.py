@@ -51,8 +51,8 @@ def score_tokens(
         loss = ntp_loss(text, batch, batch.num_targets())
     assert text.entropy is not None
     result = {
-        "logits": _whole_vocabulary(model, text.logits.detach().transpose(0, 1)),
-        "hidden": text.hidden.detach().transpose(0, 1),
+        "logits": _whole_vocabulary(model, text.logits.detach()),
+        "hidden": text.hidden.detach(),
         "entropy": text.entropy,
         "logprob": text.log_probs.detach()[:, :-1],
         "loss": loss.detach()[None],

@@ -277,11 +277,9 @@ class SelfAttention(Mixer):
         self.o_proj = self.build_output_projection(submodules, config.hidden_size)
 
     def mix(
-        self, x: Tensor, state: FastWeightState | None, output_state: bool, record: bool
+        self, tokens: Tensor, state: FastWeightState | None, output_state: bool, record: bool
     ) -> MixerOutput:
         assert state is None or isinstance(state, AttentionState)
-        packed = self.in_proj(x)
-        tokens = self.streams_first(packed, state)
         streams, length = tokens.shape[:2]
         parts = self.in_proj.split(tokens)
         q, k, v = (
@@ -296,7 +294,7 @@ class SelfAttention(Mixer):
         out = attend(q, k, v, past, window)
         history = extend_history(past, (k, v), window) if output_state else None
         return MixerOutput(
-            self.project_output(out.flatten(2), x),
+            out.flatten(2),
             AttentionState(history, tuple(p + length for p in position)) if history else None,
             record_text(past, k, v, position) if record else None,
         )

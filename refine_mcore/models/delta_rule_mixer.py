@@ -134,12 +134,11 @@ class DeltaRuleMixer(Mixer):
         projections, in at least float32."""
 
     def mix(
-        self, x: Tensor, state: FastWeightState | None, output_state: bool, record: bool
+        self, tokens: Tensor, state: FastWeightState | None, output_state: bool, record: bool
     ) -> MixerOutput:
         assert state is None or isinstance(state, DeltaRuleState)
-        packed = self.streams_first(self.in_proj(x), state)
-        tape = DeltaRuleTape(self, packed, state) if record else None
-        raw, gates = self.split_packed(packed if tape is None else tape.packed.tokens)
+        tape = DeltaRuleTape(self, tokens, state) if record else None
+        raw, gates = self.split_packed(tokens if tape is None else tape.packed.tokens)
         convolved, conv_tail = self.convolve(raw, state)
         if tape is not None:
             convolved = tape.record_convolved(convolved)
@@ -153,7 +152,7 @@ class DeltaRuleMixer(Mixer):
         if tape is not None:
             tape.record_states(boundaries, final)
         return MixerOutput(
-            self.project_output(y.flatten(2), x),
+            y.flatten(2),
             DeltaRuleState(conv_tail, final) if output_state else None,
             tape,
         )

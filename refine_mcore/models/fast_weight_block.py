@@ -17,21 +17,27 @@ from torch import Tensor
 
 from refine_mcore.models.mixer import MixerOutput
 from refine_mcore.models.state import FastWeightState, LayerTape
+from refine_mcore.models.token_layout import TokenLayout
 
 
 class FastWeightLayer(TransformerLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), on [s, b, h]."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), on [s, 1, h]."""
 
     def forward(
         self,
         hidden_states: Tensor,
+        layout: TokenLayout,
         state: FastWeightState | None = None,
         *,
         output_state: bool = False,
         record: bool = False,
     ) -> MixerOutput:
         mixed = self.self_attention(
-            self.input_layernorm(hidden_states), state, output_state=output_state, record=record
+            self.input_layernorm(hidden_states),
+            layout,
+            state,
+            output_state=output_state,
+            record=record,
         )
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         hidden_states = add((mixed.hidden_states, None), hidden_states, self.hidden_dropout)
@@ -39,7 +45,7 @@ class FastWeightLayer(TransformerLayer):
 
 
 class BlockOutput(NamedTuple):
-    """Hidden states [s, b, h] (after the final norm on the last stage), and per layer the state and
+    """Hidden states [s, 1, h] (after the final norm on the last stage), and per layer the state and
     tape asked for."""
 
     hidden_states: Tensor
@@ -53,12 +59,12 @@ class FastWeightBlock(TransformerBlock):
     def forward(
         self,
         hidden_states: Tensor | None,
+        layout: TokenLayout,
         states: Sequence[FastWeightState] | None = None,
         *,
         output_states: bool = False,
         record: bool = False,
     ) -> BlockOutput:
-        assert self.config.recompute_granularity is None, "a tape does not survive recomputation"
         if not self.pre_process:
             hidden_states = self.input_tensor
         # Megatron's pipeline schedules free outputs in place, which views do not allow
@@ -68,7 +74,7 @@ class FastWeightBlock(TransformerBlock):
         for index, layer in enumerate(self.layers):
             state = None if states is None else states[index]
             hidden_states, state, tape = layer(
-                hidden_states, state, output_state=output_states, record=record
+                hidden_states, layout, state, output_state=output_states, record=record
             )
             new_states.append(state)
             tapes.append(tape)

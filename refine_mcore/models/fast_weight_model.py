@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,14 @@ from refine_mcore.models.fast_weight_block import FastWeightBlock
 from refine_mcore.models.layer_specs import block_spec
 from refine_mcore.models.parallel_layers import mark_sharded_weights
 from refine_mcore.models.state import FastWeightState, StateTape
+from refine_mcore.models.token_layout import TokenLayout
 from refine_mcore.models.transformer_config import FastWeightConfig, padded_vocab_size
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """hidden [s, b, h]: after the final norm on the last stage, else what the next stage takes.
+    """hidden: on the last stage [R, T, h], after the final norm; before it [s, 1, h], what the
+    next stage takes (models/token_layout.py).
 
     `states` (per layer, after the tokens) and `tape` (of this forward) only if asked for.
     """
@@ -72,10 +75,13 @@ class FastWeightModel(LanguageModule):
             pg_collection=pg_collection,
         )
         if post_process:
+            # its input is gathered before, so that callers can pick rows of it
+            whole_sequence = copy.copy(config)
+            whole_sequence.sequence_parallel = False
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 self.vocab_size,
-                config=config,
+                config=whole_sequence,
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
@@ -91,6 +97,11 @@ class FastWeightModel(LanguageModule):
             (input_tensor,) = input_tensor
         self.decoder.set_input_tensor(input_tensor)
 
+    def token_layout(self, streams: int, length: int) -> TokenLayout:
+        """How `length` tokens of `streams` streams lie between this model's layers."""
+        parts = self.tp_group.size() if self.config.sequence_parallel else 1
+        return TokenLayout(streams, length, parts)
+
     def forward(
         self,
         tokens: Tensor,
@@ -103,17 +114,26 @@ class FastWeightModel(LanguageModule):
         """Consume tokens [R, T] of R streams, from `states` if given.
 
         `record` asks for a tape of these T tokens; `start` is how many tokens the texts had
-        consumed before them.
+        consumed before them. Stages past the first read of `tokens` its shape alone.
         """
-        embedded = self.embedding(tokens, None) if self.pre_process else None
-        out = self.decoder(embedded, states, output_states=output_states, record=record)
-        tape = None
+        layout = self.token_layout(*tokens.shape)
+        embedded = None
+        if self.pre_process:
+            embedded = self.embedding(layout.join(tokens).transpose(0, 1), None)
+        out = self.decoder(embedded, layout, states, output_states=output_states, record=record)
+        hidden, tape = out.hidden_states, None
+        if self.post_process:
+            if layout.parts > 1:
+                hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                    hidden, tensor_parallel_output_grad=False, group=self.tp_group
+                )
+            hidden = layout.split(hidden)
         if out.tapes is not None:
             tape = StateTape(tuple(out.tapes), start, start + tokens.shape[1])
-        return ModelOutput(out.hidden_states, out.states, tape)
+        return ModelOutput(hidden, out.states, tape)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits [s, b, V / tp] of final hidden states [s, b, h]; columns past the
+        """Vocabulary logits [R, T, V / tp] of final hidden states [R, T, h]; columns past the
         vocabulary are padding."""
         weight = None
         if self.share_embeddings_and_output_weights:

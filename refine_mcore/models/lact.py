@@ -127,10 +127,9 @@ class LaCT(Mixer):
         self.ttt_norm = replicated_parameter((dim,), config)
 
     def mix(
-        self, x: Tensor, state: FastWeightState | None, output_state: bool, record: bool
+        self, tokens: Tensor, state: FastWeightState | None, output_state: bool, record: bool
     ) -> MixerOutput:
         assert state is None or isinstance(state, LaCTState)
-        tokens = self.streams_first(self.in_proj(x), state)
         streams, length = tokens.shape[:2]
         parts = self.in_proj.split(tokens)
         q, k, v = parts["q_proj"], parts["k_proj"], parts["v_proj"]
@@ -153,7 +152,7 @@ class LaCT(Mixer):
         y = rms_norm(read, shared_by_heads(self.ttt_norm, self.tp_group), _NORM_EPS)
         if self.options.learnable_scale:
             y = y * F.silu(parts["ttt_scale_proj"])[..., None]
-        out = self.project_output(attended.flatten(2) + y.flatten(2), x)
+        out = attended.flatten(2) + y.flatten(2)
         tape = None
         if record:
             tape = self._record(record_text(past, k, v, position), inputs, state, weights)

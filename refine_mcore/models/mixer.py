@@ -18,6 +18,7 @@ from torch import Tensor
 
 from refine_mcore.models.parallel_layers import MixerModule
 from refine_mcore.models.state import FastWeightState, LayerTape
+from refine_mcore.models.token_layout import TokenLayout
 
 
 @dataclass
@@ -29,7 +30,7 @@ class MixerSubmodules:
 
 
 class MixerOutput(NamedTuple):
-    """Output [s, b, h], the state after the tokens (if asked for), the tape of the forward (if
+    """Output [s, 1, h], the state after the tokens (if asked for), the tape of the forward (if
     asked for)."""
 
     hidden_states: Tensor
@@ -43,36 +44,27 @@ class Mixer(MixerModule):
     def forward(
         self,
         hidden_states: Tensor,
+        layout: TokenLayout,
         state: FastWeightState | None = None,
         *,
         output_state: bool = False,
         record: bool = False,
     ) -> MixerOutput:
-        """Mix T new tokens of R streams.
+        """Mix the new tokens [s, 1, h] of the streams that `layout` describes.
 
-        hidden_states [s, b, h] is either [T, R, h] or the streams laid end to end, [R * T, 1, h],
-        which sequence parallelism can cut. `record` asks for a tape and needs streams that are
-        texts, not branches.
+        `record` asks for a tape and needs streams that are texts, not branches.
         """
-        return self.mix(hidden_states, state, output_state, record)
+        tokens = layout.split(self.in_proj(hidden_states))
+        mixed, new_state, tape = self.mix(tokens, state, output_state, record)
+        mixed = layout.join(mixed.to(hidden_states.dtype))
+        return MixerOutput(self.o_proj(mixed)[0], new_state, tape)
 
     @abstractmethod
     def mix(
-        self, x: Tensor, state: FastWeightState | None, output_state: bool, record: bool
+        self, tokens: Tensor, state: FastWeightState | None, output_state: bool, record: bool
     ) -> MixerOutput:
-        """`forward`, in the family's own terms."""
-
-    def streams_first(self, x: Tensor, state: FastWeightState | None) -> Tensor:
-        """[s, b, c] -> [R, T, c]; the streams are the batch unless the state says how many there
-        are."""
-        streams = x.shape[1] if state is None else state.num_streams
-        return x.transpose(0, 1).reshape(streams, -1, x.shape[-1])
-
-    def project_output(self, y: Tensor, like: Tensor) -> Tensor:
-        """[R, T, c] -> output projection -> [s, b, h] in the layout of the input `like`."""
-        batch = like.shape[1]
-        y = y.reshape(batch, -1, y.shape[-1]).transpose(0, 1)
-        return self.o_proj(y.to(like.dtype))[0]
+        """What the family does between its projections: packed inputs [R, T, c] to [R, T, value
+        size], on this rank's heads."""
 
     def build_output_projection(self, submodules: MixerSubmodules, size: int) -> Any:
         """The row-parallel projection back to the hidden size."""

@@ -138,7 +138,7 @@ def gather_tokens(
     """x [B, T, c] -> [R, length, c]: tokens start[r], start[r] + 1, ... of text batch_index[r] for
     each stream r. Where a text has ended its last token is repeated.
 
-    One `index_select` over the texts' tokens in the order they lie in memory: no copy of the texts.
+    One `index_select` over all tokens: no copy of the texts.
     """
     return _select_tokens(x, *_token_places(x, batch_index, start, length))
 
@@ -174,10 +174,9 @@ class _Record(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # The gradient of a split is a fresh tensor that nothing else holds.
-        if not (grad.is_contiguous() or grad.transpose(0, 1).is_contiguous()):
-            grad = grad.contiguous()
+        grad = grad.contiguous()
         for texts, tokens, rows in ctx.readings:
-            _token_rows(grad).index_add_(0, _row_index(grad, texts, tokens), rows)
+            grad.flatten(0, 1).index_add_(0, _row_index(grad, texts, tokens), rows)
         ctx.readings.clear()
         return grad, None
 
@@ -213,23 +212,12 @@ def _token_places(
 
 
 def _select_tokens(x: Tensor, texts: Tensor, tokens: Tensor) -> Tensor:
-    rows = _token_rows(x).index_select(0, _row_index(x, texts, tokens))
+    rows = x.flatten(0, 1).index_select(0, _row_index(x, texts, tokens))
     return rows.reshape(*tokens.shape, x.shape[-1])
 
 
-def _time_first(x: Tensor) -> bool:
-    return x.shape[0] > 1 and x.stride(0) < x.stride(1)
-
-
-def _token_rows(x: Tensor) -> Tensor:
-    """[B, T, c] as [B * T, c] in the order of memory."""
-    return (x.transpose(0, 1) if _time_first(x) else x).reshape(-1, x.shape[-1])
-
-
 def _row_index(x: Tensor, texts: Tensor, tokens: Tensor) -> Tensor:
-    """Where in `_token_rows(x)` these tokens are."""
-    if _time_first(x):
-        return (tokens * x.shape[0] + texts).flatten()
+    """Where these tokens of x [B, T, c] are in [B * T, c]."""
     return (texts * x.shape[1] + tokens).flatten()
 
 

@@ -45,14 +45,14 @@ class Branches:
         )
 
     def rows_before(self, x: Tensor) -> Tensor:
-        """x [S, B, c] at the last token of each prefix: [R, c]; its logits give the first rollout
+        """x [B, S, c] at the last token of each prefix: [R, c]; its logits give the first rollout
         token."""
         last = [p - 1 for p in self.position]
-        return gather_tokens(x.transpose(0, 1), self.batch_index, last, 1)[:, 0]
+        return gather_tokens(x, self.batch_index, last, 1)[:, 0]
 
     def rows_after(self, x: Tensor, k: int) -> Tensor:
-        """x [S, B, c] at the k text tokens that follow each prefix: [R, k, c]."""
-        return gather_tokens(x.transpose(0, 1), self.batch_index, self.position, k)
+        """x [B, S, c] at the k text tokens that follow each prefix: [R, k, c]."""
+        return gather_tokens(x, self.batch_index, self.position, k)
 
 
 class _Draw(IntEnum):

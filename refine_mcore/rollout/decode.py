@@ -43,5 +43,5 @@ def decode(
         if j < k - 1:
             out = model(token[:, None], states, output_states=True)
             assert out.states is not None
-            states, logits = out.states, model.logits(out.hidden)[0]
+            states, logits = out.states, model.logits(out.hidden)[:, 0]
     return torch.stack(tokens, 1), torch.stack(log_probs, 1), torch.stack(emitted, 1)

@@ -39,7 +39,7 @@ def score(
     first token. Of the k branch hidden states the last emits nothing; the reward compares it all
     the same.
     """
-    hidden = model(tokens, states).hidden.transpose(0, 1)
+    hidden = model(tokens, states).hidden
     emitting = torch.cat([prefix_hidden[:, None], hidden[:, :-1]], dim=1)
     return BranchScores(rollout_log_probs(model, emitting, tokens, temperature), hidden)
 
@@ -49,8 +49,7 @@ def rollout_log_probs(
 ) -> Tensor:
     """Log-probs [R, k] of tokens [R, k] under softmax(logits / temperature) of the hidden states
     [R, k, d] that emit them."""
-    logits = model.logits(emitting.transpose(0, 1)).transpose(0, 1)
     log_probs, _ = log_probs_and_entropy(
-        logits, tokens, with_entropy=False, temperature=temperature, **vocabulary_options(model)
+        model.logits(emitting), tokens, with_entropy=False, temperature=temperature, **vocabulary_options(model)
     )
     return log_probs

@@ -55,7 +55,7 @@ def train(config: Config) -> None:
     platform.initialize()
     tokenizer = load_tokenizer(config.data.tokenizer)
     dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)
-    platform.init_distributed()
+    platform.init_distributed(config.parallel.timeout)
     try:
         _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
         _Run(config, dataset, tokenizer, num_micro_batches).train()

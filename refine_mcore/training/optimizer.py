@@ -29,6 +29,8 @@ def wrap_data_parallel(
             use_distributed_optimizer=config.use_distributed_optimizer,
             # Micro-batches and ranks are summed in float32 where the weights are bfloat16.
             grad_reduce_in_fp32=model.config.params_dtype == torch.bfloat16,
+            overlap_grad_reduce=config.overlap_grad_reduce,
+            overlap_param_gather=config.overlap_param_gather,
         ),
         model,
         pg_collection=pg_collection,
@@ -63,6 +65,7 @@ def build_optimizer(
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=options.use_distributed_optimizer,
+            overlap_param_gather=options.overlap_param_gather,
         ),
         [model],
     )

@@ -54,15 +54,17 @@ def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, Wo
     """Positions, rollouts, old log-probs, rewards and advantages of a batch, each branch from its
     own prefix."""
     text = text_pass(context.model, batch, with_entropy=True, record=False)
-    branches = choose_branches(context.model, text, batch, context.config, context.randomness)
+    branches = choose_branches(
+        context.model, text.entropy, batch, context.config, context.randomness
+    )
     rows = range(len(branches))
     drawn = [_generate(context, batch, branches, row) for row in rows]
     tokens, log_probs = (torch.cat(part) for part in zip(*drawn, strict=True))
     rollouts = Rollouts(branches, tokens, log_probs)
     scores = [_score(context, batch, rollouts, row) for row in rows]
     joined = BranchScores(*(torch.cat(part) for part in zip(*scores, strict=True)))
-    scored = reward_rollouts(text, batch, rollouts, joined, context.config)
-    return scored, describe(batch, text, scored)
+    scored = reward_rollouts(text.hidden, batch, rollouts, joined, context.config)
+    return scored, describe(batch, text.entropy, scored)
 
 
 def _train_on_text(
@@ -98,7 +100,7 @@ def _generate(
     tokens, log_probs, _ = decode(
         model,
         [state.fork(n) for state in out.states],
-        model.logits(out.hidden[-1:])[0].expand(n, -1),
+        model.logits(out.hidden[:, -1:])[:, 0].expand(n, -1),
         config.rollout_tokens,
         lambda j: context.randomness.token_keys(batch.sample_index, branch, n, j),
         config.rollout_temperature,
@@ -112,11 +114,11 @@ def _score(context: StepContext, batch: TextBatch, rollouts: Rollouts, row: int)
     prefix = _prefix(batch, rollouts.branches, row)
     tokens = rollouts.tokens[row * n : row * n + n]
     hidden = context.model(torch.cat([prefix.expand(n, -1), tokens], dim=1)).hidden
-    emitting = hidden[len(prefix) - 1 : -1].transpose(0, 1)
+    emitting = hidden[:, len(prefix) - 1 : -1]
     log_probs = rollout_log_probs(
         context.model, emitting, tokens, context.config.rollout_temperature
     )
-    return BranchScores(log_probs, hidden[len(prefix) :].transpose(0, 1))
+    return BranchScores(log_probs, hidden[:, len(prefix) :])
 
 
 def _prefix(batch: TextBatch, branches: Branches, row: int) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from refine_kernels.dispatch import log_probs_and_entropy
 from torch import Tensor
 from torch.profiler import record_function
@@ -41,25 +42,32 @@ class TextBatch:
     mask: Tensor
     sample_index: Tensor
 
+    def has_target(self) -> Tensor:
+        """Whether the token after each is a valid next-token target, [B, S]; false at the last."""
+        return F.pad(self.mask[:, 1:] & self.mask[:, :-1], (0, 1))
+
     def num_targets(self) -> Tensor:
         """Valid next-token targets, a 0-dim tensor."""
-        return (self.mask[:, 1:] & self.mask[:, :-1]).sum()
+        return self.has_target().sum()
 
 
 @dataclass(frozen=True)
 class TextPass:
-    """One forward over the texts: hidden [S, B, d], logits [S, B, V / tp], log_probs and entropy
-    [B, S], the tape.
+    """One forward over tokens [start, stop) of the texts: hidden [B, T, d], logits [B, T, V / tp],
+    log_probs and entropy [B, T], the tape, the states after the last token.
 
-    log_probs[b, t] is of token t + 1 and means nothing at the last token; entropy[b, t] is of the
-    distribution that token is drawn from.
+    log_probs[b, t] is of the token after t and means nothing at the end of the text; entropy[b, t]
+    is of the distribution that token is drawn from.
     """
 
+    start: int
+    stop: int
     hidden: Tensor
     logits: Tensor
     log_probs: Tensor
     entropy: Tensor | None
     tape: StateTape | None
+    states: list[FastWeightState] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,38 +93,50 @@ class ScoredRollouts:
 
 @record_function("refine/text forward")
 def text_pass(
-    model: FastWeightModel, batch: TextBatch, *, with_entropy: bool, record: bool
+    model: FastWeightModel,
+    batch: TextBatch,
+    *,
+    with_entropy: bool,
+    record: bool,
+    start: int = 0,
+    stop: int | None = None,
+    states: Sequence[FastWeightState] | None = None,
+    output_states: bool = False,
 ) -> TextPass:
-    """Forward over the texts; next-token log-probs, and if asked for entropies and the tape."""
-    out = model(batch.tokens, record=record)
+    """Forward over the texts, or a slice of them that goes on from `states`; next-token log-probs,
+    and if asked for entropies, the tape, the states at its end."""
+    stop = batch.tokens.shape[1] if stop is None else stop
+    out = model(
+        batch.tokens[:, start:stop], states, start=start, output_states=output_states, record=record
+    )
     logits = model.logits(out.hidden)
-    targets = batch.tokens.roll(-1, dims=1).transpose(0, 1)
+    targets = batch.tokens.roll(-1, dims=1)[:, start:stop]
     log_probs, entropy = log_probs_and_entropy(
         logits, targets, with_entropy=with_entropy, **vocabulary_options(model)
     )
-    entropy = None if entropy is None else entropy.transpose(0, 1)
-    return TextPass(out.hidden, logits, log_probs.transpose(0, 1), entropy, out.tape)
+    return TextPass(start, stop, out.hidden, logits, log_probs, entropy, out.tape, out.states)
 
 
 def ntp_loss(text: TextPass, batch: TextBatch, denominator: Tensor) -> Tensor:
     """-sum log p(next token) over valid targets / denominator (Eq. 2, averaged over the whole
     batch)."""
-    valid = batch.mask[:, 1:] & batch.mask[:, :-1]
-    return -(text.log_probs[:, :-1] * valid).sum() / denominator
+    valid = batch.has_target()[:, text.start : text.stop]
+    return -(text.log_probs * valid).sum() / denominator
 
 
 @record_function("refine/choose positions")
 def choose_branches(
     model: FastWeightModel,
-    text: TextPass,
+    entropy: Tensor | None,
     batch: TextBatch,
     config: RefineConfig,
     randomness: Randomness,
 ) -> Branches:
-    """One position per chunk and text (Eq. 5, 6); brings the positions to the host."""
-    assert text.entropy is not None
+    """One position per chunk and text by the whole text's entropy [B, S] (Eq. 5, 6); brings the
+    positions to the host."""
+    assert entropy is not None
     positions = select_positions(
-        text.entropy,
+        entropy,
         batch.mask,
         config.num_chunks,
         config.smoothing_window or config.rollout_tokens,
@@ -174,23 +194,23 @@ def roll_out(
 
 @record_function("refine/reward")
 def reward_rollouts(
-    text: TextPass,
+    text_hidden: Tensor,
     batch: TextBatch,
     rollouts: Rollouts,
     scores: BranchScores,
     config: RefineConfig,
 ) -> ScoredRollouts:
-    """Rewards against the text's own continuation (Eq. 9, 11, 12) and group-relative advantages; no
-    gradient."""
+    """Rewards against the text's own continuation, whose hidden states are in `text_hidden`
+    [B, S, d] (Eq. 9, 11, 12), and group-relative advantages; no gradient."""
     n, k = config.rollouts_per_position, config.rollout_tokens
     branches = rollouts.branches.fork(n)
     with torch.no_grad():
         rewards = sequence_reward(
             config.reward,
             scores.hidden,
-            branches.rows_after(text.hidden, k),
+            branches.rows_after(text_hidden, k),
             rollouts.tokens,
-            branches.rows_after(batch.tokens.transpose(0, 1)[..., None], k)[..., 0],
+            branches.rows_after(batch.tokens[..., None], k)[..., 0],
             cosine_weight=config.reward_weights[0],
             binary_weight=config.reward_weights[1],
         )
@@ -223,13 +243,14 @@ def policy_loss(
     return loss, {"loss_policy": loss.detach()} | sums
 
 
-def describe(batch: TextBatch, text: TextPass, scored: ScoredRollouts) -> WorkMetrics:
-    """What the log shows of a batch's rollouts; reported once per text."""
+def describe(batch: TextBatch, entropy: Tensor | None, scored: ScoredRollouts) -> WorkMetrics:
+    """What the log shows of a batch's rollouts and text entropies [B, S]; reported once per
+    text."""
     rollouts, texts = scored.rollouts, batch.tokens.shape[0]
-    assert text.entropy is not None
+    assert entropy is not None
     drift = (scored.old_log_probs - rollouts.drawn_log_probs).abs().sum()
     sums = {
-        "entropy": (text.entropy.detach() * batch.mask).sum(),
+        "entropy": (entropy.detach() * batch.mask).sum(),
         "entropy_count": batch.mask.sum(),
         "drift": drift,
         "rollout_tokens": torch.full((), float(rollouts.tokens.numel()), device=drift.device),

@@ -35,7 +35,7 @@ def show_rollouts(
     )
     randomness = Randomness(config.training.seed, config.training.steps)
     text = text_pass(model, batch, with_entropy=True, record=True)
-    chosen = choose_branches(model, text, batch, refine, randomness)
+    chosen = choose_branches(model, text.entropy, batch, refine, randomness)
     branches = Branches(chosen.batch_index[:_SHOWN], chosen.position[:_SHOWN])
     n = refine.rollouts_per_position
     logits = branches.fork(n).rows_before(text.logits)

@@ -94,7 +94,7 @@ def fused(context: StepContext, batches: Sequence[TextBatch]) -> Iterator[list[W
         text = text_pass(context.model, batch, with_entropy=True, record=True)
         scored, scores = _branch(context, batch, text)
         policy, sums = policy_loss(scores.log_probs, scored, context.config, denominator)
-        described = describe(batch, text, scored)
+        described = describe(batch, text.entropy, scored)
         return total_loss(context.config, ntp_loss(text, batch, targets), policy, sums, described)
 
     yield [partial(work, batch) for batch in batches]
@@ -107,7 +107,7 @@ def two_phase(context: StepContext, batches: Sequence[TextBatch]) -> Iterator[li
         for batch in batches:
             text = text_pass(context.model, batch, with_entropy=True, record=True)
             scored, _ = _branch(context, batch, text)
-            stored.append((batch, scored, describe(batch, text, scored)))
+            stored.append((batch, scored, describe(batch, text.entropy, scored)))
             del text
 
     per_step = _micro_batches_per_step(context, batches)
@@ -144,14 +144,14 @@ def _branch(
     """Choose positions, roll out, score and reward, in place. The states are read once: detached
     for decoding, with the gradients of `text` for scoring."""
     model, config = context.model, context.config
-    branches = choose_branches(model, text, batch, config, context.randomness)
+    branches = choose_branches(model, text.entropy, batch, config, context.randomness)
     streams = branches.fork(config.rollouts_per_position)
     states = branch_states(text, branches, config.rollouts_per_position)
     first_logits = streams.rows_before(text.logits.detach())
     rollouts = roll_out(model, states, first_logits, batch, branches, config, context.randomness)
     prefix_hidden = streams.rows_before(text.hidden)
     scores = score(model, states, prefix_hidden, rollouts.tokens, config.rollout_temperature)
-    return reward_rollouts(text, batch, rollouts, scores, config), scores
+    return reward_rollouts(text.hidden, batch, rollouts, scores, config), scores
 
 
 def _micro_batches_per_step(context: StepContext, batches: Sequence[TextBatch]) -> int:

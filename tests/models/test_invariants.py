@@ -48,7 +48,7 @@ def weighed(tensors: list[Tensor]) -> Tensor:
 def run_pieces(
     model: FastWeightModel, tokens: Tensor, borders: list[int]
 ) -> tuple[Tensor, list[FastWeightState]]:
-    """Hidden states [T, B, d] of all pieces together and the final states."""
+    """Hidden states [B, T, d] of all pieces together and the final states."""
     states: list[FastWeightState] | None = None
     hidden: list[Tensor] = []
     for start, stop in pairwise([0, *borders, tokens.shape[1]]):
@@ -56,7 +56,7 @@ def run_pieces(
         assert out.states is not None
         states, hidden = out.states, [*hidden, out.hidden]
     assert states is not None
-    return torch.cat(hidden), states
+    return torch.cat(hidden, dim=1), states
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,7 +99,7 @@ def test_tape_holds_the_state_of_every_prefix(
     for stream, (text, position) in enumerate(branches):
         prefix = tokens[text : text + 1, :position]
         full = model(torch.cat([prefix, probe[stream : stream + 1]], dim=1)).hidden
-        assert_same([after[:, stream]], [full[position:, 0]])
+        assert_same([after[stream]], [full[0, position:]])
         if position:
             alone = model(prefix, output_states=True).states
             assert_same(contents(model, on_tape, stream), contents(model, alone, 0))
@@ -145,7 +145,7 @@ def test_branches_equal_full_runs(
 
     earlier = model(tokens[:, :start], output_states=True) if start else None
     out = model(tokens[:, start:], earlier and earlier.states, start=start, record=True)
-    text_hidden = torch.cat([earlier.hidden, out.hidden]) if earlier else out.hidden
+    text_hidden = torch.cat([earlier.hidden, out.hidden], dim=1) if earlier else out.hidden
     states = [state.fork(n) for state in out.tape.at(points.batch_index, points.position)]
     scores = score(model, states, streams.rows_before(text_hidden), rollouts)
     in_place = gradients(model, weighed([text_hidden, *scores]))
@@ -153,25 +153,12 @@ def test_branches_equal_full_runs(
     hidden, log_probs = [], []
     for text, position, rollout in zip(*vars(streams).values(), rollouts, strict=True):
         full = model(torch.cat([tokens[text, :position], rollout])[None]).hidden
-        log_p = model.logits(full)[position - 1 : -1, 0].log_softmax(-1)
+        log_p = model.logits(full)[0, position - 1 : -1].log_softmax(-1)
         log_probs.append(log_p.gather(1, rollout[:, None])[:, 0])
-        hidden.append(full[position:, 0])
+        hidden.append(full[0, position:])
     expected = [torch.stack(log_probs), torch.stack(hidden)]
     assert_same(scores, expected)
     assert_same_gradients(in_place, gradients(model, weighed([model(tokens).hidden, *expected])))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_streams_may_lie_end_to_end(name: str, model_of: ModelOf) -> None:
-    """Branches on one sequence axis, [R * T, 1, d], are the same streams as on two."""
-    model = model_of(name)
-    branched = model(random_tokens(2, 11), record=True).tape.at([0, 1, 1], [3, 11, 6])
-    rollouts = random_tokens(3, 5, seed=1)
-    out = model(rollouts, branched, output_states=True)
-    flat = model(rollouts.reshape(1, 15), branched, output_states=True)
-    assert_same([flat.hidden[:, 0]], [out.hidden.transpose(0, 1).reshape(15, -1)])
-    for stream in range(3):
-        assert_same(contents(model, flat.states, stream), contents(model, out.states, stream))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -186,12 +173,12 @@ def test_nothing_before_a_token_depends_on_it(
     other = tokens.clone()
     other[0, changed] = (other[0, changed] + 1) % 23
     outs = [model(x, record=True) for x in (tokens, other)]
-    before, after = (out.hidden[:changed] for out in outs)
+    before, after = (out.hidden[:, :changed] for out in outs)
     assert_same([after], [before], tolerance=1e-12)
     if changed:
         states = [out.tape.at([0], [changed]) for out in outs]
         assert_same(contents(model, states[1], 0), contents(model, states[0], 0), 1e-12)
-    assert (outs[0].hidden[changed] != outs[1].hidden[changed]).any()
+    assert (outs[0].hidden[:, changed] != outs[1].hidden[:, changed]).any()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -201,11 +188,11 @@ def test_texts_of_a_batch_do_not_see_each_other(name: str, model_of: ModelOf) ->
     padded = tokens.clone()
     padded[1, 6:] = 0
     out, other = (model(x, record=True, output_states=True) for x in (tokens, padded))
-    assert_same([other.hidden[:, [0, 2]]], [out.hidden[:, [0, 2]]])
-    assert_same([other.hidden[:6, 1]], [out.hidden[:6, 1]])
+    assert_same([other.hidden[[0, 2]]], [out.hidden[[0, 2]]])
+    assert_same([other.hidden[1, :6]], [out.hidden[1, :6]])
     for text in (0, 2):
         alone = model(tokens[text : text + 1], output_states=True)
-        assert_same([out.hidden[:, text]], [alone.hidden[:, 0]])
+        assert_same([out.hidden[text]], [alone.hidden[0]])
         assert_same(contents(model, out.states, text), contents(model, alone.states, 0))
         assert_same(contents(model, other.states, text), contents(model, out.states, text))
     valid, padded_valid = (x.tape.at([1], [6]) for x in (out, other))

@@ -14,10 +14,10 @@ def test_branches_are_sequence_major() -> None:
 
 def test_rows_before_and_after_a_position() -> None:
     """Position counts consumed tokens: the token before p is p - 1, the k after it start at p."""
-    per_token = torch.arange(20).reshape(10, 2, 1)  # [S, B, 1]: token t of text b is 2 t + b
+    per_token = torch.arange(20).reshape(2, 10, 1)  # [B, S, 1]: token t of text b is 10 b + t
     branches = Branches((0, 1), (3, 6))
-    assert branches.rows_before(per_token)[:, 0].tolist() == [4, 11]
-    assert branches.rows_after(per_token, 3)[..., 0].tolist() == [[6, 8, 10], [13, 15, 17]]
+    assert branches.rows_before(per_token)[:, 0].tolist() == [2, 15]
+    assert branches.rows_after(per_token, 3)[..., 0].tolist() == [[3, 4, 5], [16, 17, 18]]
 
 
 def test_position_uniforms_depend_on_sample_chunk_seed_and_step() -> None:

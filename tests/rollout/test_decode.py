@@ -17,7 +17,7 @@ K = 6
 
 
 def start(model: FastWeightModel) -> tuple:
-    """Text, hidden states [S, B, d], the branches' states and the logits of their first tokens."""
+    """Text, hidden states [B, S, d], the branches' states and the logits of their first tokens."""
     tokens = random_tokens(2, 14)
     out = model(tokens, record=True)
     states = out.tape.at(BRANCHES.batch_index, BRANCHES.position)
@@ -32,7 +32,7 @@ def test_greedy_decoding_takes_the_best_token_of_a_full_run(name: str, model_of:
     for row, (text, position) in enumerate(zip(*vars(BRANCHES).values(), strict=True)):
         run = tokens[text : text + 1, :position]
         for j in range(K):
-            full = model.logits(model(run).hidden)[-1, 0]
+            full = model.logits(model(run).hidden)[0, -1]
             assert_same([emitted[row, j], log_probs[row, j]], [full, full.log_softmax(-1).max()])
             assert rollouts[row, j] == full.argmax()
             run = torch.cat([run, full.argmax().reshape(1, 1)], dim=1)

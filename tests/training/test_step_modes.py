@@ -132,7 +132,7 @@ def full_run_log_probs(model: FastWeightModel, rollouts: list[tuple[int, int, Te
     texts = random_tokens(4, 22)
     for text, position, tokens in rollouts:
         hidden = model(torch.cat([texts[text, :position], tokens])[None]).hidden
-        log_p = model.logits(hidden)[position - 1 : -1, 0].log_softmax(-1)
+        log_p = model.logits(hidden)[0, position - 1 : -1].log_softmax(-1)
         found.append(log_p.gather(1, tokens[:, None])[:, 0])
     return torch.stack(found)
 
@@ -143,10 +143,10 @@ def test_rewards_compare_rollouts_with_the_text_that_follows(name: str, model_of
     model, k = model_of(name), CONFIG.rollout_tokens
     step = Step(fused, model, make_batches(2, 2))
     texts = random_tokens(4, 22)
-    text_hidden = model(texts).hidden.transpose(0, 1)
+    text_hidden = model(texts).hidden
     expected = []
     for text, position, tokens in rollouts_of(step):
-        rollout = model(torch.cat([texts[text, :position], tokens])[None]).hidden[position:, 0]
+        rollout = model(torch.cat([texts[text, :position], tokens])[None]).hidden[0, position:]
         following = text_hidden[text, position : position + k]
         expected.append(F.cosine_similarity(rollout, following, dim=-1).mean())
     torch.testing.assert_close(step.rewards.flatten(), torch.stack(expected), rtol=0, atol=1e-9)
@@ -156,7 +156,7 @@ def test_positions_lie_where_the_text_is_least_certain(model_of: ModelOf) -> Non
     """`argmax` in every third of the valid tokens, by the entropy of the first rollout token."""
     model = model_of("delta_net")
     step = Step(fused, model, make_batches(4), replace(CONFIG, selection="argmax"))
-    log_p = model.logits(model(random_tokens(4, 22)).hidden).log_softmax(-1).transpose(0, 1)
+    log_p = model.logits(model(random_tokens(4, 22)).hidden).log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     expected = []
     for text, length in enumerate(LENGTHS):
@@ -172,7 +172,7 @@ def test_positions_lie_where_the_text_is_least_certain(model_of: ModelOf) -> Non
 def mean_ntp_loss(model: FastWeightModel) -> Tensor:
     """torch's cross entropy over the valid targets of the four texts."""
     tokens = random_tokens(4, 22)
-    logits = model.logits(model(tokens).hidden).transpose(0, 1)
+    logits = model.logits(model(tokens).hidden)
     rows = [(logits[b, : n - 1], tokens[b, 1:n]) for b, n in enumerate(LENGTHS)]
     return F.cross_entropy(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))
 
