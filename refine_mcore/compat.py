@@ -4,7 +4,9 @@ The repairs concern every installation without Transformer Engine and Apex, with
 only a machine without CUDA needs is in `platform`. Line numbers are those of megatron-core 0.16.1.
 """
 
+import errno
 import functools
+import logging
 import warnings
 from importlib import metadata
 from typing import Any
@@ -76,11 +78,23 @@ def prime_optimizer(optimizer: Any) -> None:
                     )
 
 
+def forget_write_results() -> None:
+    """Drop what checkpoint writers have reported and nobody has read.
+
+    All saves of a process share one queue (filesystem_async.py:48), without a name on its entries:
+    the next save would take the report for its own.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = None
+
+
 @functools.cache
 def repair_megatron() -> None:
     """Repair, once per process, what fails without Transformer Engine and Apex."""
     _repair_output_discarding_recompute()
     _repair_distributed_optimizer_loading()
+    _repair_write_errors()
 
 
 def _repair_output_discarding_recompute() -> None:
@@ -123,3 +137,42 @@ def _repair_distributed_optimizer_loading() -> None:
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_keeping_step
     DistributedOptimizer.load_state_dict = load_with_own_steps
+
+
+def _repair_write_errors() -> None:
+    """A file that cannot be written is an OSError.
+
+    torch.save, which writes the tensors (filesystem_async.py:351) and on rank 0 `common.pt`
+    (strategies/common.py:52), makes of it a RuntimeError about its archive that does not say why.
+    After a failed `common.pt` the other ranks wait for rank 0: here they fail with it.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+
+    write_item = filesystem_async._write_item
+    save_common = TorchCommonSaveStrategy.save_common
+
+    @functools.wraps(write_item)
+    def write_item_or_say_why(*args: Any, **options: Any) -> Any:
+        try:
+            return write_item(*args, **options)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+    @functools.wraps(save_common)
+    def save_common_on_behalf_of_all(self: Any, state_dict: Any, directory: Any) -> None:
+        failed = [False]
+        try:
+            save_common(self, state_dict, directory)
+        except (OSError, RuntimeError):
+            failed = [True]
+        torch.distributed.broadcast_object_list(failed)
+        if failed[0]:
+            raise OSError(errno.EIO, "common.pt could not be written")
+
+    filesystem_async._write_item = write_item_or_say_why
+    TorchCommonSaveStrategy.save_common = save_common_on_behalf_of_all
+    # Says the same in its own words before the exception does.
+    logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)

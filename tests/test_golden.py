@@ -1,7 +1,7 @@
 """Converted models give the numbers of their Hugging Face originals, through the tools a user runs.
 
-For each reference model: `convert_hf.py import`, then `score.py`, against the outputs that the
-original code gave (tests/golden/models/*/README.md says how they were made).
+For each reference model: `convert_hf.py import`, then `score.py`. The same on several ranks is in
+tests/distributed/test_score.py.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from tests.conversion.helpers import MODELS, to_checkpoint
+from tests.golden_scores import (
+    TEXT_A,
+    TEXT_B,
+    Outputs,
+    assert_text_a,
+    assert_text_b,
+    score_arguments,
+)
 from tools.score import main as score
-
-Outputs = dict[str, Tensor]
-POSITIONS = (14, 32, 61)
 
 
 @pytest.fixture(scope="module")
@@ -40,76 +44,20 @@ def score_model(golden: Path, tmp_path: Path, checkpoint_of) -> Callable[..., Ou
 
     def run(name: str, key: str, *options: str) -> Outputs:
         output = tmp_path / f"scores-{len(list(tmp_path.iterdir()))}.safetensors"
-        tokens = golden / "models" / name / "inputs.safetensors"
-        arguments = ["--checkpoint", str(checkpoint_of(name)), "--tokens", str(tokens)]
-        score([*arguments, "--key", key, "--output", str(output), *options])
+        score(score_arguments(golden, name, checkpoint_of(name), output, key, *options))
         return load_file(output)
 
     return run
 
 
-def reference(golden: Path, name: str) -> Outputs:
-    return load_file(golden / "models" / name / "outputs.safetensors")
-
-
-def assert_close(actual: Tensor, expected: Tensor, name: str) -> None:
-    """Muon's Newton-Schulz iterations amplify rounding; the others agree to float32's noise."""
-    tolerance = 2e-3 if "muon" in name else 5e-5
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_text_rollouts_and_gradients(golden, score_model, name: str) -> None:
-    at = ",".join(map(str, POSITIONS))
-    scored = score_model(
-        name, "input_ids_a", "--rollout-at", at, "--rollout-tokens", "5", "--greedy", "--gradients"
-    )
-    expected = reference(golden, name)
-    assert_close(scored["logits"], expected["logits_a"], name)
-    assert_close(scored["hidden"], expected["hidden_last_a"], name)
-    assert_close(scored["entropy"], expected["entropy_a"], name)
-    assert_close(scored["loss"], expected["loss_a"], name)
-    for position in POSITIONS:
-        rollout = f"rollout_t{position}"
-        assert torch.equal(scored[f"{rollout}.tokens"], expected[f"{rollout}.tokens"])
-        assert_close(scored[f"{rollout}.logits"], expected[f"{rollout}.logits"], name)
-    assert_gradients_close(scored, expected, "a", 1e-2 if "muon" in name else 1e-4)
+    assert_text_a(score_model(name, *TEXT_A), golden, name)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_longer_text(golden, score_model, name: str) -> None:
-    """128 tokens, which the chunk sizes divide; of the hidden states the reference keeps 32."""
-    scored = score_model(name, "input_ids_b", "--gradients")
-    expected = reference(golden, name)
-    assert_close(scored["logits"], expected["logits_b"], name)
-    assert_close(scored["hidden"][:, -32:], expected["hidden_last_b_tail32"], name)
-    assert_close(scored["entropy"], expected["entropy_b"], name)
-    assert_close(scored["loss"], expected["loss_b"], name)
-    assert_gradients_close(scored, expected, "b", 1e-2 if "muon" in name else 1e-4)
-
-
-def assert_gradients_close(scored: Outputs, expected: Outputs, text: str, tolerance: float) -> None:
-    """Every parameter's gradient, by its norm and whatever else the reference holds of it: all of
-    it, or its head and its projection on cos(0), cos(1), ...; errors are relative to the norm."""
-    prefix = f"gradnorm_{text}."
-    names = {key.removeprefix(prefix) for key in expected if key.startswith(prefix)}
-    assert {f"gradient.{name}" for name in names} == {k for k in scored if k.startswith("gradient")}
-    for name in names:
-        actual = scored[f"gradient.{name}"].double().flatten()
-        norm = expected[prefix + name].double().item()
-        assert norm > 0
-        found = {
-            "norm": actual.norm(),
-            "proj": actual @ torch.arange(actual.numel(), dtype=torch.float64).cos(),
-            "head": actual[:16],
-            "": actual,
-        }
-        for part, value in found.items():
-            if (stored := expected.get(f"grad{part}_{text}.{name}")) is not None:
-                error = (value - stored.double().flatten()).norm().item() / norm
-                assert error <= tolerance, f"{part or 'gradient'} of {name} is off by {error:.1e}"
+    assert_text_b(score_model(name, *TEXT_B), golden, name)
 
 
 def test_log_probabilities_and_loss_are_those_of_the_logits(golden, score_model) -> None:

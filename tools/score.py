@@ -6,7 +6,7 @@
 
 A position is the number of tokens consumed: at 14 the first rollout token comes from logits[13].
 The model runs in float32 unless `training.dtype` says otherwise; under torchrun `parallel.tensor`
-sets the layout.
+and `parallel.pipeline` set the layout, which takes all ranks.
 """
 
 import argparse
@@ -69,15 +69,24 @@ def main(argv: list[str]) -> None:
 def _score(
     config: Config, tokens: Any, positions: list[int], arguments: argparse.Namespace
 ) -> dict[str, Any]:
+    import torch.distributed as dist
+
     from refine_mcore import platform
     from refine_mcore.evaluation.score import score_tokens
     from refine_mcore.training.setup import training_model
 
+    parallel = config.parallel
+    if dist.get_world_size() != parallel.tensor * parallel.pipeline:
+        raise UserError(
+            f"scoring takes parallel.tensor x parallel.pipeline = "
+            f"{parallel.tensor * parallel.pipeline} ranks, not the {dist.get_world_size()} started"
+        )
     groups = platform.initialize_model_parallel(
-        config.parallel.tensor, config.parallel.pipeline, config.training.seed
+        parallel.tensor, parallel.pipeline, config.training.seed
     )
     return score_tokens(
         training_model(config, groups),
+        groups,
         tokens.to(platform.device()),
         rollout_at=positions,
         rollout_tokens=arguments.rollout_tokens,

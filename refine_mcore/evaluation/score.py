@@ -4,17 +4,20 @@ is checked with."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from refine_mcore.config import RefineConfig
+from refine_mcore.config import OptimizerConfig, RefineConfig
 from refine_mcore.conversion.parameters import to_hf_tensors
-from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.fast_weight_model import FastWeightModel, LanguageModel
 from refine_mcore.models.sharding import full_tensors
+from refine_mcore.models.whole_model import whole_model
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
+from refine_mcore.training.optimizer import wrap_data_parallel
 from refine_mcore.training.refine_loss import (
     TextBatch,
     TextPass,
@@ -25,7 +28,8 @@ from refine_mcore.training.refine_loss import (
 
 
 def score_tokens(
-    model: FastWeightModel,
+    stage: FastWeightModel,
+    pg_collection: Any,
     tokens: Tensor,
     *,
     rollout_at: Sequence[int] = (),
@@ -39,8 +43,12 @@ def score_tokens(
     loss [1] (mean over the B (T - 1) next tokens). For each position in `rollout_at`:
     `rollout_t{position}.tokens` [B, k] and `.logits` [B, k, V], branched in place from that one
     forward, greedy or drawn with `seed`. With `gradients`, `gradient.<Hugging Face name>` of the
-    loss; those are on rank 0 only.
+    loss, in at least float32; those are on rank 0 only.
+
+    `stage` is this rank's part of the model. Every rank calls it; replicas would add up.
     """
+    model = whole_model(stage)
+    wrapped = wrap_data_parallel(stage, OptimizerConfig(), pg_collection) if gradients else None
     batch = TextBatch(
         tokens,
         torch.ones_like(tokens, dtype=torch.bool),
@@ -61,9 +69,11 @@ def score_tokens(
         rolled, emitted = _roll_out_at(model, batch, text, position, rollout_tokens, seed)
         result[f"rollout_t{position}.tokens"] = rolled
         result[f"rollout_t{position}.logits"] = _whole_vocabulary(model, emitted)
-    if gradients:
+    if wrapped is not None:
         loss.backward()
-        by_key = full_tensors(model, lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
+        # sums the shares of norms under sequence parallelism and of tied embeddings
+        stage.config.finalize_model_grads_func([wrapped])
+        by_key = full_tensors(stage, lambda p: p.main_grad)  # type: ignore[attr-defined]
         if by_key:
             by_name = to_hf_tensors(model.config.arch, by_key)
             result |= {f"gradient.{name}": gradient for name, gradient in by_name.items()}
@@ -71,7 +81,7 @@ def score_tokens(
 
 
 def _roll_out_at(
-    model: FastWeightModel,
+    model: LanguageModel,
     batch: TextBatch,
     text: TextPass,
     position: int,
@@ -93,7 +103,7 @@ def _roll_out_at(
     return tokens, emitted
 
 
-def _whole_vocabulary(model: FastWeightModel, logits: Tensor) -> Tensor:
+def _whole_vocabulary(model: LanguageModel, logits: Tensor) -> Tensor:
     """[..., V / tp] -> [..., V], without the padding."""
     whole = gather_from_tensor_model_parallel_region(logits, group=model.tp_group)
     return whole[..., : model.config.arch.vocab_size]

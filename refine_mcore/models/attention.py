@@ -229,6 +229,11 @@ class AttentionState(FastWeightState):
             self.history.select(indices), tuple(self.position[i] for i in indices)
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[AttentionState]) -> AttentionState:
+        position = tuple(p for part in parts for p in part.position)
+        return cls(TokenHistory.join([part.history for part in parts]), position)
+
 
 @dataclass(frozen=True)
 class AttentionTape(LayerTape):
@@ -239,11 +244,13 @@ class AttentionTape(LayerTape):
     values: Tensor
     first: int
     start: int
+    window: int | None
 
     def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> AttentionState:
         position = [self.start + tokens for tokens in offset]
         limit = [p - self.first for p in position]
-        history = TokenHistory.branch((self.keys, self.values), batch_index, limit)
+        reach = None if self.window is None else self.window - 1
+        history = TokenHistory.branch((self.keys, self.values), batch_index, limit, reach)
         return AttentionState(history, tuple(position))
 
 
@@ -296,7 +303,7 @@ class SelfAttention(Mixer):
         return MixerOutput(
             out.flatten(2),
             AttentionState(history, tuple(p + length for p in position)) if history else None,
-            record_text(past, k, v, position) if record else None,
+            record_text(past, k, v, position, window) if record else None,
         )
 
 
@@ -312,11 +319,11 @@ def extend_history(
 
 
 def record_text(
-    past: TokenHistory | None, k: Tensor, v: Tensor, position: Sequence[int]
+    past: TokenHistory | None, k: Tensor, v: Tensor, position: Sequence[int], window: int | None
 ) -> AttentionTape:
     """The tape of a text forward: all streams at one position, none a branch."""
     assert len(set(position)) == 1 and (past is None or past.text is None)
     if past is None:
-        return AttentionTape(k, v, position[0], position[0])
+        return AttentionTape(k, v, position[0], position[0], window)
     keys, values = past.append((k, v)).own
-    return AttentionTape(keys, values, position[0] - past.own_length, position[0])
+    return AttentionTape(keys, values, position[0] - past.own_length, position[0], window)

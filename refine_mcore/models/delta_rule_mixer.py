@@ -58,6 +58,12 @@ class DeltaRuleState(FastWeightState):
             take_streams(self.conv, indices), take_streams(self.recurrent, indices)
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[DeltaRuleState]) -> DeltaRuleState:
+        return cls(
+            torch.cat([part.conv for part in parts]), torch.cat([part.recurrent for part in parts])
+        )
+
 
 class RecurrenceInputs(NamedTuple):
     """k [R, T, heads, K] of unit norm, v [R, T, heads, V], write strength beta and log decay g [R,

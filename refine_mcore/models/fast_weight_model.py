@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -33,6 +33,29 @@ class ModelOutput:
     hidden: Tensor
     states: list[FastWeightState] | None = None
     tape: StateTape | None = None
+
+
+class LanguageModel(Protocol):
+    """What text passes and rollouts ask of a model: a `FastWeightModel` that is the only stage, or
+    several stages together (whole_model.py)."""
+
+    @property
+    def config(self) -> FastWeightConfig: ...
+
+    @property
+    def tp_group(self) -> Any: ...
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        states: Sequence[FastWeightState] | None = None,
+        *,
+        start: int = 0,
+        output_states: bool = False,
+        record: bool = False,
+    ) -> ModelOutput: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
 
 
 class FastWeightModel(LanguageModule):
@@ -91,8 +114,8 @@ class FastWeightModel(LanguageModule):
         self.setup_embeddings_and_output_layer()
         mark_sharded_weights(self)
 
-    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """The previous stage's output, as Megatron's schedules hand it over."""
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor] | None) -> None:
+        """The previous stage's output, as Megatron's schedules hand it over; none on the first."""
         if isinstance(input_tensor, list):
             (input_tensor,) = input_tensor
         self.decoder.set_input_tensor(input_tensor)

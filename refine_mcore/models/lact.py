@@ -62,6 +62,7 @@ from refine_mcore.models.parallel_layers import (
     rms_norm,
     row_sharded_parameter,
     shared_by_heads,
+    with_zero_gradients,
 )
 from refine_mcore.models.state import (
     FastWeightState,
@@ -104,6 +105,7 @@ class LaCT(Mixer):
             ],
             self.tp_group,
         )
+        self._rates = ["lr_proj", *(["momentum_proj"] if options.use_momentum else [])]
         self._build_fast_weights(hidden // self.tp_size, heads // self.tp_size)
         self.o_proj = self.build_output_projection(submodules, hidden)
 
@@ -153,9 +155,11 @@ class LaCT(Mixer):
         if self.options.learnable_scale:
             y = y * F.silu(parts["ttt_scale_proj"])[..., None]
         out = attended.flatten(2) + y.flatten(2)
+        # rates are only used once a chunk is full
+        out = with_zero_gradients(out, [self.in_proj.bias(name) for name in self._rates])
         tape = None
         if record:
-            tape = self._record(record_text(past, k, v, position), inputs, state, weights)
+            tape = self._record(record_text(past, k, v, position, window), inputs, state, weights)
         if not output_state:
             return MixerOutput(out, None, tape)
         attention = AttentionState(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,20 @@ class LaCTState(FastWeightState):
             self.pending.select(indices),
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[LaCTState]) -> LaCTState:
+        before = accumulate((part.weights.w0.shape[0] for part in parts), initial=0)
+        return cls(
+            AttentionState.join([part.attention for part in parts]),
+            join_weights([part.weights for part in parts]),
+            tuple(
+                offset + row
+                for part, offset in zip(parts, before, strict=False)
+                for row in part.weight_rows
+            ),
+            TokenHistory.join([part.pending for part in parts]),
+        )
+
 
 def open_chunk_length(position: int, chunk_size: int) -> int:
     """Tokens of the chunk in force that a stream at `position` has consumed: 1 to chunk_size, 0
@@ -111,7 +126,7 @@ class LaCTTape(LayerTape):
             attention,
             weights,
             tuple(distinct.index(pair) for pair in in_force),
-            TokenHistory.branch(self.inputs, batch_index, limit),
+            TokenHistory.branch(self.inputs, batch_index, limit, self.chunk_size),
         )
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,26 @@ def shared_by_heads(parameter: Tensor, tp_group: torch.distributed.ProcessGroup)
     return copy_to_tensor_model_parallel_region(parameter, group=tp_group)
 
 
+def with_zero_gradients(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """x; backward gives every one of `parameters` a gradient of zeros.
+
+    For parameters that a short text does not use: Megatron's overlapped gradient reduction waits
+    until each has had a gradient.
+    """
+    return _ZeroGradients.apply(x, *parameters)
+
+
+class _ZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *map(torch.zeros_like, ctx.saved_tensors)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in at least float32, returned in
     x's dtype."""
@@ -117,6 +138,10 @@ class Projection:
     name: str
     size: int
     bias: bool = False
+
+
+def _bias_name(projection: str) -> str:
+    return f"{projection}_bias"
 
 
 class PackedColumnParallelLinear(MegatronModule):
@@ -152,13 +177,13 @@ class PackedColumnParallelLinear(MegatronModule):
             tp_comm_buffer_name="fc1",
             tp_group=tp_group,
         )
-        self.biases = torch.nn.ParameterDict(
-            {
-                projection.name: row_sharded_parameter((size,), config)
-                for projection, size in zip(projections, self.local_sizes, strict=True)
-                if projection.bias
-            }
-        )
+        self.biases: list[str] = []
+        for projection, size in zip(projections, self.local_sizes, strict=True):
+            if projection.bias:  # held directly: overlapped parameter gathers go by module
+                self.biases.append(projection.name)
+                self.register_parameter(
+                    _bias_name(projection.name), row_sharded_parameter((size,), config)
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)[0]
@@ -167,10 +192,11 @@ class PackedColumnParallelLinear(MegatronModule):
         """The parts by name, each [..., local size], views of `packed` unless they have a bias."""
         parts = torch.split(packed, self.local_sizes, dim=-1)
         named = {p.name: part for p, part in zip(self.projections, parts, strict=True)}
-        return {
-            name: part + self.biases[name] if name in self.biases else part
-            for name, part in named.items()
-        }
+        return named | {name: named[name] + self.bias(name) for name in self.biases}
+
+    def bias(self, name: str) -> Tensor:
+        """This rank's rows of the bias of a part."""
+        return getattr(self, _bias_name(name))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -205,9 +231,9 @@ class PackedColumnParallelLinear(MegatronModule):
                 weight_key, self.linear.weight, build, torch.cat, replica_id
             )
         }
-        for name, bias in self.biases.items():
-            sharded[f"{prefix}biases.{name}"] = make_tp_sharded_tensor_for_checkpoint(
-                bias,
+        for name in self.biases:
+            sharded[f"{prefix}{_bias_name(name)}"] = make_tp_sharded_tensor_for_checkpoint(
+                self.bias(name),
                 f"{siblings}{name}.bias",
                 0,
                 prepend_offsets=sharded_offsets,

@@ -17,27 +17,30 @@ device.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from refine_mcore.platform import to_device
 
 
-def detach_tree(value: Any) -> Any:
-    """`value` with every tensor in it detached, through tuples, lists and dataclasses."""
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `function` applied to every tensor in it, through tuples, lists and dataclasses,
+    in an order that only its structure decides."""
     if isinstance(value, Tensor):
-        return value.detach()
+        return function(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(detach_tree(item) for item in value))
+        return type(value)(*(map_tensors(function, item) for item in value))
     if isinstance(value, list | tuple):
-        return type(value)(detach_tree(item) for item in value)
+        return type(value)(map_tensors(function, item) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
         return replace(
-            value, **{f.name: detach_tree(getattr(value, f.name)) for f in fields(value)}
+            value,
+            **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value)},
         )
     return value
 
@@ -69,7 +72,13 @@ class FastWeightState(ABC):
 
     def detach(self) -> Self:
         """The same state outside the autograd graph."""
-        return detach_tree(self)
+        return map_tensors(Tensor.detach, self)
+
+    @classmethod
+    @abstractmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """All streams of `parts`, in that order: streams that have just left slices of the same
+        texts."""
 
 
 class LayerTape(ABC):
@@ -227,13 +236,15 @@ class TokenHistory:
 
     Stream r's past is the first `limit[r]` tokens of `text[rows[r]]`, then its own tokens. The text
     part is shared by all branches and only ever read under a mask; a stream that did not branch
-    keeps its past in `own` alone. Every tensor is [streams or texts, tokens, ...].
+    keeps its past in `own` alone. Every tensor is [streams or texts, tokens, ...]. Of the text a
+    stream reads at most the last `reach` tokens before its limit (None: all of them).
     """
 
     own: tuple[Tensor, ...]
     text: tuple[Tensor, ...] | None = None
     rows: tuple[int, ...] = ()
     limit: tuple[int, ...] = ()
+    reach: int | None = None
 
     @property
     def own_length(self) -> int:
@@ -241,12 +252,55 @@ class TokenHistory:
 
     @classmethod
     def branch(
-        cls, text: tuple[Tensor, ...], rows: Sequence[int], limit: Sequence[int]
+        cls,
+        text: tuple[Tensor, ...],
+        rows: Sequence[int],
+        limit: Sequence[int],
+        reach: int | None = None,
     ) -> TokenHistory:
         """Streams that have just left their texts after `limit` tokens of them: no tokens of their
         own yet."""
         none = tuple(x.new_empty(len(rows), 0, *x.shape[2:]) for x in text)
-        return cls(none, text, tuple(rows), tuple(limit))
+        return cls(none, text, tuple(rows), tuple(limit), reach)
+
+    @classmethod
+    def join(cls, parts: Sequence[TokenHistory]) -> TokenHistory:
+        """Streams that have just left slices of the same texts, each slice with the past it kept.
+
+        Without a limit on their reach the slices kept everything: each one's text is the beginning
+        of the next one's, and the longest serves all. Otherwise every slice and text becomes a row
+        of its own, cut to what its streams can reach.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        if parts[0].reach is None:
+            longest = max((part.text for part in parts if part.text), key=lambda t: t[0].shape[1])
+            return cls.branch(
+                longest,
+                [row for part in parts for row in part.rows],
+                [limit for part in parts for limit in part.limit],
+            )
+        return cls._join_rows(parts, parts[0].reach)
+
+    @classmethod
+    def _join_rows(cls, parts: Sequence[TokenHistory], reach: int) -> TokenHistory:
+        pieces: list[tuple[Tensor, ...]] = []
+        rows, limits = [], []
+        for part in parts:
+            assert part.text is not None and part.own_length == 0
+            index: dict[int, tuple[int, int]] = {}  # row of the part: its new row, tokens cut off
+            for row in sorted(set(part.rows)):
+                limit = [end for r, end in zip(part.rows, part.limit, strict=True) if r == row]
+                low = max(0, min(min(limit) - reach, max(limit) - 1))
+                index[row] = len(pieces), low
+                pieces.append(tuple(x[row : row + 1, low : max(limit)] for x in part.text))
+            rows += [index[row][0] for row in part.rows]
+            limits += [end - index[r][1] for r, end in zip(part.rows, part.limit, strict=True)]
+        length = max(piece[0].shape[1] for piece in pieces)
+        text = tuple(
+            torch.cat([_pad_tokens(x, length) for x in xs]) for xs in zip(*pieces, strict=True)
+        )
+        return cls.branch(text, rows, limits, reach)
 
     def append(self, new: tuple[Tensor, ...]) -> TokenHistory:
         """The history with `new` [R, T, ...] behind it."""
@@ -285,6 +339,11 @@ class TokenHistory:
         row = self.rows[stream]
         past = tuple(x[row : row + 1, start:stop] for x in self.text)
         return tuple(torch.cat([a, b], dim=1) for a, b in zip(past, own, strict=True))
+
+
+def _pad_tokens(x: Tensor, length: int) -> Tensor:
+    """x [1, T, ...] with zeros behind it, [1, length, ...]."""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, length - x.shape[1]))
 
 
 def _rows(tensors: tuple[Tensor, ...], indices: Sequence[int]) -> tuple[Tensor, ...]:

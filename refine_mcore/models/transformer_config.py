@@ -6,7 +6,7 @@ sizes) and checks that the two fit, in sentences that name the sizes that would.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ def transformer_config(
     dtype: torch.dtype = torch.float32,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
+    layers_per_stage: Sequence[int] | None = None,
     sequence_parallel: bool = False,
     tape_interval: int = KERNEL_CHUNK,
     **megatron_options: Any,
@@ -51,7 +52,7 @@ def transformer_config(
     Losses and gradients are plain sums over the global batch, so per-token scaling is on. Raises
     UserError where a size does not divide.
     """
-    check_layout(architecture, tensor_parallel, pipeline_parallel)
+    check_layout(architecture, tensor_parallel, pipeline_parallel, layers_per_stage)
     if tape_interval % KERNEL_CHUNK:
         raise UserError(
             f"the tape interval of {tape_interval} tokens must be a multiple of {KERNEL_CHUNK}"
@@ -83,12 +84,20 @@ def transformer_config(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=tensor_parallel,
         pipeline_model_parallel_size=pipeline_parallel,
+        pipeline_model_parallel_layout=_pipeline_layout(
+            architecture.num_layers, pipeline_parallel, layers_per_stage
+        ),
         sequence_parallel=sequence_parallel and tensor_parallel > 1,
         **megatron_options,
     )
 
 
-def check_layout(architecture: Architecture, tensor_parallel: int, pipeline_parallel: int) -> None:
+def check_layout(
+    architecture: Architecture,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    layers_per_stage: Sequence[int] | None = None,
+) -> None:
     """Raise UserError unless heads, MLP width and layers divide as the layout asks."""
     sharded = {"MLP width": architecture.intermediate_size, **_sharded_heads(architecture)}
     for name, size in sharded.items():
@@ -103,6 +112,23 @@ def check_layout(architecture: Architecture, tensor_parallel: int, pipeline_para
             f"{pipeline_parallel} pipeline stages for a model of {architecture.num_layers} layers: "
             f"use at most {architecture.num_layers}"
         )
+    if layers_per_stage is not None and sum(layers_per_stage) != architecture.num_layers:
+        raise UserError(
+            f"layers_per_stage {list(layers_per_stage)} adds up to {sum(layers_per_stage)} layers, "
+            f"the model has {architecture.num_layers}"
+        )
+
+
+def _pipeline_layout(
+    layers: int, stages: int, layers_per_stage: Sequence[int] | None
+) -> list[list[str]] | None:
+    """Megatron's description of what each stage holds. Layers are spread evenly, what is left over
+    over the first stages: the last one has the output layer."""
+    if stages == 1:
+        return None
+    even = [layers // stages + (stage < layers % stages) for stage in range(stages)]
+    layout = [["decoder"] * count for count in layers_per_stage or even]
+    return [["embedding", *layout[0]], *layout[1:-1], [*layout[-1], "loss"]]
 
 
 def padded_vocab_size(architecture: Architecture, tensor_parallel: int) -> int:

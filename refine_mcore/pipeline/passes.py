@@ -4,14 +4,15 @@ A fast-weight layer needs of the earlier text only its state, so the pipeline ru
 the sequence. On every stage a micro-batch is, in this order,
 
     F(0) .. F(n-1)   forward of each slice, the state carried on within the stage
-    D(0) .. D(k-1)   decode passes, all branches of the micro-batch together    (rollouts only)
+    D(0) .. D(d-1)   decode passes, all branches of the micro-batch together    (rollouts only)
     S                scoring forward of the branches                            (rollouts only)
     W(n-1) .. W(0)   backward of each slice; W(n-1) begins with the branches' backward
 
 F, D and S travel down the stages, W travels up. From the last stage to the first goes a *token*
 message: after F(n-1) the sampled positions and first tokens, which D(0) consumes, and after each
-D(j) its tokens, which D(j+1), at the end S, consumes. No W starts before S has left the last
-stage, because advantages need the rewards of all branches. The paper has no pipeline.
+D(j) its tokens, which D(j+1), at the end S, consumes (without any D, S consumes the first). No W
+starts before S has left the last stage, because advantages need the rewards of all branches. The
+paper has no pipeline.
 """
 
 from dataclasses import dataclass, field
@@ -49,9 +50,11 @@ class Shape:
 
     Attributes:
         stages, microbatches, slices: at least 1.
-        rollout_tokens: decode passes k of a micro-batch; 0 for next-token prediction only.
+        rollout_tokens: k of a micro-batch's rollouts; 0 for next-token prediction only.
         ntp_only: micro-batches that do not roll out though `rollout_tokens` is not 0.
         in_flight: most micro-batches whose activations a stage may hold; 0 means stages + 2.
+        decode_passes: of a micro-batch that rolls out; None means k. A run needs k - 1: the
+            first token comes from the text's own logits.
 
     Raises:
         UserError: a size is out of range.
@@ -63,6 +66,7 @@ class Shape:
     rollout_tokens: int = 0
     ntp_only: frozenset[int] = field(default_factory=frozenset)
     in_flight: int = 0
+    decode_passes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("stages", "microbatches", "slices"):
@@ -77,6 +81,13 @@ class Shape:
                     f"ntp_only names micro-batch {microbatch}, but there are only "
                     f"0 to {self.microbatches - 1}"
                 )
+        if self.decode_passes is None:
+            object.__setattr__(self, "decode_passes", self.rollout_tokens)
+        elif not 0 <= self.decode_passes <= self.rollout_tokens:
+            raise UserError(
+                f"decode_passes must be from 0 to the {self.rollout_tokens} rollout tokens, "
+                f"not {self.decode_passes}"
+            )
         if self.in_flight == 0:
             object.__setattr__(self, "in_flight", self.stages + 2)
 
@@ -90,7 +101,7 @@ class Shape:
         backward = [Pass("W", microbatch, i, 0) for i in reversed(range(self.slices))]
         if not self.rolls_out(microbatch):
             return forward + backward
-        decode = [Pass("D", microbatch, last, j) for j in range(self.rollout_tokens)]
+        decode = [Pass("D", microbatch, last, j) for j in range(self.decode_passes or 0)]
         return forward + decode + [Pass("S", microbatch, last, 0)] + backward
 
     def after_last_stage(self, item: Pass) -> Pass | None:
@@ -104,7 +115,7 @@ class Shape:
         if op == "S" or not self.rolls_out(microbatch):
             return Pass("W", microbatch, last, 0)
         done = 0 if op == "F" else step + 1
-        if done < self.rollout_tokens:
+        if done < (self.decode_passes or 0):
             return Pass("D", microbatch, last, done)
         return Pass("S", microbatch, last, 0)
 

@@ -37,6 +37,12 @@ class Branches:
     def __len__(self) -> int:
         return len(self.position)
 
+    def select(self, rows: Sequence[int]) -> Branches:
+        """The given branches."""
+        return Branches(
+            tuple(self.batch_index[r] for r in rows), tuple(self.position[r] for r in rows)
+        )
+
     def fork(self, n: int) -> Branches:
         """Every branch n times in a row."""
         return Branches(

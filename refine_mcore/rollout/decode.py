@@ -8,14 +8,14 @@ import torch
 from refine_kernels.dispatch import log_probs_and_entropy, sample_tokens
 from torch import Tensor
 
-from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.fast_weight_model import LanguageModel
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.rollout.vocabulary import vocabulary_options
 
 
 @torch.no_grad()
 def decode(
-    model: FastWeightModel,
+    model: LanguageModel,
     states: Sequence[FastWeightState],
     logits: Tensor,
     k: int,
@@ -29,14 +29,9 @@ def decode(
     their log-probs [R, k] under that distribution as seen by these passes, and the logits [R, k, V
     / tp] that emitted them.
     """
-    options = vocabulary_options(model)
     tokens, log_probs, emitted = [], [], []
     for j in range(k):
-        draw = None if keys is None else keys(j)
-        token = sample_tokens(logits, draw, temperature=temperature, **options)
-        log_prob, _ = log_probs_and_entropy(
-            logits, token, with_entropy=False, temperature=temperature, **options
-        )
+        token, log_prob = draw_tokens(model, logits, None if keys is None else keys(j), temperature)
         tokens.append(token)
         log_probs.append(log_prob)
         emitted.append(logits)
@@ -45,3 +40,17 @@ def decode(
             assert out.states is not None
             states, logits = out.states, model.logits(out.hidden)[:, 0]
     return torch.stack(tokens, 1), torch.stack(log_probs, 1), torch.stack(emitted, 1)
+
+
+@torch.no_grad()
+def draw_tokens(
+    model: LanguageModel, logits: Tensor, keys: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """One token [R] per row of logits [R, V / tp] from softmax(logits / temperature), decided by
+    `keys` [R] (None: the likeliest), and its log-prob [R]."""
+    options = vocabulary_options(model)
+    tokens = sample_tokens(logits, keys, temperature=temperature, **options)
+    log_probs, _ = log_probs_and_entropy(
+        logits, tokens, with_entropy=False, temperature=temperature, **options
+    )
+    return tokens, log_probs

@@ -11,7 +11,7 @@ from refine_kernels.dispatch import log_probs_and_entropy
 from torch import Tensor
 from torch.profiler import record_function
 
-from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.fast_weight_model import LanguageModel
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.rollout.vocabulary import vocabulary_options
 
@@ -26,7 +26,7 @@ class BranchScores(NamedTuple):
 
 @record_function("refine/score")
 def score(
-    model: FastWeightModel,
+    model: LanguageModel,
     states: Sequence[FastWeightState],
     prefix_hidden: Tensor,
     tokens: Tensor,
@@ -39,17 +39,31 @@ def score(
     first token. Of the k branch hidden states the last emits nothing; the reward compares it all
     the same.
     """
-    hidden = model(tokens, states).hidden
+    return score_hidden(model, model(tokens, states).hidden, prefix_hidden, tokens, temperature)
+
+
+def score_hidden(
+    model: LanguageModel,
+    hidden: Tensor,
+    prefix_hidden: Tensor,
+    tokens: Tensor,
+    temperature: float,
+) -> BranchScores:
+    """The scores of `tokens` [R, k], given the hidden states [R, k, d] after each of them."""
     emitting = torch.cat([prefix_hidden[:, None], hidden[:, :-1]], dim=1)
     return BranchScores(rollout_log_probs(model, emitting, tokens, temperature), hidden)
 
 
 def rollout_log_probs(
-    model: FastWeightModel, emitting: Tensor, tokens: Tensor, temperature: float
+    model: LanguageModel, emitting: Tensor, tokens: Tensor, temperature: float
 ) -> Tensor:
     """Log-probs [R, k] of tokens [R, k] under softmax(logits / temperature) of the hidden states
     [R, k, d] that emit them."""
     log_probs, _ = log_probs_and_entropy(
-        model.logits(emitting), tokens, with_entropy=False, temperature=temperature, **vocabulary_options(model)
+        model.logits(emitting),
+        tokens,
+        with_entropy=False,
+        temperature=temperature,
+        **vocabulary_options(model),
     )
     return log_probs

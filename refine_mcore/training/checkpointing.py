@@ -5,13 +5,17 @@
 
 A checkpoint carries the architecture and, if the run began from one, the Hugging Face files
 (conversion/description.py), so that `tools/convert_hf.py export` reads it like a converted one.
+
+No random state is stored: each draw is a function of the seed and of counters that `Progress`
+restores (rollout/branches.py `Randomness`, data/windows.py), and no layer drops activations out.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -70,42 +75,151 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return find_checkpoint(directory)
 
 
-def save_training(
-    directory: Path,
-    progress: Progress,
-    model: FastWeightModel,
-    optimizer: Any,
-    scheduler: Any,
-    origin: Path | None,
-) -> Path:
-    """Write the checkpoint of `progress.step`; every rank calls it. `origin` is what the run's
-    weights came from."""
-    final = directory / f"iter_{progress.step:07d}"
-    partial = directory / f".iter_{progress.step:07d}.partial"
-    first_rank = dist.get_rank() == 0
-    if first_rank:
+def load_main_weights(model: FastWeightModel, optimizer: Any, checkpoint: Path) -> None:
+    """Fill the optimizer's fp32 main weights from a checkpoint, past the model's own precision.
+
+    Megatron begins them from the model's weights, which in a bf16 model have lost digits.
+    """
+    parameters = list(model.parameters())
+    rounded = [parameter.data for parameter in parameters]
+    # Megatron copies from the model only: for a moment the model is in fp32.
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    load_weights(model, checkpoint)
+    optimizer.reload_model_params()
+    for parameter, data in zip(parameters, rounded, strict=True):
+        parameter.data = data
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints one at a time, if asked to in the background.
+
+    Every rank calls every method but `abandon` at the same point of the run. A failure to write is
+    a UserError on every rank; only for the index of the tensors (`.metadata`, `metadata.json`) it
+    is one on rank 0, which ends the job.
+    """
+
+    def __init__(self, directory: Path, description: Path, in_background: bool) -> None:
+        """Checkpoints go into `directory`, each with the contents of `description`."""
+        self._directory, self._description = directory, description
+        self._in_background = in_background
+        self._queue = AsyncCallsQueue()
+        self._step = 0  # of the checkpoint being written, or written last
+
+    def save(
+        self, progress: Progress, model: FastWeightModel, optimizer: Any, scheduler: Any
+    ) -> None:
+        """Write the checkpoint of `progress.step`; in the background, from a copy made here."""
+        self.wait()
+        self._step = progress.step
+        on_first_rank(self._prepare)
+        with self._naming_failures():
+            request = dist_checkpointing.save(
+                _training_state(progress, model, optimizer, scheduler, is_loading=False),
+                str(self._partial),
+                async_sharded_save=True,
+            )
+            request.add_finalize_fn(lambda: on_first_rank(self._publish))
+            self._queue.schedule_async_request(request)
+        if not self._in_background:
+            self.wait()
+
+    def poll(self) -> None:
+        """Publish the checkpoint being written if all ranks have written their part."""
+        self._finalize(blocking=False)
+
+    def wait(self) -> None:
+        """Publish the checkpoint being written, if there is one, once it is complete."""
+        self._finalize(blocking=True)
+
+    def abandon(self) -> None:
+        """Let this rank's part of the checkpoint being written end, and leave it unpublished.
+
+        For a rank that cannot know whether the others are still there.
+        """
+        for call in self._queue.async_calls:
+            call.async_caller.close()
+            compat.forget_write_results()
+        self._queue.async_calls.clear()
+
+    def _finalize(self, blocking: bool) -> None:
+        with self._naming_failures():
+            self._queue.maybe_finalize_async_calls(blocking)
+
+    @property
+    def _final(self) -> Path:
+        return self._directory / f"iter_{self._step:07d}"
+
+    @property
+    def _partial(self) -> Path:
+        return self._directory / f".iter_{self._step:07d}.partial"
+
+    def _prepare(self) -> None:
+        with self._naming_failures():
+            for left_over in self._directory.glob(".iter_*.partial"):
+                shutil.rmtree(left_over)
+            self._partial.mkdir(parents=True)
+
+    def _publish(self) -> None:
+        with self._naming_failures():
+            shutil.copytree(self._description, self._partial, dirs_exist_ok=True)
+            if self._final.exists():
+                shutil.rmtree(self._final)
+            self._partial.rename(self._final)
+            marker = self._directory / f".{_LATEST}.partial"
+            marker.write_text(f"{self._step}\n")
+            os.replace(marker, self._directory / _LATEST)
+
+    @contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        """Turn a failure to write into a UserError; rank 0 frees what the attempt took."""
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"cannot write checkpoint {final}: {error.strerror}") from None
-    dist.barrier()
-    dist_checkpointing.save(
-        _training_state(progress, model, optimizer, scheduler, is_loading=False), str(partial)
-    )
-    if first_rank:
-        architecture = model.config.arch
+            yield
+        except (OSError, CheckpointException) as error:
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise UserError(f"cannot write checkpoint {self._final}: {_reason(error)}") from error
+
+
+def _reason(error: OSError | CheckpointException) -> str:
+    if isinstance(error, CheckpointException):  # what went wrong is told to rank 0 only
+        failures = (f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
+        return "; ".join(failures) or "a rank failed to write its part"
+    if isinstance(error, shutil.Error):  # of copytree: (source, target, why) for each file
+        return str(error.args[0][0][2])
+    return error.strerror or str(error)
+
+
+def keep_description(target: Path, architecture: Architecture, origin: Path | None) -> None:
+    """Write what a run's checkpoints carry beside their tensors to `target`, replacing it.
+
+    `origin`, the checkpoint that the run began from, is not needed afterwards. One rank calls this.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         if origin is None:
             write_description(partial, architecture)
         else:
             copy_description(find_checkpoint(origin), partial, architecture)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        marker = directory / f".{_LATEST}.partial"
-        marker.write_text(f"{progress.step}\n")
-        os.replace(marker, directory / _LATEST)
-    dist.barrier()
-    return final
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {_reason(error)}") from error
+
+
+def on_first_rank(action: Callable[[], object]) -> None:
+    """Run `action` on rank 0; a UserError there ends every rank with the same sentence."""
+    message: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            message = [str(error)]
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise UserError(message[0])
 
 
 def load_training(

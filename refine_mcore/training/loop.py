@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -29,15 +29,23 @@ from refine_mcore.data import (
 from refine_mcore.errors import UserError
 from refine_mcore.models.transformer_config import check_layout
 from refine_mcore.training.checkpointing import (
+    CheckpointWriter,
     Progress,
+    keep_description,
     latest_checkpoint,
+    load_main_weights,
     load_training,
-    save_training,
+    on_first_rank,
 )
 from refine_mcore.training.metrics import MetricsWriter, StepMetrics, short_hash
 from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
 from refine_mcore.training.refine_loss import TextBatch
-from refine_mcore.training.setup import check_supported, resolve_architecture, training_model
+from refine_mcore.training.setup import (
+    build_engine,
+    check_supported,
+    resolve_architecture,
+    training_model,
+)
 from refine_mcore.training.show import show_rollouts
 from refine_mcore.training.step import TrainStep
 from refine_mcore.training.step_metrics import ReducedMetrics
@@ -51,7 +59,12 @@ def train(config: Config) -> None:
             "training.dtype float64 needs optimizer.clip_grad 0: Megatron clips float32 gradients"
         )
     architecture = resolve_architecture(config)
-    check_layout(architecture, config.parallel.tensor, config.parallel.pipeline)
+    check_layout(
+        architecture,
+        config.parallel.tensor,
+        config.parallel.pipeline,
+        config.parallel.layers_per_stage,
+    )
     platform.initialize()
     tokenizer = load_tokenizer(config.data.tokenizer)
     dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)
@@ -75,7 +88,7 @@ class _Run:
         self.num_micro_batches = num_micro_batches
         self.first_rank = dist.get_rank() == 0
         self.directory = Path(config.run.directory)
-        _on_first_rank(lambda: prepare_run_directory(config))
+        on_first_rank(lambda: prepare_run_directory(config))
         self.groups = platform.initialize_model_parallel(
             config.parallel.tensor, config.parallel.pipeline, config.training.seed
         )
@@ -84,21 +97,34 @@ class _Run:
         self.optimizer, self.scheduler = build_optimizer(
             self.wrapped, config, getattr(torch, config.training.dtype)
         )
-        self.origin = None if config.model.checkpoint is None else Path(config.model.checkpoint)
-        self.progress = self._resume()
-        _on_first_rank(lambda: save_config(config, self.directory / "config.yaml"))
+        self.engine = build_engine(config, self.wrapped, self.groups)
+        self.progress, origin = self._resume()
+        on_first_rank(lambda: save_config(config, self.directory / "config.yaml"))
+        description = self.directory / "description"
+        on_first_rank(lambda: keep_description(description, self.model.config.arch, origin))
+        self.checkpoints = CheckpointWriter(
+            self.directory / "checkpoints", description, config.checkpoint.async_save
+        )
 
-    def _resume(self) -> Progress:
-        """Go on from the run's own newest checkpoint, else from `checkpoint.load`, else begin."""
-        source = latest_checkpoint(self.directory / "checkpoints")
-        if source is None and self.config.checkpoint.load is not None:
-            source = Path(self.config.checkpoint.load)
+    def _resume(self) -> tuple[Progress, Path | None]:
+        """Go on from the run's own newest checkpoint, else from `checkpoint.load`, else begin.
+
+        Also returns the checkpoint whose Hugging Face files travel on.
+        """
+        config = self.config
+        own = latest_checkpoint(self.directory / "checkpoints")
+        load, start = (
+            None if name is None else Path(name)
+            for name in (config.checkpoint.load, config.model.checkpoint)
+        )
+        source = own or load
         if source is None:
-            return Progress()
+            if start is not None and config.training.dtype == "bfloat16":
+                load_main_weights(self.model, self.optimizer, start)
+            return Progress(), start
         progress = load_training(source, self.model, self.optimizer, self.scheduler)
-        self.origin = self.origin or source  # whose Hugging Face files travel on
         self._say(f"resumed from {source} at step {progress.step}")
-        return progress
+        return progress, own or start or source
 
     def train(self) -> None:
         """All remaining steps, then what was learnt and where it lies."""
@@ -123,7 +149,12 @@ class _Run:
     def _steps(self) -> None:
         config, step = self.config, self.progress.step
         run_step = TrainStep(
-            self.wrapped, self.optimizer, config.refine, config.training.seed, self.groups
+            self.wrapped,
+            self.optimizer,
+            config.refine,
+            config.training.seed,
+            self.groups,
+            self.engine,
         )
         batches = self._batches()
         writer = self._writer() if self.first_rank else None
@@ -135,6 +166,7 @@ class _Run:
                 micro_batches = list(islice(batches, self.num_micro_batches))
                 reduced, grad_norm = run_step(micro_batches, step, mode)
                 if not (math.isfinite(reduced.loss_ntp) and math.isfinite(grad_norm)):
+                    self.checkpoints.wait()
                     raise UserError(
                         f"training diverged at step {step}: next-token loss {reduced.loss_ntp}, "
                         f"gradient norm {grad_norm}; earlier checkpoints are in {self.directory}"
@@ -146,9 +178,12 @@ class _Run:
                 step += 1
                 consumed = self.progress.consumed_samples + config.training.global_batch_size
                 self.progress = Progress(step, consumed)
+                self.checkpoints.poll()
                 if step % config.checkpoint.save_interval == 0 or step == config.training.steps:
                     self._save()
+            self.checkpoints.wait()
         finally:
+            self.checkpoints.abandon()
             if writer is not None:
                 writer.close()
 
@@ -169,14 +204,10 @@ class _Run:
             )
 
     def _save(self) -> None:
-        save_training(
-            self.directory / "checkpoints",
-            self.progress,
-            self.model,
-            self.optimizer,
-            self.scheduler,
-            self.origin,
-        )
+        if self.config.optimizer.overlap_param_gather:
+            # Else only the next forward pass would gather what the other ranks have updated.
+            self.wrapped.start_param_sync(force_sync=True)
+        self.checkpoints.save(self.progress, self.model, self.optimizer, self.scheduler)
 
     def _writer(self) -> MetricsWriter:
         run, training = self.config.run, self.config.training
@@ -213,16 +244,3 @@ class _Run:
     def _say(self, text: str) -> None:
         if self.first_rank:
             print(text, flush=True)
-
-
-def _on_first_rank(action: Callable[[], object]) -> None:
-    """Run `action` on rank 0; a UserError there ends every rank with the same sentence."""
-    message: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            action()
-        except UserError as error:
-            message = [str(error)]
-    dist.broadcast_object_list(message)
-    if message[0] is not None:
-        raise UserError(message[0])

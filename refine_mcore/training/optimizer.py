@@ -40,6 +40,12 @@ def wrap_data_parallel(
     return wrapped
 
 
+def main_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient that has gathered in Megatron's buffer."""
+    gradient: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
+    return gradient
+
+
 def _finalize_summed_gradients(model: list[Any], num_tokens: Any = None, **options: Any) -> None:
     """`finalize_model_grads` without its division by a token count: losses are divided where they
     are made."""

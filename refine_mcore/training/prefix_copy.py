@@ -63,7 +63,9 @@ def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, Wo
     rollouts = Rollouts(branches, tokens, log_probs)
     scores = [_score(context, batch, rollouts, row) for row in rows]
     joined = BranchScores(*(torch.cat(part) for part in zip(*scores, strict=True)))
-    scored = reward_rollouts(text.hidden, batch, rollouts, joined, context.config)
+    streams = branches.fork(context.config.rollouts_per_position)
+    following = streams.rows_after(text.hidden, context.config.rollout_tokens)
+    scored = reward_rollouts(following, batch, rollouts, joined, context.config)
     return scored, describe(batch, text.entropy, scored)
 
 

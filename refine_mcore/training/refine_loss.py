@@ -19,7 +19,7 @@ from torch.profiler import record_function
 
 from refine_mcore.config import RefineConfig
 from refine_mcore.errors import UserError
-from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.fast_weight_model import LanguageModel, ModelOutput
 from refine_mcore.models.state import FastWeightState, StateTape
 from refine_mcore.objective.advantages import group_ids, group_relative_advantages
 from refine_mcore.objective.losses import clipped_policy_loss
@@ -54,7 +54,7 @@ class TextBatch:
 @dataclass(frozen=True)
 class TextPass:
     """One forward over tokens [start, stop) of the texts: hidden [B, T, d], logits [B, T, V / tp],
-    log_probs and entropy [B, T], the tape, the states after the last token.
+    log_probs and entropy [B, T], the tape.
 
     log_probs[b, t] is of the token after t and means nothing at the end of the text; entropy[b, t]
     is of the distribution that token is drawn from.
@@ -67,7 +67,6 @@ class TextPass:
     log_probs: Tensor
     entropy: Tensor | None
     tape: StateTape | None
-    states: list[FastWeightState] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,28 +92,33 @@ class ScoredRollouts:
 
 @record_function("refine/text forward")
 def text_pass(
-    model: FastWeightModel,
+    model: LanguageModel,
     batch: TextBatch,
     *,
     with_entropy: bool,
     record: bool,
-    start: int = 0,
-    stop: int | None = None,
-    states: Sequence[FastWeightState] | None = None,
-    output_states: bool = False,
 ) -> TextPass:
-    """Forward over the texts, or a slice of them that goes on from `states`; next-token log-probs,
-    and if asked for entropies, the tape, the states at its end."""
-    stop = batch.tokens.shape[1] if stop is None else stop
-    out = model(
-        batch.tokens[:, start:stop], states, start=start, output_states=output_states, record=record
-    )
+    """Forward over the texts; next-token log-probs, and if asked for entropies and the tape."""
+    out = model(batch.tokens, record=record)
+    return predict(model, out, batch, with_entropy=with_entropy)
+
+
+def predict(
+    model: LanguageModel,
+    out: ModelOutput,
+    batch: TextBatch,
+    *,
+    with_entropy: bool,
+    start: int = 0,
+) -> TextPass:
+    """What the forward `out` over the texts from token `start` on says of each next token."""
+    stop = start + out.hidden.shape[1]
     logits = model.logits(out.hidden)
     targets = batch.tokens.roll(-1, dims=1)[:, start:stop]
     log_probs, entropy = log_probs_and_entropy(
         logits, targets, with_entropy=with_entropy, **vocabulary_options(model)
     )
-    return TextPass(start, stop, out.hidden, logits, log_probs, entropy, out.tape, out.states)
+    return TextPass(start, stop, out.hidden, logits, log_probs, entropy, out.tape)
 
 
 def ntp_loss(text: TextPass, batch: TextBatch, denominator: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ def ntp_loss(text: TextPass, batch: TextBatch, denominator: Tensor) -> Tensor:
 
 @record_function("refine/choose positions")
 def choose_branches(
-    model: FastWeightModel,
+    model: LanguageModel,
     entropy: Tensor | None,
     batch: TextBatch,
     config: RefineConfig,
@@ -170,7 +174,7 @@ def branch_states(text: TextPass, branches: Branches, n: int) -> list[FastWeight
 
 @record_function("refine/decode")
 def roll_out(
-    model: FastWeightModel,
+    model: LanguageModel,
     states: Sequence[FastWeightState],
     first_logits: Tensor,
     batch: TextBatch,
@@ -194,21 +198,21 @@ def roll_out(
 
 @record_function("refine/reward")
 def reward_rollouts(
-    text_hidden: Tensor,
+    following: Tensor,
     batch: TextBatch,
     rollouts: Rollouts,
     scores: BranchScores,
     config: RefineConfig,
 ) -> ScoredRollouts:
-    """Rewards against the text's own continuation, whose hidden states are in `text_hidden`
-    [B, S, d] (Eq. 9, 11, 12), and group-relative advantages; no gradient."""
+    """Rewards against the text's own continuation, the hidden states `following` [R n, k, d] of
+    the k tokens behind each branch (Eq. 9, 11, 12), and group-relative advantages; no gradient."""
     n, k = config.rollouts_per_position, config.rollout_tokens
     branches = rollouts.branches.fork(n)
     with torch.no_grad():
         rewards = sequence_reward(
             config.reward,
             scores.hidden,
-            branches.rows_after(text_hidden, k),
+            following,
             rollouts.tokens,
             branches.rows_after(batch.tokens[..., None], k)[..., 0],
             cosine_weight=config.reward_weights[0],

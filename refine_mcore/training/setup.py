@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from refine_mcore.config import Config
 from refine_mcore.conversion.description import find_checkpoint, read_description
@@ -15,7 +16,9 @@ from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.presets import preset
 from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.training.checkpointing import load_weights
+from refine_mcore.training.step import SLICED_MODES
 
 
 def resolve_architecture(config: Config) -> Architecture:
@@ -36,19 +39,36 @@ def resolve_architecture(config: Config) -> Architecture:
 
 
 def check_supported(config: Config) -> None:
-    """Raise UserError for layouts and options that the step does not run yet."""
-    if config.parallel.pipeline > 1:
+    """Raise UserError for options that do not run together."""
+    if runs_in_slices(config) and config.refine.mode not in SLICED_MODES:
         raise UserError(
-            "parallel.pipeline must be 1: the ReFINE step does not run in a pipeline yet"
+            f"refine.mode {config.refine.mode} runs on whole texts: it needs parallel.pipeline 1, "
+            "parallel.slices 1 and no training.recompute"
         )
-    if config.parallel.sequence_parallel:
-        raise UserError(
-            "parallel.sequence_parallel must be false: the ReFINE step does not support it yet"
-        )
-    if config.training.recompute is not None:
-        raise UserError(
-            "training.recompute must be null: the tape does not support recomputation yet"
-        )
+
+
+def runs_in_slices(config: Config) -> bool:
+    """Whether the pipeline engine runs the steps."""
+    return (
+        config.parallel.pipeline > 1
+        or (config.parallel.slices or 1) > 1
+        or config.training.recompute is not None
+    )
+
+
+def build_engine(
+    config: Config, wrapped: DistributedDataParallel, pg_collection: Any
+) -> PipelineEngine | None:
+    """What runs a step in slices; None where it runs on whole texts. Every rank calls it."""
+    if not runs_in_slices(config):
+        return None
+    return PipelineEngine(
+        wrapped,
+        pg_collection,
+        slices=config.parallel.slices,
+        recompute=config.training.recompute is not None,
+        timeout_s=config.parallel.timeout,
+    )
 
 
 def training_model(config: Config, pg_collection: Any) -> FastWeightModel:
@@ -59,6 +79,7 @@ def training_model(config: Config, pg_collection: Any) -> FastWeightModel:
             dtype=getattr(torch, config.training.dtype),
             tensor_parallel=config.parallel.tensor,
             pipeline_parallel=config.parallel.pipeline,
+            layers_per_stage=config.parallel.layers_per_stage,
             sequence_parallel=config.parallel.sequence_parallel,
             tape_interval=config.training.tape_interval,
         ),

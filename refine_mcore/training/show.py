@@ -7,6 +7,7 @@ import torch
 from refine_mcore.config import Config
 from refine_mcore.data import LongDocumentWindows, Tokenizer
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.whole_model import whole_model
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.training.refine_loss import (
     TextBatch,
@@ -24,7 +25,8 @@ _SHOWN = 3
 def show_rollouts(
     model: FastWeightModel, dataset: LongDocumentWindows, tokenizer: Tokenizer, config: Config
 ) -> str:
-    """Three rollouts of the first text, at positions chosen as in training, as lines of text."""
+    """Three rollouts of the first text, at positions chosen as in training, as lines of text. Every
+    rank of a pipeline calls it with its own stage and gets them all."""
     refine = config.refine
     device = next(model.parameters()).device
     tokens = dataset[0][None].to(device)
@@ -34,13 +36,14 @@ def show_rollouts(
         torch.zeros(1, dtype=torch.long, device=device),
     )
     randomness = Randomness(config.training.seed, config.training.steps)
-    text = text_pass(model, batch, with_entropy=True, record=True)
-    chosen = choose_branches(model, text.entropy, batch, refine, randomness)
+    whole = whole_model(model)
+    text = text_pass(whole, batch, with_entropy=True, record=True)
+    chosen = choose_branches(whole, text.entropy, batch, refine, randomness)
     branches = Branches(chosen.batch_index[:_SHOWN], chosen.position[:_SHOWN])
     n = refine.rollouts_per_position
     logits = branches.fork(n).rows_before(text.logits)
     states = branch_states(text, branches, n)
-    rollouts = roll_out(model, states, logits, batch, branches, refine, randomness).tokens[::n]
+    rollouts = roll_out(whole, states, logits, batch, branches, refine, randomness).tokens[::n]
     ids = tokens[0].tolist()
 
     def words(tokens: list[int]) -> str:

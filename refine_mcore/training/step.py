@@ -3,7 +3,8 @@ and optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.profiler import record_function
 
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.training.prefix_copy import prefix_copy
 from refine_mcore.training.refine_loss import TextBatch
@@ -26,6 +28,8 @@ STEP_MODES: dict[str, StepMode] = {
     "two_phase": two_phase,
     "prefix_copy": prefix_copy,
 }
+# Those that the pipeline engine runs, and whether their micro-batches roll out.
+SLICED_MODES = {"ntp": False, "fused": True}
 
 
 class TrainStep:
@@ -38,8 +42,9 @@ class TrainStep:
         config: RefineConfig,
         seed: int,
         pg_collection: Any,
+        engine: PipelineEngine | None = None,
     ) -> None:
-        self._model, self._optimizer = model, optimizer
+        self._model, self._optimizer, self._engine = model, optimizer, engine
         self._config, self._seed, self._groups = config, seed, pg_collection
 
     def __call__(
@@ -53,14 +58,29 @@ class TrainStep:
         module: FastWeightModel = self._model.module
         context = StepContext(module, self._config, Randomness(self._seed, step), self._groups.dp)
         metrics, grad_norm, steps = StepAccumulator(), 0.0, 0
-        for work in STEP_MODES[mode or self._config.mode](context, batches):
+        for run in self._optimizer_steps(mode or self._config.mode, context, batches, metrics):
             self._model.zero_grad_buffer()
             self._optimizer.zero_grad()
-            forward_backward(self._model, work, metrics)
+            run()
             with record_function("refine/optimizer"):
                 _, norm, _ = self._optimizer.step()
             grad_norm, steps = float(norm or 0.0), steps + 1
-        return metrics.reduce(self._groups.dp, steps), grad_norm
+        return metrics.reduce(self._groups, steps), grad_norm
+
+    def _optimizer_steps(
+        self,
+        mode: str,
+        context: StepContext,
+        batches: Sequence[TextBatch],
+        metrics: StepAccumulator,
+    ) -> Iterator[Callable[[], None]]:
+        """The forward and backward of each optimizer step that the batch is trained with."""
+        if self._engine is None:
+            for work in STEP_MODES[mode](context, batches):
+                yield partial(forward_backward, self._model, work, metrics)
+        else:
+            rolls_out = [SLICED_MODES[mode]] * len(batches)
+            yield partial(self._engine.forward_backward, context, batches, rolls_out, metrics)
 
 
 def forward_backward(

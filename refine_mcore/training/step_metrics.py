@@ -61,9 +61,19 @@ class StepAccumulator:
         if metrics.texts is not None:
             self.texts.append(metrics.texts)
 
-    def reduce(self, dp_group: dist.ProcessGroup, optimizer_steps: int) -> ReducedMetrics:
-        """Sum over data-parallel ranks. Losses are averaged over the optimizer steps of the
-        batch."""
+    def reduce(self, pg_collection: Any, optimizer_steps: int) -> ReducedMetrics:
+        """Sum over data-parallel ranks, known to all stages. Losses are averaged over the optimizer
+        steps of the batch."""
+        pipeline = pg_collection.pp
+        last = pipeline.size() - 1
+        reduced: list[Any] = [None]
+        if pipeline.rank() == last:
+            reduced = [self._reduce(pg_collection.dp, optimizer_steps)]
+        if last > 0:
+            dist.broadcast_object_list(reduced, group=pipeline, group_src=last)
+        return reduced[0]
+
+    def _reduce(self, dp_group: dist.ProcessGroup, optimizer_steps: int) -> ReducedMetrics:
         names = sorted(self.sums)
         total = torch.stack([self.sums[name].double() for name in names])
         dist.all_reduce(total, group=dp_group)

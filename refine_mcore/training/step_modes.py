@@ -151,7 +151,8 @@ def _branch(
     rollouts = roll_out(model, states, first_logits, batch, branches, config, context.randomness)
     prefix_hidden = streams.rows_before(text.hidden)
     scores = score(model, states, prefix_hidden, rollouts.tokens, config.rollout_temperature)
-    return reward_rollouts(text.hidden, batch, rollouts, scores, config), scores
+    following = streams.rows_after(text.hidden.detach(), config.rollout_tokens)
+    return reward_rollouts(following, batch, rollouts, scores, config), scores
 
 
 def _micro_batches_per_step(context: StepContext, batches: Sequence[TextBatch]) -> int:

@@ -17,8 +17,8 @@ from refine_mcore.models.state import (
     RecordedTokens,
     StreamGroups,
     TokenHistory,
-    detach_tree,
     gather_tokens,
+    map_tensors,
 )
 from tests.models.zoo import FAMILIES, NAMES, assert_same, contents, random_tokens
 
@@ -209,9 +209,9 @@ def test_stream_groups_lay_streams_out_by_row() -> None:
     assert torch.equal(groups.scatter(gathered), x)
 
 
-def test_detach_tree_reaches_into_containers() -> None:
+def test_map_tensors_reaches_into_containers() -> None:
     x = torch.ones(1, requires_grad=True)
-    history = detach_tree(TokenHistory((x,), (x,), (0,), (1,)))
+    history = map_tensors(Tensor.detach, TokenHistory((x,), (x,), (0,), (1,)))
     assert not history.own[0].requires_grad and not history.text[0].requires_grad
     assert history.limit == (1,)
 

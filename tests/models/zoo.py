@@ -121,7 +121,7 @@ def make_model(name: str, pg_collection: Any) -> FastWeightModel:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-            if parameter_name.endswith("biases.lr_proj"):
+            if parameter_name.endswith("lr_proj_bias"):
                 parameter += 4.0
     return model
 

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import resource
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from refine_mcore.config import data_parallel_layout, load_config
 from refine_mcore.conversion.description import find_checkpoint, read_description
-from refine_mcore.conversion.torch_dist import CheckpointReader
+from refine_mcore.conversion.torch_dist import CheckpointReader, read_metadata
+from refine_mcore.data import build_dataset, load_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
-from refine_mcore.training.checkpointing import load_weights
+from refine_mcore.training.checkpointing import CheckpointWriter, Progress, load_weights
+from refine_mcore.training.loop import _Run
 from refine_mcore.training.step import TrainStep
-from tests.conversion.helpers import WEIGHTS, to_hf
+from tests.conversion.helpers import WEIGHTS, copy_model, files, to_checkpoint, to_hf
+from tests.distributed.harness import run_distributed
 from tests.training.jobs import STEPS, column, metrics, run_job, write_config
 
+MARKER = "latest_checkpointed_iteration.txt"
 EVERY_STEP = "checkpoint.save_interval=1"
+EVERY_SECOND_STEP = "checkpoint.save_interval=2"
+IN_BACKGROUND = "checkpoint.async_save=true"
+NO_LEARNING = ("optimizer.lr=1e-30", "optimizer.weight_decay=0", "training.steps=2")
+OVERLAP = ("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true")
+OF_ITS_CHECKPOINT = ("model.preset=null", "model.overrides={}")
+# Two-rank layouts (tensor, pipeline) whose checkpoints go on at other layouts.
+LAYOUTS = [(2, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +69,33 @@ def keep_until(run: Path, step: int) -> None:
     """Make `step` the run's newest checkpoint."""
     checkpoints = run / "checkpoints"
     for later in range(step + 1, STEPS + 1):
-        shutil.rmtree(checkpoints / f"iter_{later:07d}")
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
+        shutil.rmtree(checkpoints / f"iter_{later:07d}", ignore_errors=True)
+    (checkpoints / MARKER).write_text(f"{step}\n")
 
 
 def weights(run: Path, output: Path) -> bytes:
     return (to_hf(run / "checkpoints", output) / WEIGHTS).read_bytes()
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    """Interrupt the job as Ctrl-C would, before its step `stop`."""
+def before_step(patch: pytest.MonkeyPatch, action: Callable[[int], object]) -> None:
+    """Call `action(number)` before every step of a job."""
     step = TrainStep.__call__
 
-    def interrupted(self: TrainStep, batches: list, number: int, mode: str | None = None):
-        if number == stop:
-            raise KeyboardInterrupt
+    def acting(self: TrainStep, batches: list, number: int, mode: str | None = None):
+        action(number)
         return step(self, batches, number, mode)
 
-    monkeypatch.setattr(TrainStep, "__call__", interrupted)
+    patch.setattr(TrainStep, "__call__", acting)
+
+
+def stop_at(patch: pytest.MonkeyPatch, stop: int) -> None:
+    """Interrupt the job as Ctrl-C would, before its step `stop`."""
+
+    def interrupt(number: int) -> None:
+        if number == stop:
+            raise KeyboardInterrupt
+
+    before_step(patch, interrupt)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +118,7 @@ def test_resuming_changes_nothing(config, tmp_path, monkeypatch, options: tuple[
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         with pytest.raises(KeyboardInterrupt):
-            run_job(config, interrupted, *options, "checkpoint.save_interval=2")
+            run_job(config, interrupted, *options, EVERY_SECOND_STEP)
     assert column(metrics(interrupted), "step") == [0, 1, 2]
     assert find_checkpoint(interrupted / "checkpoints").name == "iter_0000002"
 
@@ -112,9 +143,14 @@ def test_half_written_checkpoint_is_ignored_and_replaced(config, plain_run, stop
     (checkpoints / "iter_0000003").mkdir()  # renamed, but not recorded yet
     assert run_job(config, stopped_run, EVERY_STEP) == metrics(plain_run)
     assert {path.name for path in checkpoints.iterdir()} == {
-        "latest_checkpointed_iteration.txt",
+        MARKER,
         *(f"iter_{step:07d}" for step in range(1, STEPS + 1)),
     }
+
+
+def test_checkpoint_without_marker_is_not_loaded(config, plain_run, stopped_run) -> None:
+    (stopped_run / "checkpoints" / MARKER).unlink()
+    assert run_job(config, stopped_run, EVERY_STEP) == metrics(plain_run)
 
 
 def test_another_run_goes_on_from_a_checkpoint(config, plain_run, tmp_path) -> None:
@@ -192,3 +228,288 @@ def test_bfloat16_runs_are_read_from_their_float32_copies(
     model = build_model(transformer_config(architecture), groups)
     load_weights(model, directory)
     assert torch.equal(full_tensors(model)[key], weight)
+
+
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_bfloat16_runs_begin_from_float32_weights(config, plain_run, tmp_path, sharded) -> None:
+    """Not from what the model's bfloat16 weights have left of them: a run that learns nothing
+    exports what `model.checkpoint` holds."""
+    run_job(
+        config,
+        tmp_path / "run",
+        f"model.checkpoint={plain_run / 'checkpoints'}",
+        "training.dtype=bfloat16",
+        f"optimizer.use_distributed_optimizer={sharded}",
+        *OF_ITS_CHECKPOINT,
+        *NO_LEARNING,
+    )
+    assert weights(tmp_path / "run", tmp_path / "found") == weights(plain_run, tmp_path / "source")
+
+
+def test_original_is_not_needed_once_training_runs(golden, config, tmp_path, monkeypatch) -> None:
+    """Its Hugging Face files travel on from the run's own copy."""
+    original = copy_model(golden, "gated_deltanet", tmp_path / "original")
+    imported = to_checkpoint(original, tmp_path / "imported")
+    # The reference has a vocabulary of 97: text of single bytes, whose ids come first.
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(1 + i * i % 7) for i in range(400)))
+    before_step(monkeypatch, lambda number: shutil.rmtree(imported, ignore_errors=True))
+    run_job(
+        config,
+        tmp_path / "run",
+        f"model.checkpoint={imported}",
+        *OF_ITS_CHECKPOINT,
+        f"data.paths=[{text}]",
+        *NO_LEARNING,
+    )
+    assert not imported.exists()
+    assert files(to_hf(tmp_path / "run" / "checkpoints", tmp_path / "out")) == files(original)
+
+
+def test_saving_in_the_background(config, plain_run, tmp_path, monkeypatch) -> None:
+    """Training goes on while step 2 is written, does not show in what is written, and publishes it
+    once it is complete."""
+    run = tmp_path / "run"
+    gate = hold_writers(monkeypatch, tmp_path)
+    seen = []
+
+    def on_step(number: int) -> None:
+        seen.append((f"step {number}", checkpoint_names(run)))
+        if number == 3:
+            gate.touch()
+            wait_for_writers()
+
+    save = CheckpointWriter.save
+
+    def on_save(self: CheckpointWriter, progress: Progress, *parts: Any) -> None:
+        seen.append((f"save {progress.step}", checkpoint_names(run)))
+        save(self, progress, *parts)
+
+    before_step(monkeypatch, on_step)
+    monkeypatch.setattr(CheckpointWriter, "save", on_save)
+    run_job(config, run, EVERY_SECOND_STEP, IN_BACKGROUND)
+    assert seen == [
+        ("step 0", set()),
+        ("step 1", set()),
+        ("save 2", set()),
+        ("step 2", {".iter_0000002.partial"}),
+        ("step 3", {".iter_0000002.partial"}),
+        ("save 4", {MARKER, "iter_0000002"}),
+    ]
+    assert checkpoint_names(run) == {MARKER, "iter_0000002", "iter_0000004"}
+    for name in ("iter_0000002", "iter_0000004"):
+        assert_same_tensors(run / "checkpoints" / name, plain_run / "checkpoints" / name)
+
+
+def test_run_that_ends_while_saving_leaves_nothing_to_load(
+    config, plain_run, tmp_path, monkeypatch
+) -> None:
+    """Nor does it disturb another model's run in the same process."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        gate = hold_writers(patch, tmp_path)
+
+        def end(number: int) -> None:
+            if number == 3:
+                gate.touch()
+                raise KeyboardInterrupt
+
+        before_step(patch, end)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(
+                config, run, "model.preset=tiny-gated-deltanet", EVERY_SECOND_STEP, IN_BACKGROUND
+            )
+    assert checkpoint_names(run) == {".iter_0000002.partial"}
+    wait_for_writers(seconds=0)
+    run_job(config, run)
+    assert checkpoint_names(run) == {MARKER, "iter_0000004"}
+    last = Path("checkpoints", "iter_0000004")
+    assert_same_tensors(run / last, plain_run / last)
+
+
+def test_checkpoint_directory_that_cannot_be_written(config, tmp_path) -> None:
+    run = tmp_path / "run"
+    run_job(config, run, "training.steps=2")
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write checkpoint \S+/iter_0000004: Not a dir"):
+        run_job(config, run)
+
+
+def test_full_disk_of_one_rank_ends_all(config: Path, tmp_path: Path) -> None:
+    run_distributed(_save_on_full_disk, 2, config, tmp_path)
+
+
+def _save_on_full_disk(config: Path, directory: Path) -> None:
+    rank = dist.get_rank()
+    for full, size, reason in ((0, 300, r": common.pt"), (1, 20_000, r"")):
+        for background in ("false", "true"):
+            run = directory / f"{full}-{background}"
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == full:
+                    limit_files_while_saving(patch, size)
+                with pytest.raises(UserError, match=rf"cannot write \S+ \S+/iter_0000002{reason}"):
+                    run_here(
+                        config,
+                        run,
+                        "parallel.tensor=2",
+                        EVERY_SECOND_STEP,
+                        f"checkpoint.async_save={background}",
+                    )
+            dist.barrier()
+            assert checkpoint_names(run) == set()
+    # There is room again.
+    run_here(config, run)
+    dist.barrier()
+    assert checkpoint_names(run) == {MARKER, f"iter_{STEPS:07d}"}
+
+
+def test_resuming_at_other_layouts(config: Path, tmp_path: Path) -> None:
+    """What two ranks write, in the background or not, goes on as data parallel and on one rank,
+    and begins another run with its fp32 values. Saving waits for parameters to be gathered."""
+    run_distributed(_save_and_resume, 2, config, tmp_path, LAYOUTS)
+    for layout in LAYOUTS:
+        for sharded in (False, True):
+            case = tmp_path / case_name(layout, sharded)
+            run_job(config, case / "one_rank", optimizer_option(sharded))
+            for run in ("data_parallel", "one_rank"):
+                assert_same_metrics(metrics(case / run), metrics(case / "whole"))
+    assert_same_metrics(metrics(tmp_path / "overlap"), metrics(case / "whole"))
+    started, source = tmp_path / "bfloat16", tmp_path / case_name(LAYOUTS[-1], True) / "whole"
+    assert weights(started, tmp_path / "found") == weights(source, tmp_path / "source")
+
+
+def _save_and_resume(config: Path, directory: Path, layouts: list[tuple[int, int]]) -> None:
+    for layout, sharded in itertools.product(layouts, (False, True)):
+        case = directory / case_name(layout, sharded)
+        tensor, pipeline = layout
+        options = (
+            f"parallel.tensor={tensor}",
+            f"parallel.pipeline={pipeline}",
+            optimizer_option(sharded),
+            EVERY_SECOND_STEP,
+        )
+        run_here(config, case / "whole", *options)
+        run_here(config, case / "background", *options, IN_BACKGROUND)
+        if dist.get_rank() == 0:
+            for name in ("iter_0000002", "iter_0000004"):
+                assert_same_tensors(
+                    case / "background" / "checkpoints" / name,
+                    case / "whole" / "checkpoints" / name,
+                )
+            keep_until(case / "background", 2)
+            for run in ("data_parallel", "one_rank"):
+                shutil.copytree(case / "background", case / run)
+        dist.barrier()
+        run_here(config, case / "data_parallel", optimizer_option(sharded))
+    overlap = directory / "overlap"
+    run_here(config, overlap, optimizer_option(True), *OVERLAP, EVERY_SECOND_STEP)
+    if dist.get_rank() == 0:
+        keep_until(overlap, 2)
+    dist.barrier()
+    run_here(config, overlap, optimizer_option(True))
+    run_here(
+        config,
+        directory / "bfloat16",
+        f"model.checkpoint={case / 'whole' / 'checkpoints'}",
+        "training.dtype=bfloat16",
+        optimizer_option(True),
+        *OF_ITS_CHECKPOINT,
+        *NO_LEARNING,
+    )
+
+
+def case_name(layout: tuple[int, int], sharded: bool) -> str:
+    return f"tensor{layout[0]}-pipeline{layout[1]}-{'sharded' if sharded else 'whole'}"
+
+
+def optimizer_option(sharded: bool) -> str:
+    return f"optimizer.use_distributed_optimizer={str(sharded).lower()}"
+
+
+def run_here(config: Path, run: Path, *overrides: str) -> None:
+    """The job on the ranks that run already."""
+    settings = load_config(config, [f"run.directory={run}", *overrides])
+    tokenizer = load_tokenizer(settings.data.tokenizer)
+    dataset = build_dataset(settings.data, tokenizer, 2048)
+    _, micro_batches = data_parallel_layout(settings, dist.get_world_size())
+    _Run(settings, dataset, tokenizer, micro_batches).train()
+
+
+def assert_same_metrics(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """The same draws, and losses as close as other orders of summation leave them."""
+    assert column(found, "step") == column(expected, "step")
+    for one, two in zip(found, expected, strict=True):
+        for key in ("positions", "rollout_tokens", "lr"):
+            assert one[key] == two[key], key
+        assert one["loss_ntp"] == pytest.approx(two["loss_ntp"], rel=1e-5)
+        for key in ("loss_policy", "reward_mean", "grad_norm"):
+            close = None if two[key] is None else pytest.approx(two[key], rel=1e-5, abs=1e-6)
+            assert one[key] == close, key
+
+
+def assert_same_tensors(found: Path, expected: Path) -> None:
+    """Two checkpoints hold the same weights and optimizer state, bit for bit."""
+    one, two = tensors_of(found), tensors_of(expected)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in two)
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    reader = CheckpointReader(checkpoint)
+    tensors = {}
+    for key, stored in read_metadata(checkpoint).state_dict_metadata.items():
+        if isinstance(stored, TensorStorageMetadata):
+            tensors[key] = torch.empty(reader.shape(key), dtype=reader.dtype(key))
+            reader.read_rows(key, 0, tensors[key])
+    return tensors
+
+
+def checkpoint_names(run: Path) -> set[str]:
+    directory = run / "checkpoints"
+    return {path.name for path in directory.iterdir()} if directory.exists() else set()
+
+
+def hold_writers(patch: pytest.MonkeyPatch, directory: Path) -> Path:
+    """Let no process write tensors before the file exists that this returns."""
+    gate = directory / "gate"
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def held(*args: Any, **options: Any) -> None:
+        wait_until(gate.exists, 30)
+        write(*args, **options)
+
+    patch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(held))
+    return gate
+
+
+def wait_for_writers(seconds: float = 30) -> None:
+    """Until no process is writing a checkpoint; the manager of Megatron's results stays."""
+    wait_until(
+        lambda: all(
+            child.name.startswith("SyncManager") for child in multiprocessing.active_children()
+        ),
+        seconds,
+    )
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def limit_files_while_saving(patch: pytest.MonkeyPatch, size: int) -> None:
+    """Let no file of a checkpoint grow beyond `size` bytes, as if the disk were full."""
+    save = CheckpointWriter.save
+
+    def limited(*args: Any) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            save(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    patch.setattr(CheckpointWriter, "save", limited)

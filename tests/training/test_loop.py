@@ -105,6 +105,7 @@ def test_files_of_a_run(config: Path, tmp_path: Path, capsys) -> None:
         "config.yaml",
         "metrics.jsonl",
         "checkpoints",
+        "description",
         "tensorboard",
     }
     assert load_config(run / "config.yaml") == load_config(

@@ -26,7 +26,7 @@ def test_sums_and_texts_of_a_step(process_groups) -> None:
         sums = {name: torch.tensor(scale * (i + 1)) for i, name in enumerate(names)}
         sums |= {name: torch.tensor(len(samples) * 4) for name in counts}
         steps.add(WorkMetrics(sums, _record(*samples)))
-    reduced = steps.reduce(process_groups.dp, optimizer_steps=2)
+    reduced = steps.reduce(process_groups, optimizer_steps=2)
     assert reduced.loss_ntp == pytest.approx(4 / 2)
     assert reduced.loss_policy == pytest.approx(8 / 2)
     assert reduced.entropy_mean == pytest.approx(12 / 12)
@@ -44,7 +44,7 @@ def test_a_step_without_rollouts_reports_the_loss_alone(process_groups) -> None:
     step = StepAccumulator()
     for loss in (1.0, 2.0):
         step.add(WorkMetrics({"loss_ntp": torch.tensor(loss)}))
-    reduced = step.reduce(process_groups.dp, optimizer_steps=1)
+    reduced = step.reduce(process_groups, optimizer_steps=1)
     assert reduced == ReducedMetrics(loss_ntp=3.0)
 
 
@@ -55,4 +55,4 @@ def test_a_single_reward_has_no_spread(process_groups) -> None:
     sums = dict.fromkeys((*names, "drift", "rollout_tokens"), one)
     record = TextRecord(torch.tensor([0]), *(torch.ones(1, 1) for _ in range(3)))
     step.add(WorkMetrics(sums, record))
-    assert step.reduce(process_groups.dp, optimizer_steps=1).reward_std == 0.0
+    assert step.reduce(process_groups, optimizer_steps=1).reward_std == 0.0

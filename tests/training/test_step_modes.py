@@ -186,7 +186,7 @@ def test_next_token_mode_is_the_mean_cross_entropy(name: str, model_of: ModelOf)
     expected = mean_ntp_loss(model)
     assert loss == pytest.approx(expected.item(), rel=1e-12)
     assert_same_gradients(gradient, gradients(model, expected))
-    assert metrics.reduce(context.dp_group, 1) == ReducedMetrics(loss_ntp=loss)
+    assert metrics.reduce(model.pg_collection, 1) == ReducedMetrics(loss_ntp=loss)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -281,7 +281,7 @@ def test_later_mini_batches_see_the_ratio_to_the_old_policy(name: str, model_of:
         bounded = torch.where(advantage < 0, worst.minimum(-advantage * config.dual_clip), worst)
         assert loss == pytest.approx(bounded.mean().item(), rel=1e-9)
         assert_same_gradients(gradient, gradients(model, bounded.mean()))
-        reduced: Any = metrics.reduce(model.pg_collection.dp, 1)
+        reduced: Any = metrics.reduce(model.pg_collection, 1)
         fraction = (-advantage * clipped > -advantage * ratio).double().mean().item()
         assert reduced.clip_fraction == pytest.approx(fraction) and fraction > 0
     finally:

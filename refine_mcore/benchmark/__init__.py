@@ -1,0 +1,1 @@
+"""Measuring training steps; `tools/benchmark_step.py` is the command."""

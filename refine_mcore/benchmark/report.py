@@ -1,0 +1,58 @@
+"""What a benchmark's report says beside its figures, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform as host
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from refine_mcore.config import Config, to_dict
+from refine_mcore.errors import UserError
+
+_PACKAGES = ("torch", "megatron-core", "triton", "flash-linear-attention")
+
+
+def write_report(output: Path, report: dict[str, Any], config: Config) -> None:
+    """Write `report` with the machine, the versions and the configuration; by rename."""
+    report = report | {"machine": _machine(), "versions": _versions(), "config": to_dict(config)}
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(partial, output)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from None
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    machine: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        machine["accelerator"] = torch.cuda.get_device_name()
+    return machine
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return host.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else host.processor()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": host.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

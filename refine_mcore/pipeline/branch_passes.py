@@ -1,0 +1,119 @@
+"""The passes D and S of one micro-batch on one stage, and the backward of S: its rollouts, all
+branches together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.profiler import record_function
+
+from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.state import FastWeightState
+from refine_mcore.pipeline.cut import Root, run_backward
+from refine_mcore.pipeline.head import Head
+
+
+@dataclass(frozen=True)
+class RolloutShape:
+    """Positions per text, rollouts per position, tokens per rollout."""
+
+    positions: int
+    rollouts: int
+    tokens: int
+
+    @property
+    def decode_passes(self) -> int:
+        """The first token comes from the text's own logits."""
+        return self.tokens - 1
+
+
+class BranchPasses:
+    """From the states of all streams (rollouts of branches) on, with their gradients.
+
+    The first stage reads tokens, the others the hidden states of the stage before. On the last one,
+    which has the `head`, `prefix_hidden` [streams, h] emits the first tokens.
+    """
+
+    def __init__(
+        self,
+        model: FastWeightModel,
+        head: Head | None,
+        shape: RolloutShape,
+        states: Sequence[FastWeightState],
+        prefix_hidden: Tensor | None,
+    ) -> None:
+        self._model, self._head, self._shape = model, head, shape
+        self._states, self._decoding = states, states
+        self._prefix_hidden = prefix_hidden
+        self._tokens: list[Tensor] = []
+        self._scored_input: Tensor | None = None
+        self._scored: Root | None = None
+
+    def draw_first_tokens(self) -> Tensor:
+        """[streams], on the last stage."""
+        assert self._prefix_hidden is not None
+        return self._draw(self._prefix_hidden.detach())
+
+    @torch.no_grad()
+    def decode(self, message: Tensor | None) -> Tensor:
+        """One more token: its hidden states for the next stage, or on the last the tokens drawn.
+
+        The message is that of the pass; None on a stage that is all of the pipeline.
+        """
+        hidden = self._take(message)
+        tokens = self._tokens[-1][:, None] if self._model.pre_process else self._unread(1)
+        self._model.set_input_tensor(hidden)
+        out = self._model(tokens, self._decoding, output_states=True)
+        assert out.states is not None
+        self._decoding = out.states
+        return out.hidden if self._head is None else self._draw(out.hidden[:, 0])
+
+    def score(self, message: Tensor | None) -> Tensor | None:
+        """All tokens at once, with gradients: hidden states for the next stage. The last one
+        makes the policy loss of them."""
+        self._decoding = []
+        hidden = self._take(message)
+        self._scored_input = None if hidden is None else hidden.requires_grad_()
+        first = self._model.pre_process
+        tokens = torch.stack(self._tokens, 1) if first else self._unread(self._shape.tokens)
+        self._model.set_input_tensor(hidden)
+        out = self._model(tokens, self._states)
+        if self._head is None:
+            self._scored = get_gradient_edge(out.hidden), None
+            return out.hidden.detach()
+        assert self._prefix_hidden is not None
+        loss = self._head.policy(out.hidden, self._prefix_hidden)
+        self._scored = get_gradient_edge(loss), torch.ones_like(loss)
+        return None
+
+    def backward(self, gradient: Tensor | None) -> Tensor | None:
+        """Gradients of the states and of `prefix_hidden`, from that of what `score` handed on;
+        returns that of its message."""
+        assert self._scored is not None
+        edge, own = self._scored
+        with record_function("refine/branch backward"):
+            run_backward([(edge, own if gradient is None else gradient)])
+        return None if self._scored_input is None else self._scored_input.grad
+
+    def _take(self, message: Tensor | None) -> Tensor | None:
+        """Tokens are kept, hidden states returned."""
+        if message is not None and self._model.pre_process:
+            self._tokens.append(message)
+            return None
+        return message
+
+    def _draw(self, hidden: Tensor) -> Tensor:
+        assert self._head is not None
+        tokens = self._head.draw(hidden)
+        if self._model.pre_process:  # the only stage: they do not come back as a message
+            self._tokens.append(tokens)
+        return tokens
+
+    def _unread(self, length: int) -> Tensor:
+        """Stands for `length` tokens of every stream where only their number matters."""
+        streams = self._states[0].num_streams
+        return torch.empty(streams, length, dtype=torch.long, device="meta")

@@ -1,0 +1,90 @@
+"""Messages between pipeline stages: each channel of the plan is a communicator of its own.
+
+Megatron's `P2PCommunicator` has one communicator for everything and, at two stages, lends itself
+the world's: the kinds of message that overtake each other in a sliced pipeline would cross there
+and, where sends wait for their receivers, block for ever. Here every channel has a process group
+over the stages, so a pair of ranks uses each in one direction only and messages meet by their
+order, as the plan's checker assumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from refine_mcore.pipeline.order import CHANNELS
+from refine_mcore.pipeline.passes import Pass
+from refine_mcore.platform import device
+
+
+class TensorSpec(NamedTuple):
+    """What a receiver must know of a tensor beforehand."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Channels:
+    """This rank's end of all channels of its pipeline. Every rank of the job makes one."""
+
+    def __init__(self, pp_group: dist.ProcessGroup, timeout_s: float) -> None:
+        self._ranks = dist.get_process_group_ranks(pp_group)
+        self._groups = _groups_of_all_pipelines(self._ranks, timeout_s)
+        self._posted: dict[Pass, tuple[list[Any], list[Tensor]]] = {}
+        self._sent: list[tuple[list[Any], list[Tensor]]] = []
+
+    def post_receive(
+        self,
+        channel: str,
+        item: Pass,
+        stage: int,
+        specs: Sequence[TensorSpec],
+    ) -> None:
+        """Make room for the input of `item`, which `stage` will send."""
+        buffers = [torch.empty(shape, dtype=dtype, device=device()) for shape, dtype in specs]
+        source, group = self._ranks[stage], self._groups[channel]
+        self._posted[item] = [dist.irecv(x, source, group=group) for x in buffers], buffers
+
+    def take(self, item: Pass) -> list[Tensor]:
+        """The input of `item`, once it is there."""
+        works, buffers = self._posted.pop(item)
+        for work in works:
+            work.wait()
+        return buffers
+
+    def send(self, channel: str, stage: int, tensors: Sequence[Tensor]) -> None:
+        """Hand `tensors` to `stage`, without waiting for it; they are kept alive until it has
+        them."""
+        kept = [x.contiguous() for x in tensors]
+        target, group = self._ranks[stage], self._groups[channel]
+        works = [dist.isend(x, target, group=group) for x in kept]
+        self._sent = [sent for sent in self._sent if not all(w.is_completed() for w in sent[0])]
+        self._sent.append((works, kept))
+
+    def drain(self) -> None:
+        """Wait until everything sent has been received."""
+        for works, _ in self._sent:
+            for work in works:
+                work.wait()
+        self._sent.clear()
+
+
+def _groups_of_all_pipelines(ranks: list[int], timeout_s: float) -> dict[str, dist.ProcessGroup]:
+    """One group per channel over these ranks; the job's other pipelines make theirs in the same
+    call."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ranks)
+    pipelines = sorted({tuple(of_rank) for of_rank in everyone})
+    groups = {}
+    for channel in CHANNELS:
+        group, _ = dist.new_subgroups_by_enumeration(
+            [list(pipeline) for pipeline in pipelines], timeout=timedelta(seconds=timeout_s)
+        )
+        assert group is not None
+        groups[channel] = group
+    return groups

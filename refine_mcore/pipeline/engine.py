@@ -1,0 +1,147 @@
+"""Runs the plan of a step: this stage's instructions, one after the other.
+
+The plan (`plan.py`) says what to run and which messages to exchange in which order, `stage.py` what
+a pass does, `channels.py` how a message travels. Gradients gather in Megatron's
+DistributedDataParallel: only the stage's very last backward runs outside `no_sync`, and
+`finalize_model_grads` follows it, as in Megatron's own schedules. A step on one stage is the same
+without messages.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+from torch.profiler import record_function
+
+from refine_mcore.pipeline.branch_passes import RolloutShape
+from refine_mcore.pipeline.channels import Channels
+from refine_mcore.pipeline.head import Denominators, Head
+from refine_mcore.pipeline.instructions import Action
+from refine_mcore.pipeline.passes import Costs, Pass, Shape
+from refine_mcore.pipeline.plan import Plan, make_plan
+from refine_mcore.pipeline.slices import enough_slices, slice_spans
+from refine_mcore.pipeline.stage import StageWork
+from refine_mcore.training.refine_loss import TextBatch
+from refine_mcore.training.step_metrics import StepAccumulator
+from refine_mcore.training.step_modes import StepContext
+
+_NAMES = {"F": "forward", "D": "decode", "S": "score", "W": "backward"}
+
+_cached_plan = functools.lru_cache(maxsize=8)(make_plan)
+
+
+class PipelineEngine:
+    """Forward and backward of an optimizer step over slices of the sequence, on this stage.
+
+    Args:
+        wrapped: this stage's part of the model.
+        slices: of every text; None for as many as the plan gains from.
+        recompute: keep no activations between a slice's forward and its backward.
+        timeout_s: how long to wait for another stage.
+    """
+
+    def __init__(
+        self,
+        wrapped: DistributedDataParallel,
+        pg_collection: Any,
+        *,
+        slices: int | None,
+        recompute: bool,
+        timeout_s: float,
+    ) -> None:
+        self._wrapped, self._slices, self._recompute = wrapped, slices, recompute
+        self._stage, self._stages = pg_collection.pp.rank(), pg_collection.pp.size()
+        several = self._stages > 1
+        self._channels = Channels(pg_collection.pp, timeout_s) if several else None
+
+    def forward_backward(
+        self,
+        context: StepContext,
+        batches: Sequence[TextBatch],
+        rolls_out: Sequence[bool],
+        metrics: StepAccumulator,
+    ) -> None:
+        """Losses and gradients of all micro-batches; those that `rolls_out` names train on the
+        ReFINE loss, the others on the next-token loss alone. `metrics` fills on the last stage."""
+        works = self._works(context, batches, rolls_out, metrics)
+        self._follow(self.plan(context, batches, rolls_out), works)
+        finalize = self._wrapped.config.finalize_model_grads_func
+        assert finalize is not None, "wrap_data_parallel sets it"
+        with record_function("refine/reduce gradients"):
+            finalize([self._wrapped], None)
+
+    def plan(
+        self, context: StepContext, batches: Sequence[TextBatch], rolls_out: Sequence[bool]
+    ) -> Plan:
+        """The plan of a step."""
+        k = context.config.rollout_tokens if any(rolls_out) else 0
+        shape = Shape(
+            self._stages,
+            len(batches),
+            len(self._spans(batches)),
+            rollout_tokens=k,
+            ntp_only=frozenset(m for m, rolls in enumerate(rolls_out) if not rolls),
+            decode_passes=max(0, k - 1),
+        )
+        # recomputing runs every forward once more
+        costs = Costs(backward=Costs.backward + Costs.forward) if self._recompute else Costs()
+        return _cached_plan(shape, costs)
+
+    def _spans(self, batches: Sequence[TextBatch]) -> Sequence[tuple[int, int]]:
+        """[start, stop) of the slices of every text."""
+        slices, length = self._slices, batches[0].tokens.shape[1]
+        if slices is None:
+            slices = enough_slices(length, self._stages, len(batches))
+        return slice_spans(length, slices, self._wrapped.module.config.arch)
+
+    def _works(
+        self,
+        context: StepContext,
+        batches: Sequence[TextBatch],
+        rolls_out: Sequence[bool],
+        metrics: StepAccumulator,
+    ) -> list[StageWork]:
+        config, spans = context.config, self._spans(batches)
+        rolling = [batch for batch, rolls in zip(batches, rolls_out, strict=True) if rolls]
+        denominators = Denominators(
+            context.global_targets(batches), context.policy_denominator(rolling)
+        )
+        shape = RolloutShape(config.num_chunks, config.rollouts_per_position, config.rollout_tokens)
+        works = []
+        for batch, rolls in zip(batches, rolls_out, strict=True):
+            head = None
+            if self._stage == self._stages - 1:
+                head = Head(context, batch, rolls, denominators, metrics)
+            rollouts = shape if rolls else None
+            works.append(StageWork(self._wrapped, batch, spans, rollouts, head, self._recompute))
+        return works
+
+    def _follow(self, plan: Plan, works: list[StageWork]) -> None:
+        """Execute this stage's instructions."""
+        instructions = plan.instructions[self._stage]
+        last = next(i.item for i in reversed(instructions) if i.action is Action.RUN)
+        handed_on: list[Tensor] = []
+        for action, item, channel, peer in instructions:
+            work = works[item.microbatch]
+            if action is Action.RUN:
+                message = self._message(plan.shape, item)
+                with record_function(f"refine/{_NAMES[item.op]}"):
+                    handed_on = work.run(item, message, last_backward=item == last)
+                continue
+            assert self._channels is not None
+            if action is Action.SEND:
+                self._channels.send(channel, peer, handed_on)
+            else:
+                self._channels.post_receive(channel, item, peer, work.input_specs(item))
+        if self._channels is not None:
+            self._channels.drain()
+
+    def _message(self, shape: Shape, item: Pass) -> list[Tensor]:
+        if shape.input_channel(self._stage, item) is None:
+            return []
+        assert self._channels is not None
+        return self._channels.take(item)

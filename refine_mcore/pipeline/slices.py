@@ -1,0 +1,38 @@
+"""Where a text is cut into slices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from refine_mcore.models.architecture import Architecture, LaCTOptions
+from refine_mcore.models.transformer_config import KERNEL_CHUNK
+from refine_mcore.pipeline.passes import Shape
+from refine_mcore.pipeline.plan import choose_slices
+
+# Shorter slices cost more in overhead than the pipeline gains, where the number is ours to choose.
+_SHORTEST = 512
+
+
+def slice_spans(length: int, slices: int, architecture: Architecture) -> Sequence[tuple[int, int]]:
+    """[start, stop) of at most `slices` slices of `length` tokens, equal but for the last.
+
+    Those of a chunk or more end with a chunk of the model: cutting a LaCT chunk would carry its
+    inputs on.
+    """
+    mixer = architecture.mixer
+    chunk = mixer.chunk_size if isinstance(mixer, LaCTOptions) else KERNEL_CHUNK
+    size = -(-length // slices)
+    if size >= chunk:
+        size = -(-size // chunk) * chunk
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+@functools.lru_cache(maxsize=8)
+def enough_slices(length: int, stages: int, micro_batches: int) -> int:
+    """As many slices as the plan of a ReFINE step on these stages gains from; 1 without a
+    pipeline."""
+    if stages == 1:
+        return 1
+    gained = choose_slices(Shape(stages, micro_batches, rollout_tokens=5)).shape.slices
+    return max(1, min(gained, length // _SHORTEST))

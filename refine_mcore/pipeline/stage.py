@@ -1,0 +1,247 @@
+"""What one pipeline stage does with one micro-batch: the passes F, D, S and W on its layers.
+
+`StageWork` runs the passes in the order of `passes.py`; each takes the tensors of its message and
+returns those it hands on. The graph is cut at slice borders and where branches leave (`cut.py`), so
+W(i) is one autograd call over slice i: its output, the states it handed on, the states and hidden
+states that branches took from it. The gradients are those of the uncut step.
+
+With recomputation F keeps no graph: a slice's activations are made again, all layers of the stage
+at once, just before its backward. So at most one slice's activations are alive.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from refine_mcore.models.fast_weight_model import FastWeightModel, ModelOutput
+from refine_mcore.models.state import FastWeightState, take_streams
+from refine_mcore.pipeline.branch_passes import BranchPasses, RolloutShape
+from refine_mcore.pipeline.channels import TensorSpec
+from refine_mcore.pipeline.cut import Cut, Root, run_backward
+from refine_mcore.pipeline.head import Head
+from refine_mcore.pipeline.passes import Pass
+from refine_mcore.platform import to_device
+from refine_mcore.rollout.branches import Branches
+from refine_mcore.training.refine_loss import TextBatch, TextPass
+
+Span = tuple[int, int]
+
+
+@dataclass
+class _Slice:
+    """What is kept of tokens [start, stop) from their forward to their backward.
+
+    `hidden` is the input, None on the first stage; `incoming` hands in the states before. `root` is
+    where the backward of the output begins, its gradient None if the next stage sends it. `out`
+    lives until the branches have left.
+    """
+
+    start: int
+    stop: int
+    hidden: Tensor | None
+    incoming: Cut | None
+    root: Root | None = None
+    out: ModelOutput | None = None
+    outgoing: Cut | None = None
+    branches: Branches | None = None
+    branched: Cut | None = None
+
+    def backward(self, gradient: Tensor | None) -> None:
+        """From the output's gradient and those that gathered behind the cuts."""
+        assert self.root is not None
+        edge, own = self.root
+        cuts = [cut for cut in (self.outgoing, self.branched) if cut is not None]
+        behind_cuts = [root for cut in cuts for root in cut.roots()]
+        run_backward([(edge, own if gradient is None else gradient), *behind_cuts])
+
+
+class StageWork:
+    """One micro-batch on this stage.
+
+    Args:
+        wrapped: this stage's part of the model.
+        batch: the texts; every stage has them.
+        spans: [start, stop) of each slice.
+        rollouts: None for a micro-batch that trains on the next-token loss alone.
+        head: the objective, on the last stage.
+        recompute: see the head of the file.
+    """
+
+    def __init__(
+        self,
+        wrapped: DistributedDataParallel,
+        batch: TextBatch,
+        spans: Sequence[Span],
+        rollouts: RolloutShape | None,
+        head: Head | None,
+        recompute: bool,
+    ) -> None:
+        self._wrapped, self._batch, self._spans = wrapped, batch, spans
+        self._model: FastWeightModel = wrapped.module
+        self._rollouts, self._head, self._recompute = rollouts, head, recompute
+        self._slices: dict[int, _Slice] = {}
+        self._branches: BranchPasses | None = None
+
+    def run(self, item: Pass, message: Sequence[Tensor], *, last_backward: bool) -> list[Tensor]:
+        """Run a pass on the tensors of its message (none if it comes from this stage); returns
+        those it hands on. `last_backward` is True once per step: gradients are whole after it."""
+        if item.op == "F":
+            return self._forward(item.slice, *message)
+        if item.op == "W":
+            return self._backward(item.slice, message, last_backward)
+        return self._branch_pass(item, *message)
+
+    def input_specs(self, item: Pass) -> list[TensorSpec]:
+        """What the message of a pass on this stage holds."""
+        start, stop = self._spans[item.slice]
+        texts = self._batch.tokens.shape[0]
+        text = self._hidden_spec(texts, stop - start)
+        if item.op == "F" or self._rollouts is None:
+            return [text]
+        shape, last = self._rollouts, len(self._spans) - 1
+        streams = texts * shape.positions * shape.rollouts
+        if item.op == "W":
+            return [text, self._hidden_spec(streams, shape.tokens)][: 1 + (item.slice == last)]
+        begins = item.step == 0 and (item.op == "D" or shape.decode_passes == 0)
+        positions = [TensorSpec((texts, shape.positions), torch.long)] if begins else []
+        if self._model.pre_process:
+            return [TensorSpec((streams,), torch.long), *positions]
+        return [self._hidden_spec(streams, 1 if item.op == "D" else shape.tokens), *positions]
+
+    def _hidden_spec(self, streams: int, length: int) -> TensorSpec:
+        config = self._model.config
+        tokens = self._model.token_layout(streams, length).local_tokens
+        return TensorSpec((tokens, 1, config.hidden_size), config.pipeline_dtype)
+
+    def _forward(self, index: int, hidden: Tensor | None = None) -> list[Tensor]:
+        before = self._slices[index - 1].outgoing if index else None
+        hidden = None if hidden is None else hidden.requires_grad_()
+        piece = self._slices[index] = _Slice(*self._spans[index], hidden, before)
+        with torch.set_grad_enabled(not self._recompute):
+            out, text = self._read(piece, record=self._rollouts is not None)
+        piece.out = None if self._rollouts is None else out
+        if self._head is None:
+            return [out.hidden.detach()]
+        assert text is not None
+        self._head.report(text)
+        all_read = index == len(self._spans) - 1
+        return self._begin_rollouts() if self._rollouts is not None and all_read else []
+
+    def _read(self, piece: _Slice, record: bool) -> tuple[ModelOutput, TextPass | None]:
+        """Forward over a slice; with gradients enabled all but its branches is ready for its
+        backward."""
+        self._model.set_input_tensor(piece.hidden)
+        out = self._model(
+            self._batch.tokens[:, piece.start : piece.stop],
+            piece.incoming.handed if piece.incoming else None,
+            start=piece.start,
+            output_states=piece.stop < self._spans[-1][1],
+            record=record,
+        )
+        text, output, gradient = None, out.hidden, None
+        if self._head is not None:
+            text, output = self._head.read(out, piece.start)
+            gradient = torch.ones_like(output)
+        if torch.is_grad_enabled():
+            piece.root = get_gradient_edge(output), gradient
+        if out.states is not None:
+            piece.outgoing = _cut_or_reconnect(piece.outgoing, out.states)
+        return out, text
+
+    def _begin_rollouts(self) -> list[Tensor]:
+        """On the last stage, after the last slice: first tokens and positions."""
+        assert self._head is not None
+        branches = self._head.choose_branches()
+        tokens = self._leave_at(branches).draw_first_tokens()
+        positions = to_device(branches.position, tokens.device)
+        return [tokens, positions.reshape(self._batch.tokens.shape[0], -1)]
+
+    def _branch_pass(
+        self, item: Pass, message: Tensor | None = None, positions: Tensor | None = None
+    ) -> list[Tensor]:
+        branches = self._branches
+        if branches is None:
+            assert positions is not None
+            branches = self._leave_at(Branches.at(positions.tolist()))
+        run = branches.decode if item.op == "D" else branches.score
+        handed_on = run(message), positions if self._head is None else None
+        return [x for x in handed_on if x is not None]
+
+    def _leave_at(self, branches: Branches) -> BranchPasses:
+        """Read the states of all branches from their slices, which then keep no outputs."""
+        assert self._rollouts is not None
+        stops = [stop for _, stop in self._spans]
+        rows_of: dict[int, list[int]] = {}
+        for row, position in enumerate(branches.position):
+            # the slice that holds the last token of the prefix
+            rows_of.setdefault(bisect_left(stops, position), []).append(row)
+        handed = []
+        for index, rows in rows_of.items():
+            piece = self._slices[index]
+            piece.branches = branches.select(rows)
+            with torch.set_grad_enabled(not self._recompute):
+                handed.append(self._branch_off(piece, piece.out))
+        for piece in self._slices.values():
+            piece.out = None
+        order = [row for rows in rows_of.values() for row in rows]
+        back, n = [order.index(row) for row in range(len(order))], self._rollouts.rollouts
+        streams = [row for row in back for _ in range(n)]
+        states = [
+            type(parts[0]).join(parts).select(streams)
+            for parts in zip(*(of_slice for of_slice, _ in handed), strict=True)
+        ]
+        prefix_hidden = None
+        if self._head is not None:
+            prefix_hidden = take_streams(torch.cat([hidden for _, hidden in handed]), streams)
+        self._branches = BranchPasses(
+            self._model, self._head, self._rollouts, states, prefix_hidden
+        )
+        return self._branches
+
+    def _branch_off(
+        self, piece: _Slice, out: ModelOutput | None
+    ) -> tuple[list[FastWeightState], Tensor]:
+        """Cut off what the branches that leave a slice take from it: per layer their states, and
+        on the last stage the hidden states that emit their first tokens."""
+        assert out is not None and out.tape is not None and piece.branches is not None
+        branches = piece.branches
+        states = out.tape.at(branches.batch_index, branches.position)
+        hidden = None
+        if self._head is not None:
+            inside = tuple(position - piece.start for position in branches.position)
+            hidden = Branches(branches.batch_index, inside).rows_before(out.hidden)
+        piece.branched = _cut_or_reconnect(piece.branched, (states, hidden))
+        return piece.branched.handed
+
+    def _backward(self, index: int, message: Sequence[Tensor], last_backward: bool) -> list[Tensor]:
+        """W: on the last slice first the backward of the branches, in the same message."""
+        piece, of_branches = self._slices.pop(index), None
+        gradient, branch_gradient = [*message, None, None][:2]
+        if self._branches is not None:
+            with self._wrapped.no_sync():
+                of_branches = self._branches.backward(branch_gradient)
+            self._branches = None
+        if self._recompute:
+            out, _ = self._read(piece, record=piece.branched is not None)
+            if piece.branched is not None:
+                self._branch_off(piece, out)
+        with nullcontext() if last_backward else self._wrapped.no_sync():
+            piece.backward(gradient)
+        of_text = None if piece.hidden is None else piece.hidden.grad
+        return [x for x in (of_text, of_branches) if x is not None]
+
+
+def _cut_or_reconnect(cut: Cut | None, value: object) -> Cut:
+    """The cut behind `value`, made when it is first handed on."""
+    if cut is None:
+        return Cut(value)
+    cut.reconnect(value)
+    return cut

@@ -1,0 +1,97 @@
+"""The engine on one stage: slices, recomputation and mixed micro-batches against the whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from refine_mcore.config import OptimizerConfig, RefineConfig
+from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.pipeline.engine import PipelineEngine
+from refine_mcore.rollout.branches import Randomness
+from refine_mcore.training.optimizer import wrap_data_parallel
+from refine_mcore.training.refine_loss import TextBatch
+from refine_mcore.training.step import forward_backward
+from refine_mcore.training.step_metrics import StepAccumulator
+from refine_mcore.training.step_modes import StepContext, StepMode, fused
+from tests.models.zoo import NAMES, assert_same_gradients, make_model, random_tokens
+
+pytestmark = pytest.mark.usefixtures("short_chunks")
+CONFIG = RefineConfig(num_chunks=3, rollout_tokens=4, margin_left=2, margin_right=5)
+LENGTH = 22
+
+
+def make_batches(*sizes: int) -> list[TextBatch]:
+    tokens, index = random_tokens(sum(sizes), LENGTH), torch.arange(sum(sizes))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[-1, 19:] = False
+    cuts = [x.split(sizes) for x in (tokens, mask, index)]
+    return [TextBatch(*part) for part in zip(*cuts, strict=True)]
+
+
+class Outcome:
+    """Metrics and summed gradients of one step."""
+
+    def __init__(self, model: FastWeightModel, run: Any, groups: Any) -> None:
+        metrics = StepAccumulator()
+        run(metrics)
+        self.texts = metrics.texts
+        self.metrics: Any = metrics.reduce(groups, 1)
+        self.gradients = {n: p.main_grad.clone() for n, p in model.named_parameters()}
+
+
+class Bench:
+    """A model under Megatron's data parallelism, ready for steps of any kind."""
+
+    def __init__(self, name: str, groups: Any, config: RefineConfig = CONFIG) -> None:
+        self.groups, self.model = groups, make_model(name, groups)
+        self.wrapped = wrap_data_parallel(self.model, OptimizerConfig(), groups)
+        self.context = StepContext(self.model, config, Randomness(1, 2), groups.dp)
+
+    def whole(self, mode: StepMode, batches: Sequence[TextBatch]) -> Outcome:
+        self.wrapped.zero_grad_buffer()
+        (work,) = mode(self.context, batches)
+        return self._outcome(lambda metrics: forward_backward(self.wrapped, work, metrics))
+
+    def sliced(
+        self,
+        rolls_out: Sequence[bool],
+        batches: Sequence[TextBatch],
+        slices: int,
+        recompute: bool = False,
+    ) -> Outcome:
+        self.wrapped.zero_grad_buffer()
+        engine = PipelineEngine(
+            self.wrapped, self.groups, slices=slices, recompute=recompute, timeout_s=60
+        )
+        return self._outcome(
+            lambda metrics: engine.forward_backward(self.context, batches, rolls_out, metrics)
+        )
+
+    def _outcome(self, run: Any) -> Outcome:
+        return Outcome(self.model, run, self.groups)
+
+
+def assert_same_outcome(actual: Outcome, expected: Outcome) -> None:
+    for name, value in vars(expected.metrics).items():
+        found = getattr(actual.metrics, name)
+        if isinstance(value, Tensor):
+            assert torch.equal(found, value), name
+        else:
+            assert found == pytest.approx(value, rel=1e-9, abs=1e-9), name
+    assert_same_gradients(actual.gradients, expected.gradients)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slices_do_not_show(name: str, process_groups: Any) -> None:
+    config = replace(CONFIG, rollouts_per_position=1 + NAMES.index(name) % 2)
+    bench, batches = Bench(name, process_groups, config), make_batches(2, 2)
+    whole = bench.whole(fused, batches)
+    for slices in (1, 2, 5, LENGTH):
+        assert_same_outcome(bench.sliced([True, True], batches, slices), whole)
+    assert_same_outcome(bench.sliced([True, True], batches, 3, recompute=True), whole)
