@@ -7,8 +7,12 @@ only a machine without CUDA needs is in `platform`. Line numbers are those of me
 import errno
 import functools
 import logging
+import multiprocessing
+import os
+import threading
 import warnings
 from importlib import metadata
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
@@ -94,7 +98,9 @@ def repair_megatron() -> None:
     """Repair, once per process, what fails without Transformer Engine and Apex."""
     _repair_output_discarding_recompute()
     _repair_distributed_optimizer_loading()
+    _repair_optimizer_state_of_padded_buckets()
     _repair_write_errors()
+    _repair_left_behind_results_queue()
 
 
 def _repair_output_discarding_recompute() -> None:
@@ -139,6 +145,29 @@ def _repair_distributed_optimizer_loading() -> None:
     DistributedOptimizer.load_state_dict = load_with_own_steps
 
 
+def _repair_optimizer_state_of_padded_buckets() -> None:
+    """Optimizer state of parameters behind the first bucket, in `fully_reshardable` checkpoints.
+
+    Saving strings the buckets together without their padding (distrib_optimizer.py:1113) and then
+    cuts the parameters out at offsets that count it (1498). With several buckets - overlapped
+    reductions, embeddings tied across stages - state and fp32 weights land shifted in the
+    checkpoint: harmless at the layout that wrote them, wrong at any other and in exports. Here the
+    padding inside a buffer counts as contents.
+    """
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+
+    init = _ParamAndGradBuffer.__init__
+
+    @functools.wraps(init)
+    def init_counting_padding(self: Any, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        for bucket in self.buckets[:-1]:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        self.numel_unpadded = sum(bucket.numel_unpadded for bucket in self.buckets)
+
+    _ParamAndGradBuffer.__init__ = init_counting_padding
+
+
 def _repair_write_errors() -> None:
     """A file that cannot be written is an OSError.
 
@@ -176,3 +205,29 @@ def _repair_write_errors() -> None:
     TorchCommonSaveStrategy.save_common = save_common_on_behalf_of_all
     # Says the same in its own words before the exception does.
     logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
+
+
+def _repair_left_behind_results_queue() -> None:
+    """The process that holds the queue of write results (filesystem_async.py:48) ends with its
+    parent; left alone it stays behind when that is killed."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def get_write_results_queue() -> Any:
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+            manager.start(initializer=_end_with_parent)
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async._get_write_results_queue = get_write_results_queue
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

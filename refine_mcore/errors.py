@@ -3,9 +3,14 @@
 Library code raises `UserError` with one plain sentence; every program of the project ends with
 `cli(main)`, which turns it into exit code 2 without a traceback. Any other exception is a bug of
 ours and keeps its traceback.
+
+Of a job of many ranks the first failure should be the one that is seen. The ranks that wait for the
+failed one fail too, as soon as its connections close, and often before torchrun looks: they leave
+it the word.
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +21,8 @@ INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
 # How long a rank other than 0 waits for the launcher to stop it before it speaks for itself.
 _OTHER_RANK_GRACE_SECONDS = 10.0
+# The same for a rank that only lost another: longer, as the other may be in its own time of grace.
+_LOST_RANK_GRACE_SECONDS = 15.0
 
 
 class UserError(Exception):
@@ -23,7 +30,11 @@ class UserError(Exception):
 
 
 def cli(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run `main(argv)` with the command line's arguments and exit: 0, or 2 after a `UserError`."""
+    """Run `main(argv)` with the command line's arguments and exit: 0, or 2 after a `UserError`.
+
+    Any other exception passes through. Under torchrun its traceback also becomes part of the report
+    on failed ranks.
+    """
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -31,7 +42,45 @@ def cli(main: Callable[[list[str]], None]) -> NoReturn:
         sys.exit(USER_ERROR_EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_EXIT_CODE)
+    except SystemExit:
+        raise
+    except BaseException as error:  # a failed save's CheckpointException is no Exception
+        if "RANK" in os.environ:
+            _leave_the_word(error)
+            _tell_torchrun(error)
+        raise
     sys.exit(0)
+
+
+def failed_elsewhere(error: BaseException) -> bool:
+    """Whether a collective or the rendezvous failed, which says nothing against this rank."""
+    from torch.distributed import DistError  # here, as torch takes seconds to import
+
+    # gloo throws plain RuntimeErrors that begin with the place in its sources: [FILE:LINE].
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError)
+        and re.match(r"\[[^]]*/gloo/[^]]*:\d+\]", str(error)) is not None
+    )
+
+
+def _leave_the_word(error: BaseException) -> None:
+    """If another rank is the cause, say so in `error` and wait for it to be reported first."""
+    if not failed_elsewhere(error):
+        return
+    error.add_note(
+        "Another rank failed, or did not get here within parallel.timeout seconds: "
+        "the cause is what that rank says, if it says anything."
+    )
+    if "timed out" not in str(error).lower():  # a rank that hangs reports nothing
+        time.sleep(_LOST_RANK_GRACE_SECONDS)
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Leave traceback and time of `error` where torchrun looks for the first failure."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
 
 
 def _report(error: UserError) -> None:

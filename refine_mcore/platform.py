@@ -26,7 +26,8 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,23 @@ def initialize_model_parallel(
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+@contextmanager
+def distributed(timeout_s: float) -> Iterator[None]:
+    """A program's part in a job: `init_distributed` before it, `shutdown` after it.
+
+    An exception in a job of several ranks leaves the connections to the end of the process: closing
+    them in order could wait for ranks that never answer, and hide what went wrong.
+    """
+    init_distributed(timeout_s)
+    try:
+        yield
+    except BaseException:
+        if dist.get_world_size() == 1:
+            shutdown()
+        raise
+    shutdown()
 
 
 def shutdown() -> None:

@@ -1,6 +1,11 @@
 """How a program ends: exit codes, and one sentence on stderr."""
 
+import json
+import time
+from pathlib import Path
+
 import pytest
+import torch.distributed as dist
 
 from refine_mcore import errors
 from refine_mcore.errors import UserError, cli
@@ -53,3 +58,43 @@ def test_interrupt_exits_130() -> None:
 def test_bug_keeps_its_traceback() -> None:
     with pytest.raises(ValueError, match="ours"):
         cli(_has_a_bug)
+
+
+GLOO = "[/build/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
+LOST = RuntimeError(GLOO + "Connection closed by peer [127.0.0.1]:2992.")
+NO_ANSWER = RuntimeError(GLOO + "Timed out waiting 10000ms for recv operation to complete")
+OURS = RuntimeError("cannot read [/data/gloo/text.txt]")
+
+
+@pytest.mark.parametrize(
+    "error, elsewhere, waits",
+    [
+        (LOST, True, True),
+        (dist.DistNetworkError("Failed to recv, got 0 bytes."), True, True),
+        (NO_ANSWER, True, False),
+        (OURS, False, False),
+        (ValueError("ours"), False, False),
+    ],
+)
+def test_a_rank_that_lost_another_leaves_it_the_word(
+    error: Exception,
+    elsewhere: bool,
+    waits: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And what torchrun is told is the traceback."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    def fails(argv: list[str]) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        cli(fails)
+    assert slept == ([errors._LOST_RANK_GRACE_SECONDS] if waits else [])
+    told = json.loads((tmp_path / "error.json").read_text())["message"]["extraInfo"]["py_callstack"]
+    assert str(error) in told
+    assert ("Another rank failed" in told) == elsewhere

@@ -43,7 +43,8 @@ def main(argv: list[str]) -> None:
     from refine_mcore.benchmark.report import write_report
 
     if arguments.memory_of is not None:
-        print(_in_process_group(lambda: whole_texts.peak_memory(config, arguments.memory_of)))
+        mode = arguments.memory_of
+        print(_in_process_group(config, lambda: whole_texts.peak_memory(config, mode)))
         return
     benchmark = pipeline if config.parallel.pipeline > 1 else whole_texts
     modes = _modes(arguments.modes, benchmark.MODES)
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
     memory = {}
     if benchmark is whole_texts:
         memory = {mode: _memory_in_own_process(argv, mode) for mode in modes}
-    report = _in_process_group(lambda: benchmark.measure(config, modes, arguments.rounds))
+    report = _in_process_group(config, lambda: benchmark.measure(config, modes, arguments.rounds))
     for mode, peak in memory.items():
         report["modes"][mode]["peak_memory_bytes"] = peak
     if os.environ.get("RANK", "0") == "0":
@@ -100,14 +101,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _in_process_group(measure: Callable[[], Any]) -> Any:
-    """`measure`, leaving its process group in order: a dangling one can crash the exit."""
+def _in_process_group(config: Config, measure: Callable[[], Any]) -> Any:
     from refine_mcore import platform
 
-    try:
+    platform.initialize()
+    with platform.distributed(config.parallel.timeout):
         return measure()
-    finally:
-        platform.shutdown()
 
 
 def _memory_in_own_process(argv: list[str], mode: str) -> int:

@@ -50,8 +50,7 @@ def main(argv: list[str]) -> None:
 
     import torch.distributed as dist
 
-    platform.init_distributed(config.parallel.timeout)
-    try:
+    with platform.distributed(config.parallel.timeout):
         tensors = _score(config, tokens, positions, arguments)
         if dist.get_rank() == 0:
             partial = output.with_name(f".{output.name}.partial")
@@ -62,8 +61,6 @@ def main(argv: list[str]) -> None:
                 raise UserError(f"cannot write {output}: {error}") from None
             finally:
                 partial.unlink(missing_ok=True)
-    finally:
-        platform.shutdown()
 
 
 def _score(

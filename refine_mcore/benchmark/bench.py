@@ -24,8 +24,6 @@ class Bench:
     """One rank's part of a run that never gets past its first batch."""
 
     def __init__(self, config: Config) -> None:
-        platform.initialize()
-        platform.init_distributed(config.parallel.timeout)
         self.config, training, parallel = config, config.training, config.parallel
         _, count = data_parallel_layout(config, torch.distributed.get_world_size())
         self.groups = platform.initialize_model_parallel(

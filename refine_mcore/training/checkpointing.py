@@ -37,7 +37,7 @@ from refine_mcore.conversion.description import (
     write_description,
 )
 from refine_mcore.conversion.torch_dist import most_precise_key, read_metadata
-from refine_mcore.errors import UserError
+from refine_mcore.errors import UserError, failed_elsewhere
 from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.sharding import sharded_tensors
@@ -317,7 +317,7 @@ def _load(model: FastWeightModel, template: dict[str, Any], directory: Path) -> 
     try:
         return dist_checkpointing.load(template, str(directory))
     except (Exception, CheckpointException) as error:  # a damaged file may raise anything
-        if isinstance(error, torch.OutOfMemoryError | dist.DistError):
+        if isinstance(error, torch.OutOfMemoryError) or failed_elsewhere(error):
             raise
         raise UserError(
             f"checkpoint {directory} is damaged: it cannot be read ({type(error).__name__})"

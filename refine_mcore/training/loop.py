@@ -66,14 +66,12 @@ def train(config: Config) -> None:
         config.parallel.layers_per_stage,
     )
     platform.initialize()
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)
-    platform.init_distributed(config.parallel.timeout)
-    try:
+    # Ranks meet first: one that fails before would keep those of other nodes waiting for it.
+    with platform.distributed(config.parallel.timeout):
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)
         _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
         _Run(config, dataset, tokenizer, num_micro_batches).train()
-    finally:
-        platform.shutdown()
 
 
 class _Run:

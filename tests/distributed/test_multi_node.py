@@ -1,0 +1,90 @@
+"""The main job on several nodes: two torchrun agents that meet on the loopback interface, started
+by hand or by the Slurm script."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launcher import MAIN_JOB, Finished, reserved_port, run_nodes, run_programs
+from tests.training.jobs import ROOT, metrics, run_job, write_config
+
+SLURM = ROOT / "examples" / "slurm"
+STEPS = "training.steps=2"
+HASHES = ("step", "positions", "rollout_tokens")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def one_process(config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The metrics of the run without a launcher."""
+    return run_job(config, tmp_path_factory.mktemp("plain") / "run", STEPS)
+
+
+def torchrun(config: Path, directory: Path) -> list[Finished]:
+    """Two nodes of two ranks: two tensor-parallel groups, one on each."""
+    job = (MAIN_JOB, "--config", config, f"run.directory={directory / 'run'}", STEPS)
+    return run_nodes(2, 2, *job, "parallel.tensor=2", timeout=150)
+
+
+def slurm(config: Path, directory: Path) -> list[Finished]:
+    """Two nodes of one rank, by the script, with what it calls replaced: `srun` runs the command
+    here once per node."""
+    programs = directory / "bin"
+    programs.mkdir()
+    for name, text in {
+        "scontrol": '[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\nnode2\\n"',
+        "srun": """
+            while [[ $1 == --* ]]; do shift; done
+            for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do "$@" & done
+            wait -n && wait -n""",
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    script = SLURM / "multi_node.sbatch"
+    job = (script, config, f"run.directory={directory / 'run'}", STEPS, "parallel.tensor=2")
+    with reserved_port() as port:
+        return run_programs(
+            [("bash", *job)],
+            timeout=150,
+            PATH=f"{programs}:{os.environ['PATH']}",
+            SLURM_JOB_ID=str(port),  # so that the script comes to this very port
+            SLURM_JOB_NODELIST="node[1-2]",
+            SLURM_JOB_NUM_NODES="2",
+            SLURM_GPUS_ON_NODE="1",
+            SLURM_CPUS_PER_TASK="1",
+        )
+
+
+@pytest.mark.parametrize("launch", [torchrun, slurm])
+def test_two_nodes_give_the_run_of_one_process(
+    launch: Callable[[Path, Path], list[Finished]],
+    config: Path,
+    one_process: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    for agent in launch(config, tmp_path):
+        assert agent.code == 0, agent.output
+    for one, found in zip(one_process, metrics(tmp_path / "run"), strict=True):
+        assert {key: found[key] for key in HASHES} == {key: one[key] for key in HASHES}
+        for key in ("loss_ntp", "loss_policy", "reward_mean", "entropy_mean", "grad_norm", "lr"):
+            assert found[key] == (None if one[key] is None else pytest.approx(one[key], abs=1e-5))
+
+
+@pytest.mark.parametrize("script", sorted(SLURM.iterdir()), ids=lambda script: script.name)
+def test_slurm_scripts_are_sound(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    refused = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "usage: sbatch" in refused.stderr

@@ -1,0 +1,88 @@
+"""A run saved at tensor x pipeline 2 x 2 goes on at one rank, at tensor 4 and at pipeline 4 as if
+nothing had happened, and exports like any other."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.conversion.helpers import WEIGHTS, to_hf
+from tests.distributed.harness import run_distributed
+from tests.training.jobs import metrics, run_job, write_config
+from tests.training.test_checkpointing import (
+    assert_same_metrics,
+    keep_until,
+    run_here,
+    tensors_of,
+)
+
+STEPS, SAVED = 10, 5
+FAMILIES = {
+    "tiny-deltanet": "{vocab_size: 2048, num_layers: 4, mixer.num_heads: 4, tie_embeddings: true}",
+    "tiny-gated-deltanet": "{vocab_size: 2048, num_layers: 5, mixer.num_heads: 4}",
+    "tiny-lact": "{vocab_size: 2048, num_layers: 4, mixer.num_fast_heads: 4}",
+}
+SAVING = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence_parallel=true")
+RESUMING = {"tensor4": ("parallel.tensor=4",), "pipeline4": ("parallel.pipeline=4",)}
+
+
+def test_resuming_at_other_layouts(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    run_distributed(_save_and_resume, 4, config, tmp_path, timeout=400)
+    for name in FAMILIES:
+        case = tmp_path / name
+        run_job(config, case / "one_rank", *_options(name))
+        run_job(config, case / "alone", *_options(name), "checkpoint.save_interval=5")
+        whole = metrics(case / "whole")
+        assert len(whole) == STEPS
+        for run in ("one_rank", "alone", *RESUMING):
+            assert_same_metrics(metrics(case / run), whole)
+        for run, step in (("whole", SAVED), *((run, STEPS) for run in RESUMING)):
+            _assert_same_checkpoint(case, run, f"iter_{step:07d}")
+        exported, alone = (_export(case, run) for run in ("whole", "one_rank"))
+        assert exported.keys() == alone.keys()
+        for key, value in alone.items():
+            torch.testing.assert_close(exported[key], value, rtol=0, atol=1e-4)
+
+
+def _save_and_resume(config: Path, directory: Path) -> None:
+    for name in FAMILIES:
+        case = directory / name
+        save = ("checkpoint.save_interval=5", "checkpoint.async_save=true")
+        run_here(config, case / "whole", *_options(name), *SAVING, *save)
+        if dist.get_rank() == 0:
+            for run in ("one_rank", *RESUMING):
+                shutil.copytree(case / "whole", case / run)
+                shutil.rmtree(case / run / "checkpoints" / f"iter_{STEPS:07d}")
+                keep_until(case / run, SAVED)
+        dist.barrier()
+        for run, layout in RESUMING.items():
+            run_here(config, case / run, *_options(name), *layout)
+
+
+def _assert_same_checkpoint(case: Path, run: str, name: str) -> None:
+    """Weights and optimizer state of one rank and of four, but for the order of summation."""
+    alone, found = (tensors_of(case / r / "checkpoints" / name) for r in ("alone", run))
+    assert alone.keys() == found.keys()
+    for key, value in alone.items():
+        difference = (found[key] - value).norm()
+        assert difference <= 1e-3 * value.norm(), f"{key}: {difference:.1e} of {value.norm():.1e}"
+
+
+def _options(name: str) -> tuple[str, ...]:
+    return (
+        f"model.preset={name}",
+        f"model.overrides={FAMILIES[name]}",
+        f"training.steps={STEPS}",
+        "training.micro_batch_size=1",
+        "optimizer.use_distributed_optimizer=true",
+    )
+
+
+def _export(case: Path, run: str) -> dict[str, Tensor]:
+    return load_file(to_hf(case / run / "checkpoints", case / f"{run}-hf") / WEIGHTS)
