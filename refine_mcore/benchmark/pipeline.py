@@ -1,31 +1,31 @@
 """Steps in a pipeline: Megatron's 1F1B of next-token prediction, the engine's sliced next-token
 step, and the sliced ReFINE step, each beside what its plan predicts.
 
-A prediction is the plan simulated with the costs of the passes as one profiled step showed them,
-the mean over the stages, plus the time of the optimizer; 1F1B is the plan of one slice.
+A prediction is the plan simulated with the costs of the passes as one step showed them, the mean
+over the stages, plus the time of the optimizer; 1F1B is the plan of one slice.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from refine_mcore.benchmark.bench import Bench, profiled_parts, seconds
+from refine_mcore.benchmark.bench import Bench, seconds
 from refine_mcore.config import Config
 from refine_mcore.pipeline.engine import PipelineEngine
-from refine_mcore.pipeline.passes import Costs
-from refine_mcore.pipeline.plan import Plan
+from refine_mcore.pipeline.passes import Costs, Pass, Shape
 from refine_mcore.pipeline.simulator import simulate
 from refine_mcore.training.megatron_1f1b import megatron_1f1b
 from refine_mcore.training.step_metrics import StepAccumulator
 
 MODES = ("1f1b", "ntp", "fused")
-_OUTSIDE_PASSES = ("reduce gradients", "optimizer")
 
 
 def measure(config: Config, modes: list[str], rounds: int) -> dict[str, Any]:
@@ -123,19 +123,15 @@ def _predict(bench: Bench, mode: str) -> dict[str, Any]:
     engine = _one_slice(bench) if mode == "1f1b" else bench.engine
     assert engine is not None
     kinds = [mode == "fused"] * len(bench.batches)
-
-    def step() -> None:
-        bench.zero_gradients()
-        engine.forward_backward(bench.context, bench.batches, kinds, StepAccumulator())
-        with torch.profiler.record_function("refine/optimizer"):
-            bench.optimizer.step()
-
-    step()
-    parts = _mean_over_stages(bench, step)
+    spent: dict[Pass, float] = {}
+    engine.observe = partial(_timed, spent)
+    bench.zero_gradients()
+    engine.forward_backward(bench.context, bench.batches, kinds, StepAccumulator())
+    dist.barrier()
+    outside = seconds(bench.optimizer.step)
     plan = engine.plan(bench.context, bench.batches, kinds)
-    costs = _costs(parts, plan)
+    costs = _costs(_mean_over_stages(bench, spent), plan.shape)
     timeline = simulate(plan.shape, costs, plan.instructions)
-    outside = sum(parts[name][0] for name in _OUTSIDE_PASSES)
     return {
         "slices": plan.shape.slices,
         "step_time": timeline.step_time + outside,
@@ -144,30 +140,45 @@ def _predict(bench: Bench, mode: str) -> dict[str, Any]:
     }
 
 
-def _mean_over_stages(bench: Bench, step: Callable[[], None]) -> dict[str, tuple[float, int]]:
-    """Seconds of the named parts of a profiled step, the mean over the stages, and their calls."""
+@contextmanager
+def _timed(spent: dict[Pass, float], item: Pass) -> Iterator[None]:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    yield
+    torch.cuda.synchronize()
+    spent[item] = time.perf_counter() - start
+
+
+def _mean_over_stages(bench: Bench, spent: dict[Pass, float]) -> dict[Pass, float]:
     everyone: list[Any] = [None] * bench.groups.pp.size()
-    dist.all_gather_object(everyone, profiled_parts(step), group=bench.groups.pp)
-    return {
-        name: (statistics.fmean(parts[name][0] for parts in everyone), calls)
-        for name, (_, calls) in everyone[0].items()
-        if all(name in parts for parts in everyone)
-    }
+    dist.all_gather_object(everyone, spent, group=bench.groups.pp)
+    return {item: statistics.fmean(stage[item] for stage in everyone) for item in spent}
 
 
-def _costs(parts: dict[str, tuple[float, int]], plan: Plan) -> Costs:
-    """What each pass cost, per micro-batch where the plan counts so."""
-    micro_batches = plan.shape.microbatches
+def _costs(spent: dict[Pass, float], shape: Shape) -> Costs:
+    """The planner's costs: forward and backward of a whole micro-batch, the others of one pass.
 
-    def each(name: str) -> float:
-        total, calls = parts.get(name, (0.0, 1))
-        return total / calls
+    The branches' backward is what the last slice's takes longer in a step with rollouts than the
+    average of the others; with one slice it counts as backward.
+    """
 
-    branches = each("branch backward")
+    def total(op: str, slices: Collection[int]) -> float:
+        return sum(t for item, t in spent.items() if item.op == op and item.slice in slices)
+
+    def mean(op: str) -> float:
+        times = [t for item, t in spent.items() if item.op == op]
+        return statistics.fmean(times) if times else 0.0
+
+    n, micro_batches = shape.slices, shape.microbatches
+    backward = total("W", range(n)) / micro_batches
+    branches = 0.0
+    if n > 1 and shape.rollout_tokens > 0:
+        others = total("W", range(n - 1)) / micro_batches / (n - 1)
+        branches = max(0.0, total("W", [n - 1]) / micro_batches - others)
     return Costs(
-        forward=parts["forward"][0] / micro_batches,
-        backward=parts["backward"][0] / micro_batches - branches,
-        decode=each("decode"),
-        scoring=each("score"),
+        forward=total("F", range(n)) / micro_batches,
+        backward=backward - branches,
+        decode=mean("D"),
+        scoring=mean("S"),
         scoring_backward=branches,
     )

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.profiler import record_function
 
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.state import FastWeightState
@@ -95,8 +94,7 @@ class BranchPasses:
         returns that of its message."""
         assert self._scored is not None
         edge, own = self._scored
-        with record_function("refine/branch backward"):
-            run_backward([(edge, own if gradient is None else gradient)])
+        run_backward([(edge, own if gradient is None else gradient)])
         return None if self._scored_input is None else self._scored_input.grad
 
     def _take(self, message: Tensor | None) -> Tensor | None:

@@ -10,7 +10,8 @@ without messages.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -34,6 +35,11 @@ _NAMES = {"F": "forward", "D": "decode", "S": "score", "W": "backward"}
 _cached_plan = functools.lru_cache(maxsize=8)(make_plan)
 
 
+def _annotate(item: Pass) -> AbstractContextManager[object]:
+    """Names a pass in profiles."""
+    return record_function(f"refine/{_NAMES[item.op]}")
+
+
 class PipelineEngine:
     """Forward and backward of an optimizer step over slices of the sequence, on this stage.
 
@@ -55,6 +61,7 @@ class PipelineEngine:
     ) -> None:
         self._wrapped, self._slices, self._recompute = wrapped, slices, recompute
         self._stage, self._stages = pg_collection.pp.rank(), pg_collection.pp.size()
+        self.observe: Callable[[Pass], AbstractContextManager[object]] = _annotate  # every pass
         several = self._stages > 1
         self._channels = Channels(pg_collection.pp, timeout_s) if several else None
 
@@ -129,7 +136,7 @@ class PipelineEngine:
             work = works[item.microbatch]
             if action is Action.RUN:
                 message = self._message(plan.shape, item)
-                with record_function(f"refine/{_NAMES[item.op]}"):
+                with self.observe(item):
                     handed_on = work.run(item, message, last_backward=item == last)
                 continue
             assert self._channels is not None
