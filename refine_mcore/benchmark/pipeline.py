@@ -7,6 +7,7 @@ over the stages, plus the time of the optimizer; 1F1B is the plan of one slice.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -108,7 +109,9 @@ def _gradient(bench: Bench, engine: PipelineEngine | None, rolls_out: bool) -> t
     return bench.gradient()
 
 
+@functools.cache
 def _one_slice(bench: Bench) -> PipelineEngine:
+    """The same run over whole sequences."""
     return PipelineEngine(
         bench.model,
         bench.groups,

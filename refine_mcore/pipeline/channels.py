@@ -37,6 +37,24 @@ class Channels:
         self._groups = _groups_of_all_pipelines(self._ranks, timeout_s)
         self._posted: dict[Pass, tuple[list[Any], list[Tensor]]] = {}
         self._sent: list[tuple[list[Any], list[Tensor]]] = []
+        self._connect(dist.get_rank(pp_group))
+
+    def _connect(self, stage: int) -> None:
+        """Let every pair of stages meet once on each channel.
+
+        NCCL connects two ranks when they first exchange something, and both wait for that: in the
+        order of a plan, where receives are posted long before their sends, for ever.
+        """
+        last = len(self._ranks) - 1
+        sources = {"backward": stage + 1, "token": last if stage == 0 else -1}
+        targets = {"backward": stage - 1, "token": 0 if stage == last else -1}
+        greeting = torch.zeros(1, device=device())
+        for channel, group in self._groups.items():
+            source, target = sources.get(channel, stage - 1), targets.get(channel, stage + 1)
+            if 0 <= source <= last:
+                dist.recv(greeting, self._ranks[source], group=group)
+            if 0 <= target <= last:
+                dist.send(greeting, self._ranks[target], group=group)
 
     def post_receive(
         self,

@@ -25,7 +25,7 @@ def replay(plan: dict[str, Any]) -> tuple[float, list[int]]:
 
     def producers(stage: int, key: Key) -> list[tuple[int, Key]]:
         op, m, i, j = key
-        steps = plan["shape"]["rollout_tokens"]
+        steps = plan["shape"]["decode_passes"]
         text_done: tuple[int, Key] = (last, ("F", m, n - 1, 0))
         if op == "F":
             return [(stage - 1, key)] * (stage > 0) + [(stage, ("F", m, i - 1, 0))] * (i > 0)
@@ -34,7 +34,7 @@ def replay(plan: dict[str, Any]) -> tuple[float, list[int]]:
         if op == "D":
             return [(last, ("D", m, n - 1, j - 1)) if j else text_done]
         if op == "S":
-            return [(last, ("D", m, n - 1, steps - 1))]
+            return [(last, ("D", m, n - 1, steps - 1)) if steps else text_done]
         if i < n - 1:
             return [(stage, ("W", m, i + 1, 0))] + [(stage + 1, key)] * (stage < last)
         if stage < last:

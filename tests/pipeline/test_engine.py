@@ -13,13 +13,14 @@ from torch import Tensor
 from refine_mcore.config import OptimizerConfig, RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.pipeline.engine import PipelineEngine
+from refine_mcore.pipeline.slices import enough_slices, slice_spans
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.training.optimizer import wrap_data_parallel
 from refine_mcore.training.refine_loss import TextBatch
 from refine_mcore.training.step import forward_backward
 from refine_mcore.training.step_metrics import StepAccumulator
-from refine_mcore.training.step_modes import StepContext, StepMode, fused
-from tests.models.zoo import NAMES, assert_same_gradients, make_model, random_tokens
+from refine_mcore.training.step_modes import StepContext, StepMode, fused, ntp
+from tests.models.zoo import ARCHITECTURES, NAMES, assert_same_gradients, make_model, random_tokens
 
 pytestmark = pytest.mark.usefixtures("short_chunks")
 CONFIG = RefineConfig(num_chunks=3, rollout_tokens=4, margin_left=2, margin_right=5)
@@ -95,3 +96,41 @@ def test_slices_do_not_show(name: str, process_groups: Any) -> None:
     for slices in (1, 2, 5, LENGTH):
         assert_same_outcome(bench.sliced([True, True], batches, slices), whole)
     assert_same_outcome(bench.sliced([True, True], batches, 3, recompute=True), whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rollout_tokens": 1, "reward": "hybrid"},  # no decode pass
+        {"margin_left": 1, "margin_right": 4, "selection": "argmin", "num_chunks": 6},
+        {"rollout_temperature": 0.6, "grouping": "position", "rollouts_per_position": 3},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("name", ["delta_net-window_attention", "lact"])
+def test_options_mean_the_same_in_slices(
+    name: str, options: dict[str, Any], process_groups: Any
+) -> None:
+    bench, batches = Bench(name, process_groups, replace(CONFIG, **options)), make_batches(1, 1)
+    whole = bench.whole(fused, batches)
+    for recompute in (False, True):
+        assert_same_outcome(bench.sliced([True, True], batches, 4, recompute), whole)
+
+
+@pytest.mark.parametrize("name", ["gated_delta_net", "lact-full_rank"])
+def test_next_token_steps_in_slices(name: str, process_groups: Any) -> None:
+    bench, batches = Bench(name, process_groups), make_batches(2, 1)
+    whole = bench.whole(ntp, batches)
+    for recompute in (False, True):
+        assert_same_outcome(bench.sliced([False, False], batches, 3, recompute), whole)
+
+
+def test_slices_end_with_chunks_and_leave_no_token_out() -> None:
+    lact, delta_net = ARCHITECTURES["lact"], ARCHITECTURES["delta_net"]
+    assert slice_spans(22, 3, lact) == [(0, 8), (8, 16), (16, 22)]
+    assert slice_spans(22, 20, lact) == [(i, i + 2) for i in range(0, 22, 2)]  # within chunks
+    assert slice_spans(300, 3, delta_net) == [(0, 128), (128, 256), (256, 300)]
+    assert slice_spans(5, 1, delta_net) == [(0, 5)]
+    assert enough_slices(10_000, stages=1, micro_batches=8) == 1
+    assert enough_slices(600, stages=4, micro_batches=8) == 1
+    assert 8 <= enough_slices(16_384, stages=4, micro_batches=8) <= 32

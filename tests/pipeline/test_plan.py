@@ -16,14 +16,15 @@ from tests.pipeline.replay import replay
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    microbatches = draw(st.integers(1, 12))
+    microbatches, rollout_tokens = draw(st.integers(1, 12)), draw(st.integers(0, 6))
     return Shape(
         stages=draw(st.integers(1, 9)),
         microbatches=microbatches,
         slices=draw(st.integers(1, 9)),
-        rollout_tokens=draw(st.integers(0, 6)),
+        rollout_tokens=rollout_tokens,
         ntp_only=draw(st.frozensets(st.integers(0, microbatches - 1))),
         in_flight=draw(st.integers(0, 12)),
+        decode_passes=draw(st.none() | st.integers(0, rollout_tokens)),
     )
 
 
@@ -42,7 +43,7 @@ def test_every_plan_holds_and_replays(shape: Shape, costs: Costs) -> None:
         ops = Counter(p["op"] for p in of_stage)
         rolling = sum(map(shape.rolls_out, range(shape.microbatches)))
         assert ops["F"] == ops["W"] == shape.microbatches * shape.slices
-        assert (ops["D"], ops["S"]) == (rolling * shape.rollout_tokens, rolling)
+        assert (ops["D"], ops["S"]) == (rolling * (shape.decode_passes or 0), rolling)
     step_time, held = replay(written)
     assert step_time == pytest.approx(written["step_time"], rel=1e-9)
     assert held == written["held"]
@@ -120,6 +121,7 @@ def test_slices_are_chosen_by_what_they_save() -> None:
         ({"slices": 0}, "slices must be at least 1"),
         ({"rollout_tokens": -1}, "rollout_tokens must not be negative"),
         ({"in_flight": -1}, "in_flight must not be negative"),
+        ({"rollout_tokens": 2, "decode_passes": 3}, "from 0 to the 2 rollout tokens, not 3"),
         ({"ntp_only": frozenset({4})}, "names micro-batch 4, but there are only 0 to 3"),
     ],
 )

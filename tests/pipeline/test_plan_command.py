@@ -21,6 +21,7 @@ def test_json_stands_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None
     assert {p["op"] for p in plan["stages"][1]} == {"F", "D", "S", "W"}
     assert {p["microbatch"] for p in plan["stages"][1] if p["op"] == "D"} == {1, 3}
     assert {tuple(p) for s in plan["stages"] for p in s} == {("op", "microbatch", "slice", "step")}
+    assert plan["shape"]["decode_passes"] == 2  # as many as tokens, unless told otherwise
     assert plan["shape"]["ntp_only"] == [0, 2] and plan["shape"]["in_flight"] == 5
     assert plan["costs"]["scoring_backward"] == 0.04
 
