@@ -84,7 +84,8 @@ def assert_same_outcome(actual: Outcome, expected: Outcome) -> None:
         if isinstance(value, Tensor):
             assert torch.equal(found, value), name
         else:
-            assert found == pytest.approx(value, rel=1e-9, abs=1e-9), name
+            expectation = None if value is None else pytest.approx(value, rel=1e-9, abs=1e-9)
+            assert found == expectation, name
     assert_same_gradients(actual.gradients, expected.gradients)
 
 
