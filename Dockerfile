@@ -8,5 +8,5 @@ COPY . .
 RUN grep -v '^torch==' constraints.txt > constraints-image.txt \
     && pip install --no-cache-dir -c constraints-image.txt -e '.[gpu]'
 
-# One connection keeps Megatron's collectives and kernels in the order they were issued.
-ENV CUDA_DEVICE_MAX_CONNECTIONS=1
+# As many hardware queues as there can be: a pipeline's receives wait in queues of their own.
+ENV CUDA_DEVICE_MAX_CONNECTIONS=32

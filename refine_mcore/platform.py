@@ -151,8 +151,8 @@ def initialize_model_parallel(
     world_size = dist.get_world_size()
     if min(tensor, pipeline) < 1 or world_size % (tensor * pipeline):
         raise UserError(
-            f"tensor parallel {tensor} x pipeline parallel {pipeline} "
-            f"does not divide the {world_size} rank(s) started"
+            f"{world_size} rank(s) cannot be shared by model replicas of {tensor} (tensor) x "
+            f"{pipeline} (pipeline) ranks: start a multiple of {tensor * pipeline}"
         )
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

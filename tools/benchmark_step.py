@@ -48,6 +48,8 @@ def main(argv: list[str]) -> None:
         return
     benchmark = pipeline if config.parallel.pipeline > 1 else whole_texts
     modes = _modes(arguments.modes, benchmark.MODES)
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds must be at least 1, not {arguments.rounds}")
     output = Path(arguments.json)
     if not output.parent.is_dir():
         raise UserError(f"{output.parent} is no directory to write {output.name} to")
@@ -73,8 +75,8 @@ def _check_runs_here(config: Config) -> None:
         or runs_in_slices(config)
     ):
         raise UserError(
-            "benchmark_step.py measures whole texts on one rank, or a pipeline: parallel.tensor "
-            "and parallel.slices must be 1 unless parallel.pipeline is at least 2"
+            "benchmark_step.py measures whole texts on one rank, or a pipeline: with "
+            "parallel.pipeline 1 it takes one rank, parallel.slices 1 and no training.recompute"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from refine_mcore import platform
 from refine_mcore.config import Config, data_parallel_layout
 from refine_mcore.data import batch_iterator, build_dataset, load_tokenizer
+from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.rollout.branches import Randomness
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.optimizer import build_optimizer, main_gradient, wrap_data_parallel
-from refine_mcore.training.refine_loss import TextBatch
 from refine_mcore.training.setup import build_engine, resolve_architecture, training_model
 from refine_mcore.training.step import TrainStep
-from refine_mcore.training.step_modes import StepContext
 
 
 class Bench:
@@ -59,6 +61,12 @@ class Bench:
             Randomness(self.config.training.seed, 0),
             self.groups.dp,
         )
+
+    @cached_property
+    def one_slice(self) -> PipelineEngine:
+        """The engine over whole sequences; every rank asks for it at the same point."""
+        timeout = self.config.parallel.timeout
+        return PipelineEngine(self.model, self.groups, slices=1, recompute=False, timeout_s=timeout)
 
     def zero_gradients(self) -> None:
         self.model.zero_grad_buffer()

@@ -7,7 +7,6 @@ over the stages, plus the time of the optimizer; 1F1B is the plan of one slice.
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -19,12 +18,12 @@ import torch
 import torch.distributed as dist
 
 from refine_mcore.benchmark.bench import Bench, seconds
+from refine_mcore.benchmark.megatron_1f1b import megatron_1f1b
 from refine_mcore.config import Config
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.pipeline.passes import Costs, Pass, Shape
 from refine_mcore.pipeline.simulator import simulate
-from refine_mcore.training.megatron_1f1b import megatron_1f1b
-from refine_mcore.training.step_metrics import StepAccumulator
+from refine_mcore.step.metrics import StepAccumulator
 
 MODES = ("1f1b", "ntp", "fused")
 
@@ -48,7 +47,9 @@ def measure(config: Config, modes: list[str], rounds: int) -> dict[str, Any]:
             "ratio_to_1f1b": statistics.median(ratios),
             "ratio_spread": [min(ratios), max(ratios)],
             "rounds": rounds,
-            "predicted_ratio": predicted[mode]["step_time"] / predicted["1f1b"]["step_time"],
+            "predicted_ratio": (
+                predicted[mode]["predicted_seconds"] / predicted["1f1b"]["predicted_seconds"]
+            ),
             "gradient_difference": _gradient_difference(bench, mode),
         } | predicted[mode]
     return {"modes": report}
@@ -87,7 +88,7 @@ def _with_barrier(step: Callable[[], None]) -> None:
 def _gradient_difference(bench: Bench, mode: str) -> float:
     """|g - g'| / |g'| over this pipeline's ranks: of the next-token steps g' is that of 1F1B, of
     the ReFINE step that of the same step in one slice."""
-    one_slice = _one_slice(bench)
+    one_slice = bench.one_slice
     if mode == "fused":
         found, reference = _gradient(bench, bench.engine, True), _gradient(bench, one_slice, True)
     else:
@@ -109,21 +110,9 @@ def _gradient(bench: Bench, engine: PipelineEngine | None, rolls_out: bool) -> t
     return bench.gradient()
 
 
-@functools.cache
-def _one_slice(bench: Bench) -> PipelineEngine:
-    """The same run over whole sequences."""
-    return PipelineEngine(
-        bench.model,
-        bench.groups,
-        slices=1,
-        recompute=False,
-        timeout_s=bench.config.parallel.timeout,
-    )
-
-
 def _predict(bench: Bench, mode: str) -> dict[str, Any]:
     """Step time and bubble of a mode's plan at the measured costs of its passes, in seconds."""
-    engine = _one_slice(bench) if mode == "1f1b" else bench.engine
+    engine = bench.one_slice if mode == "1f1b" else bench.engine
     assert engine is not None
     kinds = [mode == "fused"] * len(bench.batches)
     spent: dict[Pass, float] = {}
@@ -132,14 +121,14 @@ def _predict(bench: Bench, mode: str) -> dict[str, Any]:
     engine.forward_backward(bench.context, bench.batches, kinds, StepAccumulator())
     dist.barrier()
     outside = seconds(bench.optimizer.step)
-    plan = engine.plan(bench.context, bench.batches, kinds)
+    plan = engine.plan(bench.config.refine, bench.config.data.sequence_length, kinds)
     costs = _costs(_mean_over_stages(bench, spent), plan.shape)
     timeline = simulate(plan.shape, costs, plan.instructions)
     return {
         "slices": plan.shape.slices,
-        "step_time": timeline.step_time + outside,
-        "bubble": timeline.bubble,
-        "costs": vars(costs),
+        "predicted_seconds": timeline.step_time + outside,
+        "predicted_bubble": timeline.bubble,
+        "pass_seconds": vars(costs),
     }
 
 

@@ -12,8 +12,8 @@ import torch
 
 from refine_mcore.benchmark.bench import Bench, profiled_parts, seconds
 from refine_mcore.config import Config
+from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.training.step import STEP_MODES, forward_backward
-from refine_mcore.training.step_metrics import StepAccumulator
 
 MODES = ("ntp", "fused", "two_phase", "prefix_copy")
 _ONCE = {"prefix_copy"}  # the slow reference

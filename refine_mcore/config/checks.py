@@ -24,8 +24,9 @@ def data_parallel_layout(config: Config, world_size: int) -> tuple[int, int]:
     replica = parallel.tensor * parallel.pipeline
     if world_size % replica:
         raise UserError(
-            f"{world_size} ranks do not divide into model replicas of "
-            f"parallel.tensor x parallel.pipeline = {replica} ranks"
+            f"{world_size} rank(s) cannot be shared by model replicas of parallel.tensor x "
+            f"parallel.pipeline = {parallel.tensor} x {parallel.pipeline}: start a multiple of "
+            f"{replica} ranks"
         )
     data_parallel = world_size // replica
     per_pass = training.micro_batch_size * data_parallel
@@ -36,7 +37,8 @@ def data_parallel_layout(config: Config, world_size: int) -> tuple[int, int]:
         if size % per_pass:
             raise UserError(
                 f"{key} ({size}) must be a multiple of training.micro_batch_size x data-parallel "
-                f"ranks ({training.micro_batch_size} x {data_parallel})"
+                f"ranks ({training.micro_batch_size} x {data_parallel}), such as "
+                f"{-(-size // per_pass) * per_pass}"
             )
     return data_parallel, training.global_batch_size // per_pass
 

@@ -181,8 +181,9 @@ class ParallelConfig:
     pipeline: PositiveInt = 1
     # Shard the activations between tensor-parallel blocks over the sequence.
     sequence_parallel: bool = False
-    # Slices of the sequence that the pipeline passes on one by one; null: as many as the plan of
-    # the step gains from (1 without a pipeline). At least one token each; the last may be shorter.
+    # Slices of the sequence that the pipeline passes on one by one. Those longer than a chunk of
+    # the model end with one, so there may be fewer. null: as many as the plan of the step gains
+    # from, of at least 512 tokens each; without a pipeline 1, or all of them with recompute.
     slices: PositiveInt | None = None
     # Layers of each pipeline stage; null: spread evenly, the first stages take what is left over.
     layers_per_stage: tuple[PositiveInt, ...] | None = None
@@ -208,7 +209,8 @@ class CheckpointConfig:
 class RunConfig:
     """Where results go and what is shown."""
 
-    # RUN: configuration, metrics, TensorBoard events and checkpoints.
+    # RUN: configuration, metrics, TensorBoard events, checkpoints and the Hugging Face files that
+    # go into each of them.
     directory: str = "runs/refine"
     tensorboard: bool = True
     # Progress bar on a terminal (log lines elsewhere); false: neither.

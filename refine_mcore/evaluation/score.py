@@ -14,17 +14,17 @@ from refine_mcore.config import OptimizerConfig, RefineConfig
 from refine_mcore.conversion.parameters import to_hf_tensors
 from refine_mcore.models.fast_weight_model import FastWeightModel, LanguageModel
 from refine_mcore.models.sharding import full_tensors
-from refine_mcore.models.whole_model import whole_model
+from refine_mcore.pipeline.whole_model import whole_model
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
-from refine_mcore.training.optimizer import wrap_data_parallel
-from refine_mcore.training.refine_loss import (
+from refine_mcore.step.refine_loss import (
     TextBatch,
     TextPass,
     branch_states,
     ntp_loss,
     text_pass,
 )
+from refine_mcore.training.optimizer import wrap_data_parallel
 
 
 def score_tokens(

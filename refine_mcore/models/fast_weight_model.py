@@ -125,6 +125,11 @@ class FastWeightModel(LanguageModule):
         parts = self.tp_group.size() if self.config.sequence_parallel else 1
         return TokenLayout(streams, length, parts)
 
+    def between_stages(self, streams: int, length: int) -> tuple[int, int, int]:
+        """The shape [s, 1, h] of what one rank hands to the next stage, in `pipeline_dtype`."""
+        tokens = self.token_layout(streams, length).local_tokens
+        return tokens, 1, self.config.hidden_size
+
     def forward(
         self,
         tokens: Tensor,

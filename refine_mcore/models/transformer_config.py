@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +43,9 @@ def transformer_config(
     layers_per_stage: Sequence[int] | None = None,
     sequence_parallel: bool = False,
     tape_interval: int = KERNEL_CHUNK,
-    **megatron_options: Any,
 ) -> FastWeightConfig:
     """The Megatron configuration that runs `architecture` in `dtype` at the given layout.
 
-    `megatron_options` are further `TransformerConfig` fields (recompute, pipeline split, ...).
     Losses and gradients are plain sums over the global batch, so per-token scaling is on. Raises
     UserError where a size does not divide.
     """
@@ -87,8 +84,7 @@ def transformer_config(
         pipeline_model_parallel_layout=_pipeline_layout(
             architecture.num_layers, pipeline_parallel, layers_per_stage
         ),
-        sequence_parallel=sequence_parallel and tensor_parallel > 1,
-        **megatron_options,
+        sequence_parallel=sequence_parallel,
     )
 
 
@@ -104,18 +100,18 @@ def check_layout(
         if size % tensor_parallel:
             fitting = ", ".join(str(n) for n in _common_divisors(sharded.values()))
             raise UserError(
-                f"tensor parallel size {tensor_parallel} does not divide the model's {name} "
+                f"parallel.tensor {tensor_parallel} does not divide the model's {name} "
                 f"of {size}; sizes that work: {fitting}"
             )
     if pipeline_parallel > architecture.num_layers:
         raise UserError(
-            f"{pipeline_parallel} pipeline stages for a model of {architecture.num_layers} layers: "
-            f"use at most {architecture.num_layers}"
+            f"parallel.pipeline {pipeline_parallel} is more than the model's "
+            f"{architecture.num_layers} layers: use at most {architecture.num_layers}"
         )
     if layers_per_stage is not None and sum(layers_per_stage) != architecture.num_layers:
         raise UserError(
-            f"layers_per_stage {list(layers_per_stage)} adds up to {sum(layers_per_stage)} layers, "
-            f"the model has {architecture.num_layers}"
+            f"parallel.layers_per_stage {list(layers_per_stage)} adds up to "
+            f"{sum(layers_per_stage)} layers, the model has {architecture.num_layers}"
         )
 
 

@@ -1,1 +1,2 @@
-"""The step as a pipeline over slices of the sequence: its plan as data (`plan`)."""
+"""The step as a pipeline over slices of the sequence: its plan as data (`plan`) and what
+runs it (`engine`)."""

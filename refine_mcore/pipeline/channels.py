@@ -5,10 +5,15 @@ the world's: the kinds of message that overtake each other in a sliced pipeline 
 and, where sends wait for their receivers, block for ever. Here every channel has a process group
 over the stages, so a pair of ranks uses each in one direction only and messages meet by their
 order, as the plan's checker assumes.
+
+On a GPU a posted receive waits in a hardware queue of its own. With one queue for everything
+(CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron likes for tensor parallelism) it would hold back the
+very passes that its message depends on: `training/setup.py` refuses that.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -17,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from refine_mcore.pipeline.order import CHANNELS
+from refine_mcore.pipeline.order import CHANNELS, RECEIVES_AHEAD
 from refine_mcore.pipeline.passes import Pass
 from refine_mcore.platform import device
 
@@ -36,7 +41,9 @@ class Channels:
         self._ranks = dist.get_process_group_ranks(pp_group)
         self._groups = _groups_of_all_pipelines(self._ranks, timeout_s)
         self._posted: dict[Pass, tuple[list[Any], list[Tensor]]] = {}
-        self._sent: list[tuple[list[Any], list[Tensor]]] = []
+        self._sent: dict[str, deque[tuple[list[Any], list[Tensor]]]] = {
+            channel: deque() for channel in CHANNELS
+        }
         self._connect(dist.get_rank(pp_group))
 
     def _connect(self, stage: int) -> None:
@@ -76,20 +83,28 @@ class Channels:
         return buffers
 
     def send(self, channel: str, stage: int, tensors: Sequence[Tensor]) -> None:
-        """Hand `tensors` to `stage`, without waiting for it; they are kept alive until it has
-        them."""
+        """Hand `tensors` to `stage`, without waiting for it.
+
+        They are kept alive until it has them, which is sure for those before the last few: for them
+        the receives that `stage` posts ahead have been taken.
+        """
         kept = [x.contiguous() for x in tensors]
         target, group = self._ranks[stage], self._groups[channel]
-        works = [dist.isend(x, target, group=group) for x in kept]
-        self._sent = [sent for sent in self._sent if not all(w.is_completed() for w in sent[0])]
-        self._sent.append((works, kept))
+        sent = self._sent[channel]
+        if channel != "token" and len(sent) >= RECEIVES_AHEAD:
+            _wait(sent.popleft())
+        sent.append(([dist.isend(x, target, group=group) for x in kept], kept))
 
     def drain(self) -> None:
         """Wait until everything sent has been received."""
-        for works, _ in self._sent:
-            for work in works:
-                work.wait()
-        self._sent.clear()
+        for sent in self._sent.values():
+            while sent:
+                _wait(sent.popleft())
+
+
+def _wait(sent: tuple[list[Any], list[Tensor]]) -> None:
+    for work in sent[0]:
+        work.wait()
 
 
 def _groups_of_all_pipelines(ranks: list[int], timeout_s: float) -> dict[str, dist.ProcessGroup]:

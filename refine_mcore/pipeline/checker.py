@@ -12,10 +12,10 @@ def check(shape: Shape, costs: Costs, instructions: list[list[Instruction]]) -> 
     """Prove the plan, and return its simulated step.
 
     On every stage each pass runs exactly once and those of a micro-batch in their only order; each
-    message between stages is sent once, after the pass that makes it, and its receive is posted
-    before the pass that consumes it; per channel, sends and receives have the same order; with
-    sends that wait for their receivers all stages reach their end; none holds more micro-batches
-    than `shape.in_flight`.
+    message between stages is sent once, right after the pass that makes it, and its receive is
+    posted before the pass that consumes it; per channel, sends and receives have the same order;
+    with sends that wait for their receivers all stages reach their end; none holds more
+    micro-batches than `shape.in_flight`.
 
     Raises:
         InvalidPlan: naming the stage and the pass that break one of these.
@@ -49,12 +49,12 @@ def _check_passes(shape: Shape, stage: int, order: list[Pass]) -> None:
 
 
 def _check_messages(shape: Shape, stage: int, instructions: list[Instruction]) -> None:
-    """Each pass has its receive before it, and a send comes once and after the pass that feeds it.
+    """Each pass has its receive before it, and a send comes directly after the pass that feeds it.
 
     What is left over or not sent at all, `_check_channels` finds at the other end.
     """
     posted: set[tuple[str, Pass]] = set()
-    to_send: set[Message] = set()
+    to_send: Message | None = None  # what the last pass hands on
     for action, item, channel, peer in instructions:
         if action is Action.RECV:
             if (channel, item) in posted:
@@ -66,16 +66,14 @@ def _check_messages(shape: Shape, stage: int, instructions: list[Instruction]) -
                 if (source, item) not in posted:
                     raise InvalidPlan(f"stage {stage} runs {item} without a receive before it")
                 posted.remove((source, item))
-            if message := shape.message(stage, item):
-                to_send.add(message)
+            to_send = shape.message(stage, item)
         else:
-            message = Message(channel, peer, item)
-            if message not in to_send:
+            if Message(channel, peer, item) != to_send:
                 raise InvalidPlan(
                     f"stage {stage} sends the input of {item} to stage {peer} by {channel}, "
-                    "which it does not have or has sent already"
+                    "which its last pass did not make or which it has sent already"
                 )
-            to_send.remove(message)
+            to_send = None
 
 
 def _check_channels(instructions: list[list[Instruction]]) -> None:

@@ -25,7 +25,8 @@ class Cut:
     memory and collects gradients.
 
     A value made without gradients can be handed on as well, if `reconnect` brings the same value
-    made with gradients before they are needed.
+    made with gradients before they are needed. What is a view of something larger is then copied:
+    it would keep that alive, which nothing else does.
     """
 
     def __init__(self, value: Any) -> None:
@@ -34,7 +35,10 @@ class Cut:
         recomputed = not torch.is_grad_enabled()
 
         def cut(x: Tensor) -> Tensor:
-            leaf = x.detach().requires_grad_(x.requires_grad or recomputed)
+            leaf = x.detach()
+            if recomputed and x.untyped_storage().nbytes() > x.nbytes:
+                leaf = leaf.clone()
+            leaf.requires_grad_(x.requires_grad or recomputed)
             self._leaves.append(leaf)
             return leaf
 

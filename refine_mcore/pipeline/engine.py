@@ -18,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.profiler import record_function
 
+from refine_mcore.config import RefineConfig
 from refine_mcore.pipeline.branch_passes import RolloutShape
 from refine_mcore.pipeline.channels import Channels
 from refine_mcore.pipeline.head import Denominators, Head
@@ -26,9 +27,9 @@ from refine_mcore.pipeline.passes import Costs, Pass, Shape
 from refine_mcore.pipeline.plan import Plan, make_plan
 from refine_mcore.pipeline.slices import enough_slices, slice_spans
 from refine_mcore.pipeline.stage import StageWork
-from refine_mcore.training.refine_loss import TextBatch
-from refine_mcore.training.step_metrics import StepAccumulator
-from refine_mcore.training.step_modes import StepContext
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.metrics import StepAccumulator
+from refine_mcore.step.refine_loss import TextBatch
 
 _NAMES = {"F": "forward", "D": "decode", "S": "score", "W": "backward"}
 
@@ -61,7 +62,8 @@ class PipelineEngine:
     ) -> None:
         self._wrapped, self._slices, self._recompute = wrapped, slices, recompute
         self._stage, self._stages = pg_collection.pp.rank(), pg_collection.pp.size()
-        self.observe: Callable[[Pass], AbstractContextManager[object]] = _annotate  # every pass
+        # wraps every pass: names it in profiles; a benchmark times it
+        self.observe: Callable[[Pass], AbstractContextManager[object]] = _annotate
         several = self._stages > 1
         self._channels = Channels(pg_collection.pp, timeout_s) if several else None
 
@@ -75,21 +77,20 @@ class PipelineEngine:
         """Losses and gradients of all micro-batches; those that `rolls_out` names train on the
         ReFINE loss, the others on the next-token loss alone. `metrics` fills on the last stage."""
         works = self._works(context, batches, rolls_out, metrics)
-        self._follow(self.plan(context, batches, rolls_out), works)
+        self._follow(self.plan(context.config, batches[0].tokens.shape[1], rolls_out), works)
         finalize = self._wrapped.config.finalize_model_grads_func
         assert finalize is not None, "wrap_data_parallel sets it"
         with record_function("refine/reduce gradients"):
             finalize([self._wrapped], None)
 
-    def plan(
-        self, context: StepContext, batches: Sequence[TextBatch], rolls_out: Sequence[bool]
-    ) -> Plan:
-        """The plan of a step."""
-        k = context.config.rollout_tokens if any(rolls_out) else 0
+    def plan(self, config: RefineConfig, length: int, rolls_out: Sequence[bool]) -> Plan:
+        """The plan of a step on texts of `length` tokens, with an entry of `rolls_out` for each
+        micro-batch."""
+        k = config.rollout_tokens if any(rolls_out) else 0
         shape = Shape(
             self._stages,
-            len(batches),
-            len(self._spans(batches)),
+            len(rolls_out),
+            len(self._spans(length, len(rolls_out))),
             rollout_tokens=k,
             ntp_only=frozenset(m for m, rolls in enumerate(rolls_out) if not rolls),
             decode_passes=max(0, k - 1),
@@ -98,11 +99,11 @@ class PipelineEngine:
         costs = Costs(backward=Costs.backward + Costs.forward) if self._recompute else Costs()
         return _cached_plan(shape, costs)
 
-    def _spans(self, batches: Sequence[TextBatch]) -> Sequence[tuple[int, int]]:
+    def _spans(self, length: int, micro_batches: int) -> Sequence[tuple[int, int]]:
         """[start, stop) of the slices of every text."""
-        slices, length = self._slices, batches[0].tokens.shape[1]
+        slices = self._slices
         if slices is None:
-            slices = enough_slices(length, self._stages, len(batches))
+            slices = enough_slices(length, self._stages, micro_batches, self._recompute)
         return slice_spans(length, slices, self._wrapped.module.config.arch)
 
     def _works(
@@ -112,7 +113,8 @@ class PipelineEngine:
         rolls_out: Sequence[bool],
         metrics: StepAccumulator,
     ) -> list[StageWork]:
-        config, spans = context.config, self._spans(batches)
+        config = context.config
+        spans = self._spans(batches[0].tokens.shape[1], len(batches))
         rolling = [batch for batch, rolls in zip(batches, rolls_out, strict=True) if rolls]
         denominators = Denominators(
             context.global_targets(batches), context.policy_denominator(rolling)

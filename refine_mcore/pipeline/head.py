@@ -2,7 +2,7 @@
 rewards.
 
 It is the same step as `training/step_modes.py` describes for whole texts, from the same parts
-(`training/refine_loss.py`), taken apart at the points where the pipeline goes on elsewhere.
+(`step/refine_loss.py`), taken apart at the points where the pipeline goes on elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from refine_mcore.models.fast_weight_model import ModelOutput
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import draw_tokens
 from refine_mcore.rollout.scoring import score_hidden
-from refine_mcore.training.refine_loss import (
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.metrics import StepAccumulator, WorkMetrics
+from refine_mcore.step.refine_loss import (
     Rollouts,
     TextBatch,
     TextPass,
@@ -27,8 +29,16 @@ from refine_mcore.training.refine_loss import (
     predict,
     reward_rollouts,
 )
-from refine_mcore.training.step_metrics import StepAccumulator, WorkMetrics
-from refine_mcore.training.step_modes import StepContext
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What the rollouts of a micro-batch need of its texts: where they leave them, the texts'
+    entropies [B, S], the hidden states [R n, k, d] that follow each branch."""
+
+    branches: Branches
+    entropy: Tensor
+    following: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,19 +63,22 @@ class Head:
     _hidden: list[Tensor] = field(default_factory=list)
     _tokens: list[Tensor] = field(default_factory=list)
     _log_probs: list[Tensor] = field(default_factory=list)
+    _left: _Left | None = None
+
+    @property
+    def ntp_weight(self) -> float:
+        """Of this micro-batch's next-token loss."""
+        return self.context.config.ntp_weight if self.rolls_out else 1.0
 
     def read(self, out: ModelOutput, start: int) -> tuple[TextPass, Tensor]:
-        """What a slice from token `start` on predicts, and its part of the loss."""
+        """What a slice from token `start` on predicts, and its part of the next-token loss."""
         text = predict(
             self.context.model, out, self.batch, with_entropy=self.rolls_out, start=start
         )
-        loss = ntp_loss(text, self.batch, self.denominators.targets)
-        weight = self.context.config.ntp_weight if self.rolls_out else 1.0
-        return text, weight * loss
+        return text, ntp_loss(text, self.batch, self.denominators.targets)
 
-    def report(self, text: TextPass) -> None:
+    def report(self, text: TextPass, loss: Tensor) -> None:
         """Keep of a slice, read for the first time, what the rollouts and the log need."""
-        loss = ntp_loss(text, self.batch, self.denominators.targets)
         self.metrics.add(WorkMetrics({"loss_ntp": loss.detach()}))
         if self.rolls_out:
             assert text.entropy is not None
@@ -75,24 +88,23 @@ class Head:
     def choose_branches(self) -> Branches:
         """Where rollouts leave the texts, once all slices have been read."""
         context, config = self.context, self.context.config
-        self._whole_entropy = torch.cat(self._entropy, dim=1)
-        self._branches = choose_branches(
-            context.model, self._whole_entropy, self.batch, config, context.randomness
-        )
-        self._streams = self._branches.fork(config.rollouts_per_position)
-        hidden = torch.cat(self._hidden, dim=1)
-        self._following = self._streams.rows_after(hidden, config.rollout_tokens)
+        entropy, hidden = torch.cat(self._entropy, dim=1), torch.cat(self._hidden, dim=1)
+        branches = choose_branches(context.model, entropy, self.batch, config, context.randomness)
+        streams = branches.fork(config.rollouts_per_position)
+        following = streams.rows_after(hidden, config.rollout_tokens)
+        self._left = _Left(branches, entropy, following)
         self._entropy, self._hidden = [], []
-        return self._branches
+        return branches
 
     def draw(self, hidden: Tensor) -> Tensor:
         """The next token [R n] of every rollout, emitted by the hidden states [R n, d]."""
         context, config = self.context, self.context.config
+        assert self._left is not None
         with torch.no_grad():
             logits = context.model.logits(hidden[:, None])[:, 0]
         keys = context.randomness.token_keys(
             self.batch.sample_index,
-            self._branches,
+            self._left.branches,
             config.rollouts_per_position,
             len(self._tokens),
         )
@@ -104,15 +116,16 @@ class Head:
     def policy(self, hidden: Tensor, prefix_hidden: Tensor) -> Tensor:
         """The policy loss, weighted, of the rollouts whose hidden states are [R n, k, d] and whose
         first tokens `prefix_hidden` [R n, d] emits."""
-        context, config = self.context, self.context.config
+        context, config, left = self.context, self.context.config, self._left
+        assert left is not None
         rollouts = Rollouts(
-            self._branches, torch.stack(self._tokens, 1), torch.stack(self._log_probs, 1)
+            left.branches, torch.stack(self._tokens, 1), torch.stack(self._log_probs, 1)
         )
         scores = score_hidden(
             context.model, hidden, prefix_hidden, rollouts.tokens, config.rollout_temperature
         )
-        scored = reward_rollouts(self._following, self.batch, rollouts, scores, config)
+        scored = reward_rollouts(left.following, self.batch, rollouts, scores, config)
         loss, sums = policy_loss(scores.log_probs, scored, config, self.denominators.rollouts)
-        described = describe(self.batch, self._whole_entropy, scored)
+        described = describe(self.batch, left.entropy, scored)
         self.metrics.add(WorkMetrics(sums | described.sums, described.texts))
         return config.policy_weight * loss

@@ -29,10 +29,12 @@ def slice_spans(length: int, slices: int, architecture: Architecture) -> Sequenc
 
 
 @functools.lru_cache(maxsize=8)
-def enough_slices(length: int, stages: int, micro_batches: int) -> int:
-    """As many slices as the plan of a ReFINE step on these stages gains from; 1 without a
-    pipeline."""
+def enough_slices(length: int, stages: int, micro_batches: int, recompute: bool = False) -> int:
+    """As many slices of at least 512 tokens as the plan of a ReFINE step on these stages gains
+    from; all there are with recomputation, whose memory is that of one slice."""
+    most = max(1, length // _SHORTEST)
+    if recompute:
+        return most
     if stages == 1:
         return 1
-    gained = choose_slices(Shape(stages, micro_batches, rollout_tokens=5)).shape.slices
-    return max(1, min(gained, length // _SHORTEST))
+    return min(most, choose_slices(Shape(stages, micro_batches, rollout_tokens=5)).shape.slices)

@@ -6,7 +6,8 @@ W(i) is one autograd call over slice i: its output, the states it handed on, the
 states that branches took from it. The gradients are those of the uncut step.
 
 With recomputation F keeps no graph: a slice's activations are made again, all layers of the stage
-at once, just before its backward. So at most one slice's activations are alive.
+at once, just before its backward. So at most one slice's activations are alive, beside what the
+tapes of a micro-batch hold until its branches have left.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from refine_mcore.pipeline.head import Head
 from refine_mcore.pipeline.passes import Pass
 from refine_mcore.platform import to_device
 from refine_mcore.rollout.branches import Branches
-from refine_mcore.training.refine_loss import TextBatch, TextPass
+from refine_mcore.step.refine_loss import TextBatch, TextPass
 
 Span = tuple[int, int]
 
@@ -117,27 +118,28 @@ class StageWork:
         return [self._hidden_spec(streams, 1 if item.op == "D" else shape.tokens), *positions]
 
     def _hidden_spec(self, streams: int, length: int) -> TensorSpec:
-        config = self._model.config
-        tokens = self._model.token_layout(streams, length).local_tokens
-        return TensorSpec((tokens, 1, config.hidden_size), config.pipeline_dtype)
+        shape = self._model.between_stages(streams, length)
+        return TensorSpec(shape, self._model.config.pipeline_dtype)
 
     def _forward(self, index: int, hidden: Tensor | None = None) -> list[Tensor]:
         before = self._slices[index - 1].outgoing if index else None
         hidden = None if hidden is None else hidden.requires_grad_()
         piece = self._slices[index] = _Slice(*self._spans[index], hidden, before)
         with torch.set_grad_enabled(not self._recompute):
-            out, text = self._read(piece, record=self._rollouts is not None)
+            out, text, loss = self._read(piece, record=self._rollouts is not None)
         piece.out = None if self._rollouts is None else out
         if self._head is None:
             return [out.hidden.detach()]
-        assert text is not None
-        self._head.report(text)
+        assert text is not None and loss is not None
+        self._head.report(text, loss)
         all_read = index == len(self._spans) - 1
         return self._begin_rollouts() if self._rollouts is not None and all_read else []
 
-    def _read(self, piece: _Slice, record: bool) -> tuple[ModelOutput, TextPass | None]:
-        """Forward over a slice; with gradients enabled all but its branches is ready for its
-        backward."""
+    def _read(
+        self, piece: _Slice, record: bool
+    ) -> tuple[ModelOutput, TextPass | None, Tensor | None]:
+        """Forward over a slice, on the last stage with what it predicts and its next-token loss;
+        with gradients enabled all but its branches is ready for its backward."""
         self._model.set_input_tensor(piece.hidden)
         out = self._model(
             self._batch.tokens[:, piece.start : piece.stop],
@@ -146,15 +148,15 @@ class StageWork:
             output_states=piece.stop < self._spans[-1][1],
             record=record,
         )
-        text, output, gradient = None, out.hidden, None
+        text, loss, output, gradient = None, None, out.hidden, None
         if self._head is not None:
-            text, output = self._head.read(out, piece.start)
-            gradient = torch.ones_like(output)
+            text, loss = self._head.read(out, piece.start)
+            output, gradient = loss, torch.full_like(loss, self._head.ntp_weight)
         if torch.is_grad_enabled():
             piece.root = get_gradient_edge(output), gradient
         if out.states is not None:
             piece.outgoing = _cut_or_reconnect(piece.outgoing, out.states)
-        return out, text
+        return out, text, loss
 
     def _begin_rollouts(self) -> list[Tensor]:
         """On the last stage, after the last slice: first tokens and positions."""
@@ -230,7 +232,7 @@ class StageWork:
                 of_branches = self._branches.backward(branch_gradient)
             self._branches = None
         if self._recompute:
-            out, _ = self._read(piece, record=piece.branched is not None)
+            out, _, _ = self._read(piece, record=piece.branched is not None)
             if piece.branched is not None:
                 self._branch_off(piece, out)
         with nullcontext() if last_backward else self._wrapped.no_sync():

@@ -28,6 +28,9 @@ from refine_mcore.data import (
 )
 from refine_mcore.errors import UserError
 from refine_mcore.models.transformer_config import check_layout
+from refine_mcore.pipeline.plan import describe
+from refine_mcore.step.metrics import ReducedMetrics
+from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.checkpointing import (
     CheckpointWriter,
     Progress,
@@ -39,7 +42,6 @@ from refine_mcore.training.checkpointing import (
 )
 from refine_mcore.training.metrics import MetricsWriter, StepMetrics, short_hash
 from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
-from refine_mcore.training.refine_loss import TextBatch
 from refine_mcore.training.setup import (
     build_engine,
     check_supported,
@@ -47,8 +49,7 @@ from refine_mcore.training.setup import (
     training_model,
 )
 from refine_mcore.training.show import show_rollouts
-from refine_mcore.training.step import TrainStep
-from refine_mcore.training.step_metrics import ReducedMetrics
+from refine_mcore.training.step import SLICED_MODES, TrainStep
 
 
 def train(config: Config) -> None:
@@ -68,9 +69,9 @@ def train(config: Config) -> None:
     platform.initialize()
     # Ranks meet first: one that fails before would keep those of other nodes waiting for it.
     with platform.distributed(config.parallel.timeout):
+        _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
         tokenizer = load_tokenizer(config.data.tokenizer)
         dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)
-        _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
         _Run(config, dataset, tokenizer, num_micro_batches).train()
 
 
@@ -154,6 +155,7 @@ class _Run:
             self.groups,
             self.engine,
         )
+        self._say_plan()
         batches = self._batches()
         writer = self._writer() if self.first_rank else None
         try:
@@ -184,6 +186,14 @@ class _Run:
             self.checkpoints.abandon()
             if writer is not None:
                 writer.close()
+
+    def _say_plan(self) -> None:
+        """How the pipeline will run, where there is one."""
+        if self.engine is None:
+            return
+        config = self.config
+        kinds = [SLICED_MODES[config.refine.mode]] * self.num_micro_batches
+        self._say(describe(self.engine.plan(config.refine, config.data.sequence_length, kinds)))
 
     def _batches(self) -> Iterator[TextBatch]:
         device = platform.device()

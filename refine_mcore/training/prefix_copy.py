@@ -19,7 +19,9 @@ from torch import Tensor
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import BranchScores, rollout_log_probs
-from refine_mcore.training.refine_loss import (
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.metrics import WorkMetrics
+from refine_mcore.step.refine_loss import (
     Rollouts,
     ScoredRollouts,
     TextBatch,
@@ -30,8 +32,7 @@ from refine_mcore.training.refine_loss import (
     reward_rollouts,
     text_pass,
 )
-from refine_mcore.training.step_metrics import WorkMetrics
-from refine_mcore.training.step_modes import StepContext, Work
+from refine_mcore.training.step_modes import Work
 
 
 def prefix_copy(context: StepContext, batches: Sequence[TextBatch]) -> Iterator[list[Work]]:

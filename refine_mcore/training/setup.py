@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,14 @@ def check_supported(config: Config) -> None:
     if runs_in_slices(config) and config.refine.mode not in SLICED_MODES:
         raise UserError(
             f"refine.mode {config.refine.mode} runs on whole texts: it needs parallel.pipeline 1, "
-            "parallel.slices 1 and no training.recompute"
+            "parallel.slices 1 and no training.recompute, or take refine.mode fused or ntp"
+        )
+
+    one_queue = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+    if config.parallel.pipeline > 1 and one_queue and torch.cuda.is_available():
+        raise UserError(
+            "a pipeline needs more than one hardware queue: unset CUDA_DEVICE_MAX_CONNECTIONS or "
+            "set it to 32"
         )
 
 

@@ -7,9 +7,9 @@ import torch
 from refine_mcore.config import Config
 from refine_mcore.data import LongDocumentWindows, Tokenizer
 from refine_mcore.models.fast_weight_model import FastWeightModel
-from refine_mcore.models.whole_model import whole_model
+from refine_mcore.pipeline.whole_model import whole_model
 from refine_mcore.rollout.branches import Branches, Randomness
-from refine_mcore.training.refine_loss import (
+from refine_mcore.step.refine_loss import (
     TextBatch,
     branch_states,
     choose_branches,
@@ -19,6 +19,8 @@ from refine_mcore.training.refine_loss import (
 
 _CONTEXT_TOKENS = 16
 _SHOWN = 3
+# Of a long text only the beginning is read, in one piece: the step may fit only in slices.
+_MOST_TOKENS = 2048
 
 
 @torch.no_grad()
@@ -29,7 +31,8 @@ def show_rollouts(
     rank of a pipeline calls it with its own stage and gets them all."""
     refine = config.refine
     device = next(model.parameters()).device
-    tokens = dataset[0][None].to(device)
+    tokens = dataset[0][None, : max(_MOST_TOKENS, refine.margin_left + refine.margin_right)]
+    tokens = tokens.to(device)
     batch = TextBatch(
         tokens,
         torch.ones_like(tokens, dtype=torch.bool),

@@ -17,10 +17,11 @@ from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.rollout.branches import Randomness
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.metrics import ReducedMetrics, StepAccumulator
+from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.prefix_copy import prefix_copy
-from refine_mcore.training.refine_loss import TextBatch
-from refine_mcore.training.step_metrics import ReducedMetrics, StepAccumulator
-from refine_mcore.training.step_modes import StepContext, StepMode, Work, fused, ntp, two_phase
+from refine_mcore.training.step_modes import StepMode, Work, fused, ntp, two_phase
 
 STEP_MODES: dict[str, StepMode] = {
     "ntp": ntp,

@@ -16,18 +16,16 @@ Megatron micro-batch, whose losses add up to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from refine_mcore.config import RefineConfig
-from refine_mcore.models.fast_weight_model import FastWeightModel
-from refine_mcore.rollout.branches import Randomness
 from refine_mcore.rollout.scoring import BranchScores, score
-from refine_mcore.training.refine_loss import (
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.metrics import WorkMetrics
+from refine_mcore.step.refine_loss import (
     ScoredRollouts,
     TextBatch,
     TextPass,
@@ -35,39 +33,13 @@ from refine_mcore.training.refine_loss import (
     choose_branches,
     describe,
     ntp_loss,
-    policy_denominator,
     policy_loss,
     reward_rollouts,
     roll_out,
     text_pass,
 )
-from refine_mcore.training.step_metrics import WorkMetrics
 
 Work = Callable[[], tuple[Tensor, WorkMetrics]]
-
-
-@dataclass(frozen=True)
-class StepContext:
-    """What every mode needs: the unwrapped model, the objective, this step's randomness, the
-    data-parallel group."""
-
-    model: FastWeightModel
-    config: RefineConfig
-    randomness: Randomness
-    dp_group: dist.ProcessGroup
-
-    def global_targets(self, batches: Sequence[TextBatch]) -> Tensor:
-        """Valid next-token targets of these micro-batches over all data-parallel ranks; stays on
-        the device."""
-        count = torch.stack([batch.num_targets() for batch in batches]).sum()
-        dist.all_reduce(count, group=self.dp_group)
-        return count
-
-    def policy_denominator(self, batches: Sequence[TextBatch]) -> float:
-        """What the policy loss of these micro-batches is divided by; every data-parallel rank has
-        as many."""
-        local = sum(batch.tokens.shape[0] for batch in batches)
-        return policy_denominator(local * self.dp_group.size(), self.config)
 
 
 StepMode = Callable[[StepContext, Sequence[TextBatch]], Iterator[list[Work]]]

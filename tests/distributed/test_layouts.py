@@ -7,6 +7,8 @@ handed to the ranks as a file; layouts with a pipeline run the engine over three
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,12 @@ from refine_mcore.models.initialization import initialize
 from refine_mcore.models.presets import preset
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.optimizer import (
     build_optimizer,
     main_gradient,
     wrap_data_parallel,
 )
-from refine_mcore.training.refine_loss import TextBatch
 from refine_mcore.training.setup import build_engine
 from refine_mcore.training.step import TrainStep
 from tests.distributed.harness import run_distributed
@@ -48,24 +50,32 @@ class Layout:
     pipeline: int = 1
     sequence_parallel: bool = False
     recompute: bool = False
+    first_stage_layers: int | None = None
 
-    def parallel(self) -> ParallelConfig:
+    def parallel(self, layers: int) -> ParallelConfig:
         slices = 3 if self.pipeline > 1 or self.recompute else None
-        return ParallelConfig(self.tensor, self.pipeline, self.sequence_parallel, slices)
+        first = self.first_stage_layers
+        split = None if first is None else (first, layers - first)
+        return ParallelConfig(self.tensor, self.pipeline, self.sequence_parallel, slices, split)
 
 
 TWO_RANKS = {
     "TP2": Layout(tensor=2),
     "TP2+SP": Layout(tensor=2, sequence_parallel=True),
     "PP2": Layout(pipeline=2),
+    "PP2 of unlike stages": Layout(pipeline=2, first_stage_layers=1),
     "PP2+recompute": Layout(pipeline=2, recompute=True),
     "DP2": Layout(),
 }
 FOUR_RANKS = {
+    "PP4+recompute": Layout(pipeline=4, recompute=True),
+    "TP2xPP2+SP": Layout(tensor=2, pipeline=2, sequence_parallel=True),
+}
+MORE_OF_FOUR_RANKS = {
     "TP4": Layout(tensor=4),
+    "TP4+SP": Layout(tensor=4, sequence_parallel=True),
     "PP4": Layout(pipeline=4),
     "TP2xPP2": Layout(tensor=2, pipeline=2),
-    "TP2xPP2+SP": Layout(tensor=2, pipeline=2, sequence_parallel=True),
     "TP2xDP2": Layout(tensor=2),
     "PP2xDP2": Layout(pipeline=2),
 }
@@ -90,13 +100,17 @@ def _families() -> dict[str, Architecture]:
 
 
 FAMILIES = _families()
+TWO_PHASE = replace(REFINE, mode="two_phase", mini_batch_size=2)
+TWO_PHASE_FAMILIES = ("gated-deltanet", "lact")
 
 
 class Run:
     """Some training steps of a family at a layout, on the same texts whatever the layout."""
 
-    def __init__(self, family: str, layout: Layout, dtype: str, steps: int) -> None:
-        self.config = _config(layout, dtype)
+    def __init__(
+        self, family: str, layout: Layout, dtype: str, steps: int, refine: RefineConfig = REFINE
+    ) -> None:
+        self.config = replace(_config(layout, dtype, FAMILIES[family].num_layers), refine=refine)
         parallel = self.config.parallel
         groups = platform.initialize_model_parallel(parallel.tensor, parallel.pipeline)
         self.model = self._build(FAMILIES[family], groups)
@@ -119,6 +133,7 @@ class Run:
             dtype=getattr(torch, self.config.training.dtype),
             tensor_parallel=parallel.tensor,
             pipeline_parallel=parallel.pipeline,
+            layers_per_stage=parallel.layers_per_stage,
             sequence_parallel=parallel.sequence_parallel,
         )
         model = build_model(config, groups)
@@ -131,7 +146,7 @@ class Run:
                 self.results[prefix + name] = torch.as_tensor(value).clone()
 
 
-def _config(layout: Layout, dtype: str) -> Config:
+def _config(layout: Layout, dtype: str, layers: int) -> Config:
     config = config_from_dict(
         {
             "model": {"preset": "tiny-deltanet"},  # for the checks only
@@ -141,24 +156,25 @@ def _config(layout: Layout, dtype: str) -> Config:
         },
         "this test",
     )
-    return replace(config, refine=REFINE, parallel=layout.parallel())
+    return replace(config, parallel=layout.parallel(layers))
 
 
 def _texts(step: int, dp_group: dist.ProcessGroup) -> list[TextBatch]:
-    """This rank's share of a step's texts, one per micro-batch."""
+    """This rank's share of a step's texts, two at a time without data parallelism, else one."""
     tokens = torch.randint(61, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(step))
-    mine = range(dp_group.rank(), TEXTS, dp_group.size())
+    mine = torch.arange(dp_group.rank(), TEXTS, dp_group.size())
+    mask = torch.ones(1, LENGTH, dtype=torch.bool)
     return [
-        TextBatch(tokens[i][None], torch.ones(1, LENGTH, dtype=torch.bool), torch.tensor([i]))
-        for i in mine
+        TextBatch(tokens[index], mask.expand(len(index), -1), index)
+        for index in mine.split(2 // dp_group.size())
     ]
 
 
 def _compare(case: str, run: Run, expected: dict[str, Tensor], tolerance: float) -> None:
-    """All that the run has; the reference may go on for more steps."""
-    assert any(name.startswith("gradient.") for name in run.results)
-    for name, found in run.results.items():
-        value = expected[name]
+    """The same things, and the same values."""
+    assert run.results.keys() == expected.keys()
+    for name, value in expected.items():
+        found = run.results[name]
         if not value.is_floating_point():  # positions and rollout tokens
             assert torch.equal(found, value), f"{case} {name}"
             continue
@@ -173,7 +189,7 @@ def _compare(case: str, run: Run, expected: dict[str, Tensor], tolerance: float)
 
 def _all_layouts(layouts: dict[str, Layout], steps: int, reference: Path) -> None:
     for family in FAMILIES:
-        expected = torch.load(reference / f"{family}.float64.pt", weights_only=True)
+        expected = _load(reference, family, f"float64-{steps}")
         for name, layout in layouts.items():
             if layout.tensor > 2 and family == "hybrid":
                 continue  # two key/value heads
@@ -182,39 +198,68 @@ def _all_layouts(layouts: dict[str, Layout], steps: int, reference: Path) -> Non
                 _compare(f"{family} {name}", run, expected, 1e-9)
 
 
+def _load(reference: Path, family: str, name: str) -> dict[str, Tensor]:
+    return torch.load(reference / f"{family}-{name}.pt", weights_only=True)
+
+
+def _two_phases(reference: Path) -> None:
+    for family in TWO_PHASE_FAMILIES:
+        expected = _load(reference, family, "two_phase")
+        for name in ("DP2", "TP2+SP"):
+            run = Run(family, TWO_RANKS[name], "float64", 1, TWO_PHASE)
+            if dist.get_rank() == 0:
+                _compare(f"{family} {name} two_phase", run, expected, 1e-9)
+
+
 def _single_precision(reference: Path) -> None:
     for family in FAMILIES:
-        expected = torch.load(reference / f"{family}.float32.pt", weights_only=True)
+        expected = _load(reference, family, "float32-1")
         run = Run(family, FOUR_RANKS["TP2xPP2+SP"], "float32", 1)
         if dist.get_rank() == 0:
             # Muon's Newton-Schulz iterations amplify rounding
             _compare(f"{family} float32", run, expected, 1e-2 if "lact" in family else 1e-4)
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file per family and precision: what one rank gives."""
-    directory = tmp_path_factory.mktemp("reference")
+@contextmanager
+def _one_rank() -> Iterator[None]:
     platform.initialize()
     platform.init_distributed(timeout_s=60)
     try:
-        for family in FAMILIES:
-            for dtype, steps in (("float64", 5), ("float32", 1)):
-                run = Run(family, Layout(), dtype, steps)
-                torch.save(run.results, directory / f"{family}.{dtype}.pt")
+        yield
     finally:
         platform.shutdown()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file per family and kind of run: what one rank gives."""
+    directory = tmp_path_factory.mktemp("reference")
+    with _one_rank():
+        for family in FAMILIES:
+            for dtype, steps in (("float64", 1), ("float64", 5), ("float32", 1)):
+                run = Run(family, Layout(), dtype, steps)
+                torch.save(run.results, directory / f"{family}-{dtype}-{steps}.pt")
+        for family in TWO_PHASE_FAMILIES:
+            run = Run(family, Layout(), "float64", 1, TWO_PHASE)
+            torch.save(run.results, directory / f"{family}-two_phase.pt")
     return directory
 
 
-@pytest.mark.timeout(600)
-def test_two_ranks_equal_one(reference: Path) -> None:
-    run_distributed(_all_layouts, 2, TWO_RANKS, 5, reference, timeout=500)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks, layouts", [(2, TWO_RANKS), (4, FOUR_RANKS)])
+def test_layouts_equal_one_rank(reference: Path, ranks: int, layouts: dict[str, Layout]) -> None:
+    run_distributed(_all_layouts, ranks, layouts, 1, reference, timeout=800)
 
 
-@pytest.mark.timeout(600)
-def test_four_ranks_equal_one(reference: Path) -> None:
-    run_distributed(_all_layouts, 4, FOUR_RANKS, 2, reference, timeout=500)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ranks, layouts", [(2, TWO_RANKS), (4, FOUR_RANKS | MORE_OF_FOUR_RANKS)])
+def test_five_steps_equal_one_rank(reference: Path, ranks: int, layouts: dict[str, Layout]) -> None:
+    run_distributed(_all_layouts, ranks, layouts, 5, reference, timeout=3500)
+
+
+def test_two_phases_equal_one_rank(reference: Path) -> None:
+    run_distributed(_two_phases, 2, reference)
 
 
 def test_single_precision_equals_one_rank(reference: Path) -> None:

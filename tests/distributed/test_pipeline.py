@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from refine_mcore import platform
+from refine_mcore.benchmark.megatron_1f1b import megatron_1f1b
 from refine_mcore.config import OptimizerConfig, RefineConfig, config_from_dict
 from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import build_model
@@ -21,12 +22,11 @@ from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.rollout.branches import Randomness
-from refine_mcore.training.megatron_1f1b import megatron_1f1b
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.metrics import ReducedMetrics, StepAccumulator
+from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
-from refine_mcore.training.refine_loss import TextBatch
 from refine_mcore.training.step import TrainStep
-from refine_mcore.training.step_metrics import ReducedMetrics, StepAccumulator
-from refine_mcore.training.step_modes import StepContext
 from tests.distributed.harness import run_distributed
 
 LENGTH = 45

@@ -17,12 +17,12 @@ from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
-from refine_mcore.models.whole_model import WholeModel, whole_model
+from refine_mcore.pipeline.whole_model import WholeModel, whole_model
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import score
+from refine_mcore.step.refine_loss import TextBatch, branch_states, ntp_loss, text_pass
 from refine_mcore.training.optimizer import wrap_data_parallel
-from refine_mcore.training.refine_loss import TextBatch, branch_states, ntp_loss, text_pass
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_layouts import FAMILIES
 

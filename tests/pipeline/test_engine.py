@@ -15,11 +15,12 @@ from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.pipeline.slices import enough_slices, slice_spans
 from refine_mcore.rollout.branches import Randomness
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.metrics import StepAccumulator
+from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.optimizer import wrap_data_parallel
-from refine_mcore.training.refine_loss import TextBatch
 from refine_mcore.training.step import forward_backward
-from refine_mcore.training.step_metrics import StepAccumulator
-from refine_mcore.training.step_modes import StepContext, StepMode, fused, ntp
+from refine_mcore.training.step_modes import StepMode, fused, ntp
 from tests.models.zoo import ARCHITECTURES, NAMES, assert_same_gradients, make_model, random_tokens
 
 pytestmark = pytest.mark.usefixtures("short_chunks")

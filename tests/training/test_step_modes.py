@@ -12,10 +12,11 @@ from torch import Tensor
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.rollout.branches import Randomness
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.metrics import ReducedMetrics, StepAccumulator
+from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.prefix_copy import prefix_copy
-from refine_mcore.training.refine_loss import TextBatch
-from refine_mcore.training.step_metrics import ReducedMetrics, StepAccumulator
-from refine_mcore.training.step_modes import StepContext, StepMode, Work, fused, ntp, two_phase
+from refine_mcore.training.step_modes import StepMode, Work, fused, ntp, two_phase
 from tests.models.zoo import FAMILIES, NAMES, assert_same_gradients, gradients, random_tokens
 
 ModelOf = Callable[[str], FastWeightModel]

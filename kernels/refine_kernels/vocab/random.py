@@ -37,10 +37,8 @@ def combine_keys(*parts: int | Tensor) -> Tensor:
     """
     key = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        part = torch.as_tensor(part, dtype=torch.int64)
-        if part.dim() > 0:
-            key = key.to(part.device)
-        key = _mix_((key + _GOLDEN) ^ part)
+        # a 0-dim key on the host joins a tensor on the device without a copy to wait for
+        key = _mix_((key + _GOLDEN) ^ torch.as_tensor(part, dtype=torch.int64))
     return key
 
 

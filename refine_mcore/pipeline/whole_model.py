@@ -47,7 +47,7 @@ class WholeModel:
         record: bool = False,
     ) -> ModelOutput:
         """As `FastWeightModel.forward`, `hidden` [R, T, h] on every stage."""
-        between = (self._stage.token_layout(*tokens.shape).local_tokens, 1, self.config.hidden_size)
+        between = self._stage.between_stages(*tokens.shape)
         if self._rank > 0:
             # Gradients travel in the order of their calls, the last call first on every stage: that
             # is how autograd runs them.

@@ -30,7 +30,7 @@ from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import BranchScores
 from refine_mcore.rollout.vocabulary import vocabulary_options
-from refine_mcore.training.step_metrics import TextRecord, WorkMetrics
+from refine_mcore.step.metrics import TextRecord, WorkMetrics
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from refine_mcore.training.refine_loss import TextBatch, ntp_loss, predict
-from refine_mcore.training.step_metrics import StepAccumulator, WorkMetrics
-from refine_mcore.training.step_modes import StepContext
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.metrics import StepAccumulator, WorkMetrics
+from refine_mcore.step.refine_loss import TextBatch, ntp_loss, predict
 
 
 def megatron_1f1b(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refine_mcore.training.step_metrics import (
+from refine_mcore.step.metrics import (
     ReducedMetrics,
     StepAccumulator,
     TextRecord,
