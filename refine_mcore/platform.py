@@ -152,7 +152,7 @@ def initialize_model_parallel(
     if min(tensor, pipeline) < 1 or world_size % (tensor * pipeline):
         raise UserError(
             f"{world_size} rank(s) cannot be shared by model replicas of {tensor} (tensor) x "
-            f"{pipeline} (pipeline) ranks: start a multiple of {tensor * pipeline}"
+            f"{pipeline} (pipeline) ranks"
         )
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

@@ -255,7 +255,9 @@ def test_layout():
     config = config_from_dict({"model": {"preset": "tiny-deltanet"}}, "test")
     config = replace(config, parallel=replace(config.parallel, tensor=2, pipeline=2))
     assert data_parallel_layout(config, 16) == (4, 32)
-    with pytest.raises(UserError, match="6 ranks do not divide into model replicas of .* 4 ranks"):
+    with pytest.raises(
+        UserError, match="6 rank.s. cannot be shared .* 2 x 2: start a multiple of 4 ranks"
+    ):
         data_parallel_layout(config, 6)
     with pytest.raises(UserError, match=r"training.global_batch_size \(128\) must be .*1 x 3"):
         data_parallel_layout(config, 12)
@@ -282,7 +284,7 @@ def test_example_configs_can_start(path):
 
 
 def test_examples_exist():
-    assert len(EXAMPLES) == 7
+    assert len(EXAMPLES) == 8
 
 
 @given(

@@ -53,7 +53,7 @@ def test_same_seed_same_random_numbers(single_rank) -> None:
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 3), (0, 1)])
 def test_layout_that_does_not_fit_is_refused(single_rank, tensor: int, pipeline: int) -> None:
-    with pytest.raises(UserError, match=f"{tensor} x pipeline parallel {pipeline} .* 1 rank"):
+    with pytest.raises(UserError, match=rf"1 rank.* {tensor} .* x {pipeline} "):
         platform.initialize_model_parallel(tensor=tensor, pipeline=pipeline)
 
 

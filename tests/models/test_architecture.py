@@ -186,10 +186,10 @@ def test_sizes_that_cannot_work(mixer: Any, attention: Any, message: str) -> Non
 @pytest.mark.parametrize(
     ("name", "tensor", "pipeline", "message"),
     [
-        ("tiny-lact", 3, 1, "tensor parallel size 3 does not divide .*; sizes that work: 1, 2$"),
+        ("tiny-lact", 3, 1, "parallel.tensor 3 does not divide .*; sizes that work: 1, 2$"),
         ("tiny-deltanet", 4, 1, "head count of 2; sizes that work: 1, 2$"),
         ("gated-deltanet-1.3b", 4, 1, "head count of 6; sizes that work: 1, 2$"),
-        ("tiny-lact", 1, 3, "3 pipeline stages for a model of 2 layers: use at most 2"),
+        ("tiny-lact", 1, 3, "parallel.pipeline 3 is more than the model's 2 layers: use at most 2"),
     ],
 )
 def test_layouts_that_cannot_work(name: str, tensor: int, pipeline: int, message: str) -> None:
