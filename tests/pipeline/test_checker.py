@@ -131,3 +131,13 @@ def test_a_plan_for_another_size_is_refused() -> None:
     assert "no micro-batch" in _refused(GOOD.instructions, Shape(3, 3, 3, rollout_tokens=2))
     assert "missing" in _refused(GOOD.instructions, Shape(3, 5, 3, 2, frozenset({1})))
     assert "is due" in _refused(GOOD.instructions, Shape(3, 4, 3, rollout_tokens=2))
+
+
+def test_a_send_that_comes_after_another_pass_is_found() -> None:
+    """A stage hands on what its last pass made."""
+    of_stage = list(GOOD.instructions[0])
+    actions = [x.action for x in of_stage]
+    index = actions.index(Action.SEND)
+    following = actions.index(Action.RUN, index)
+    of_stage.insert(following, of_stage.pop(index))
+    assert "its last pass did not make" in _refused(_damaged(0, of_stage))

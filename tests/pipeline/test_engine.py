@@ -12,6 +12,8 @@ from torch import Tensor
 
 from refine_mcore.config import OptimizerConfig, RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.state import map_tensors
+from refine_mcore.pipeline.cut import Cut
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.pipeline.slices import enough_slices, slice_spans
 from refine_mcore.rollout.branches import Randomness
@@ -106,6 +108,7 @@ def test_slices_do_not_show(name: str, process_groups: Any) -> None:
         {"rollout_tokens": 1, "reward": "hybrid"},  # no decode pass
         {"margin_left": 1, "margin_right": 4, "selection": "argmin", "num_chunks": 6},
         {"rollout_temperature": 0.6, "grouping": "position", "rollouts_per_position": 3},
+        {"ntp_weight": 0.3, "policy_weight": 2.0},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -136,3 +139,23 @@ def test_slices_end_with_chunks_and_leave_no_token_out() -> None:
     assert enough_slices(10_000, stages=1, micro_batches=8) == 1
     assert enough_slices(600, stages=4, micro_batches=8) == 1
     assert 8 <= enough_slices(16_384, stages=4, micro_batches=8) <= 32
+    assert enough_slices(16_384, stages=1, micro_batches=8, recompute=True) == 32
+
+
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "lact"])
+def test_recomputation_keeps_states_and_inputs_only(name: str, process_groups: Any) -> None:
+    """Handing a state on does not keep the slice alive that it is a view of."""
+    model = make_model(name, process_groups)
+    with torch.no_grad():
+        out = model(random_tokens(1, 64), output_states=True)
+        cut = Cut(out.states)
+    needed, kept = 0, {}
+
+    def weigh(x: Tensor) -> Tensor:
+        nonlocal needed
+        needed += x.nbytes
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    map_tensors(weigh, cut.handed)
+    assert sum(kept.values()) <= needed
