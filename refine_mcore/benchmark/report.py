@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform as host
+import platform as python_platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from refine_mcore import platform
 from refine_mcore.config import Config, to_dict
 from refine_mcore.errors import UserError
 
@@ -34,7 +35,7 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-    if torch.cuda.is_available():
+    if platform.device().type == "cuda":
         machine["accelerator"] = torch.cuda.get_device_name()
     return machine
 
@@ -43,13 +44,13 @@ def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return host.processor()
+        return python_platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else host.processor()
+    return names[0] if names else python_platform.processor()
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": host.python_version()}
+    versions = {"python": python_platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from refine_mcore import platform
 from refine_mcore.benchmark.bench import Bench, profiled_parts, seconds
 from refine_mcore.config import Config
 from refine_mcore.step.metrics import StepAccumulator
@@ -58,7 +59,7 @@ def peak_memory(config: Config, mode: str) -> int:
     bench = Bench(config)
     for _ in range(1 if mode in _ONCE else 2):
         bench.run_step(bench.batches, 0, mode)
-    if torch.cuda.is_available():
+    if platform.device().type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - bench.before_model
 

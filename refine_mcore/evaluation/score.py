@@ -24,7 +24,7 @@ from refine_mcore.step.refine_loss import (
     ntp_loss,
     text_pass,
 )
-from refine_mcore.training.optimizer import wrap_data_parallel
+from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
 
 
 def score_tokens(
@@ -73,7 +73,7 @@ def score_tokens(
         loss.backward()
         # sums the shares of norms under sequence parallelism and of tied embeddings
         stage.config.finalize_model_grads_func([wrapped])
-        by_key = full_tensors(stage, lambda p: p.main_grad)  # type: ignore[attr-defined]
+        by_key = full_tensors(stage, main_gradient)
         if by_key:
             by_name = to_hf_tensors(model.config.arch, by_key)
             result |= {f"gradient.{name}": gradient for name, gradient in by_name.items()}

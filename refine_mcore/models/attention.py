@@ -55,22 +55,17 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, past: TokenHistory | None, window: int | None
-) -> Tensor:
+def attend(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:
     """softmax(q k^T / sqrt(dim)) v over each query's own past.
 
-    q [R, T, heads, dim]; k, v [R, T, kv_heads, dim] of the same new tokens; `past` holds the (keys,
-    values) before them. Query t sees the `window` keys up to and including its own (all if None).
+    q [R, T, heads, dim]; `history` holds (keys, values) [R, tokens, kv_heads, dim], those of the
+    same T tokens last. Query t sees the `window` keys up to and including its own (all if None).
     Returns [R, T, heads, dim].
     """
-    if past is not None and past.text is not None:
-        return _branch_attention(q, k, v, past, window)
-    before = 0
-    if past is not None:
-        before = past.own_length
-        k, v = torch.cat([past.own[0], k], dim=1), torch.cat([past.own[1], v], dim=1)
-    return _text_attention(q, k, v, before, window)
+    if history.text is not None:
+        return _branch_attention(q, history, window)
+    k, v = history.own
+    return _text_attention(q, k, v, history.own_length - q.shape[1], window)
 
 
 def _text_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int | None) -> Tensor:
@@ -117,16 +112,13 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
-def _branch_attention(
-    q: Tensor, k: Tensor, v: Tensor, past: TokenHistory, window: int | None
-) -> Tensor:
+def _branch_attention(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:
     """Attention of branches: one softmax over the text's keys (shared) and each branch's own."""
-    assert past.text is not None
-    history = past.append((k, v))
+    assert history.text is not None
     own_k, own_v = history.own
-    text_k, text_v = past.text
+    text_k, text_v = history.text
     if not torch.is_grad_enabled():
-        return _branch_attention_core(q, own_k, own_v, text_k, text_v, past, window)
+        return _branch_attention_core(q, own_k, own_v, text_k, text_v, history, window)
     # scores over the text are [branches * k, S]: made again in the backward rather than kept
     return checkpoint(
         _branch_attention_core,
@@ -135,7 +127,7 @@ def _branch_attention(
         own_v,
         text_k,
         text_v,
-        past,
+        history,
         window,
         use_reentrant=False,
         preserve_rng_state=False,
@@ -148,21 +140,21 @@ def _branch_attention_core(
     own_v: Tensor,
     text_k: Tensor,
     text_v: Tensor,
-    past: TokenHistory,
+    history: TokenHistory,
     window: int | None,
 ) -> Tensor:
     streams, length, heads, dim = q.shape
-    kv_heads, before = text_k.shape[2], past.own_length
+    kv_heads, before = text_k.shape[2], own_k.shape[1] - length
     compute = at_least_float32(q.dtype)
     scale = dim**-0.5
-    low, high = _visible_range(past, window)
+    low, high = _visible_range(history.limit, before, window)
     if high - low > text_k.shape[1] // 2:
         # the gradient of a slice is a zero tensor of the text's size: more than the slice saves
         low, high = 0, text_k.shape[1]
     else:
         text_k, text_v = text_k[:, low:high], text_v[:, low:high]
     text_k, text_v = text_k.transpose(1, 2), text_v.transpose(1, 2)
-    groups = StreamGroups(past.rows, text_k.shape[0])
+    groups = StreamGroups(history.rows, text_k.shape[0])
 
     def by_head(x: Tensor) -> Tensor:
         """[rows, n, heads, dim] -> [rows, kv_heads, heads / kv_heads * n, dim]"""
@@ -184,7 +176,7 @@ def _branch_attention_core(
     query = torch.arange(length, device=q.device)[:, None] + before
     own = torch.arange(before + length, device=q.device)
     own_mask = own <= query
-    limit = to_device(past.limit, q.device)[:, None, None]
+    limit = to_device(history.limit, q.device)[:, None, None]
     text = torch.arange(low, high, device=q.device)
     text_mask = (text < limit).expand(streams, length, -1)
     if window is not None:
@@ -203,13 +195,13 @@ def _branch_attention_core(
     return out.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, dim)
 
 
-def _visible_range(past: TokenHistory, window: int | None) -> tuple[int, int]:
-    """The text tokens that some branch can see, [low, high); never none, a hidden one where
-    branches see none."""
-    high = max(1, *past.limit)
+def _visible_range(limit: Sequence[int], before: int, window: int | None) -> tuple[int, int]:
+    """The text tokens that some branch can see which has made `before` tokens of its own, [low,
+    high); never none, a hidden one where branches see none."""
+    high = max(1, *limit)
     if window is None:
         return 0, high
-    low = min(past.limit) + past.own_length - window + 1
+    low = min(limit) + before - window + 1
     return min(max(0, low), high - 1), high
 
 
@@ -298,32 +290,30 @@ class SelfAttention(Mixer):
         q, k = rotate(q, table), rotate(k, table)
         past = state.history if state is not None else None
         window = self.options.window_size
-        out = attend(q, k, v, past, window)
-        history = extend_history(past, (k, v), window) if output_state else None
+        history = TokenHistory.extend(past, (k, v))
         return MixerOutput(
-            out.flatten(2),
-            AttentionState(history, tuple(p + length for p in position)) if history else None,
-            record_text(past, k, v, position, window) if record else None,
+            attend(q, history, window).flatten(2),
+            next_attention_state(history, position, length, window) if output_state else None,
+            record_text(history, position, length, window) if record else None,
         )
 
 
-def extend_history(
-    past: TokenHistory | None, new: tuple[Tensor, ...], window: int | None
-) -> TokenHistory:
-    """The past with the new tokens, cut to what a window can still see where the stream has no text
-    behind it."""
-    history = TokenHistory(new) if past is None else past.append(new)
-    if window is None or history.text is not None:
-        return history
-    return history.keep_last(window - 1)
+def next_attention_state(
+    history: TokenHistory, position: Sequence[int], length: int, window: int | None
+) -> AttentionState:
+    """The state after `length` tokens, the last in `history`: cut to what a window can still see
+    where the stream has no text behind it."""
+    if window is not None and history.text is None:
+        history = history.keep_last(window - 1)
+    return AttentionState(history, tuple(p + length for p in position))
 
 
 def record_text(
-    past: TokenHistory | None, k: Tensor, v: Tensor, position: Sequence[int], window: int | None
+    history: TokenHistory, position: Sequence[int], length: int, window: int | None
 ) -> AttentionTape:
-    """The tape of a text forward: all streams at one position, none a branch."""
-    assert len(set(position)) == 1 and (past is None or past.text is None)
-    if past is None:
-        return AttentionTape(k, v, position[0], position[0], window)
-    keys, values = past.append((k, v)).own
-    return AttentionTape(keys, values, position[0] - past.own_length, position[0], window)
+    """The tape of a forward over `length` tokens of texts, the last in `history`: all streams at
+    one position, none a branch."""
+    assert len(set(position)) == 1 and history.text is None
+    keys, values = history.own
+    first = position[0] + length - history.own_length
+    return AttentionTape(keys, values, first, position[0], window)

@@ -37,7 +37,7 @@ class ModelOutput:
 
 class LanguageModel(Protocol):
     """What text passes and rollouts ask of a model: a `FastWeightModel` that is the only stage, or
-    several stages together (whole_model.py)."""
+    several stages together (pipeline/whole_model.py)."""
 
     @property
     def config(self) -> FastWeightConfig: ...

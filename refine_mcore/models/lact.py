@@ -39,7 +39,7 @@ from refine_mcore.models.attention import (
     AttentionState,
     AttentionTape,
     attend,
-    extend_history,
+    next_attention_state,
     record_text,
     rotary_table,
     rotate,
@@ -148,7 +148,8 @@ class LaCT(Mixer):
         q, k = rotate(q, table), rotate(k, table)
         past = state.attention.history if state is not None else None
         window = self.options.window_size
-        attended = attend(q, k, v, past, window)
+        history = TokenHistory.extend(past, (k, v))
+        attended = attend(q, history, window)
 
         read, weights = self._fast_weight_branch(fq, inputs, state)
         y = rms_norm(read, shared_by_heads(self.ttt_norm, self.tp_group), _NORM_EPS)
@@ -157,15 +158,17 @@ class LaCT(Mixer):
         out = attended.flatten(2) + y.flatten(2)
         # rates are only used once a chunk is full
         out = with_zero_gradients(out, [self.in_proj.bias(name) for name in self._rates])
-        tape = None
+        if not (output_state or record):
+            return MixerOutput(out, None, None)
+        pending = TokenHistory.extend(state.pending if state else None, inputs.tensors())
+        new_state = tape = None
+        if output_state:
+            attention = next_attention_state(history, position, length, window)
+            new_state = self._next_state(attention, pending, weights)
         if record:
-            tape = self._record(record_text(past, k, v, position, window), inputs, state, weights)
-        if not output_state:
-            return MixerOutput(out, None, tape)
-        attention = AttentionState(
-            extend_history(past, (k, v), window), tuple(p + length for p in position)
-        )
-        return MixerOutput(out, self._next_state(attention, inputs, state, weights), tape)
+            attention_tape = record_text(history, position, length, window)
+            tape = self._record(attention_tape, pending, position[0] + length, weights)
+        return MixerOutput(out, new_state, tape)
 
     def _fast_inputs(
         self,
@@ -315,14 +318,8 @@ class LaCT(Mixer):
         return torch.cat([*read, rest_read], dim=1), [weights, *chunks]
 
     def _next_state(
-        self,
-        attention: AttentionState,
-        inputs: FastInputs,
-        state: LaCTState | None,
-        weights: _WeightsInForce,
+        self, attention: AttentionState, pending: TokenHistory, weights: _WeightsInForce
     ) -> LaCTState:
-        tensors = inputs.tensors()
-        pending = TokenHistory(tensors) if state is None else state.pending.append(tensors)
         if pending.text is None:
             pending = pending.keep_last(
                 max(open_chunk_length(p, self.options.chunk_size) for p in attention.position)
@@ -330,26 +327,17 @@ class LaCT(Mixer):
         return LaCTState(attention, weights.last, weights.rows, pending)
 
     def _record(
-        self,
-        attention: AttentionTape,
-        inputs: FastInputs,
-        state: LaCTState | None,
-        weights: _WeightsInForce,
+        self, attention: AttentionTape, pending: TokenHistory, end: int, weights: _WeightsInForce
     ) -> LaCTTape:
+        """The tape of a forward over tokens up to `end`."""
         assert weights.rows == tuple(range(len(weights.rows))), "a tape needs texts, not branches"
-        tensors = inputs.tensors()
-        if state is None:
-            return LaCTTape(self.options.chunk_size, attention, tensors, 0, weights.chunks, 0)
-        start = state.position[0]
-        history = state.pending.append(tensors)
-        first_chunk = weights_index(start, self.options.chunk_size)
         return LaCTTape(
             self.options.chunk_size,
             attention,
-            history.own,
-            start - state.pending.own_length,
+            pending.own,
+            end - pending.own_length,
             weights.chunks,
-            first_chunk,
+            weights_index(attention.start, self.options.chunk_size),
         )
 
 

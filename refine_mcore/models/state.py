@@ -302,6 +302,11 @@ class TokenHistory:
         )
         return cls.branch(text, rows, limits, reach)
 
+    @classmethod
+    def extend(cls, past: TokenHistory | None, new: tuple[Tensor, ...]) -> TokenHistory:
+        """`past`, if there is one, with `new` [R, T, ...] behind it."""
+        return cls(new) if past is None else past.append(new)
+
     def append(self, new: tuple[Tensor, ...]) -> TokenHistory:
         """The history with `new` [R, T, ...] behind it."""
         own = tuple(torch.cat([a, b], dim=1) for a, b in zip(self.own, new, strict=True))

@@ -38,8 +38,7 @@ from refine_mcore.pipeline.order import CHANNELS, order_passes, receives_ahead
 from refine_mcore.pipeline.passes import Costs, Shape
 from refine_mcore.pipeline.simulator import Timeline
 
-_MOST_SLICES = 64
-_WORTHWHILE = 0.01  # share of the step time that a larger number of slices must save
+_WORTHWHILE = 0.01  # share of the step time that twice the slices must save
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,20 @@ def make_plan(shape: Shape, costs: Costs | None = None) -> Plan:
     return Plan(shape, costs, instructions, check(shape, costs, instructions))
 
 
-def choose_slices(shape: Shape, costs: Costs | None = None) -> Plan:
-    """The plan with the fewest slices, a power of two up to 64, that is within 1 % of the fastest.
+def choose_slices(shape: Shape, costs: Costs | None = None, most: int = 64) -> Plan:
+    """The plan with as many slices, a power of two up to `most`, as each doubling saves 1 % of the
+    step.
 
     `shape.slices` is ignored. Without `costs.overhead` more slices are never dear, and the choice
     says only where they stop to help.
     """
-    counts = [1 << i for i in range(_MOST_SLICES.bit_length())]
-    plans = [make_plan(replace(shape, slices=count), costs) for count in counts]
-    fastest = min(plan.timeline.step_time for plan in plans)
-    return next(p for p in plans if p.timeline.step_time <= fastest * (1 + _WORTHWHILE))
+    plan = make_plan(replace(shape, slices=1), costs)
+    while 2 * plan.shape.slices <= most:
+        doubled = make_plan(replace(shape, slices=2 * plan.shape.slices), costs)
+        if doubled.timeline.step_time > plan.timeline.step_time * (1 - _WORTHWHILE):
+            break
+        plan = doubled
+    return plan
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

@@ -37,4 +37,4 @@ def enough_slices(length: int, stages: int, micro_batches: int, recompute: bool 
         return most
     if stages == 1:
         return 1
-    return min(most, choose_slices(Shape(stages, micro_batches, rollout_tokens=5)).shape.slices)
+    return choose_slices(Shape(stages, micro_batches, rollout_tokens=5), most=most).shape.slices

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from refine_mcore import platform
 from refine_mcore.config import Config
 from refine_mcore.conversion.description import find_checkpoint, read_description
 from refine_mcore.errors import UserError
@@ -48,7 +49,7 @@ def check_supported(config: Config) -> None:
         )
 
     one_queue = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
-    if config.parallel.pipeline > 1 and one_queue and torch.cuda.is_available():
+    if config.parallel.pipeline > 1 and one_queue and platform.backend() == "nccl":
         raise UserError(
             "a pipeline needs more than one hardware queue: unset CUDA_DEVICE_MAX_CONNECTIONS or "
             "set it to 32"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from refine_mcore.benchmark import pipeline, whole_texts
 from refine_mcore.config import Config, load_config
+from refine_mcore.errors import UserError
 from tests.distributed.harness import run_distributed
 from tests.training.jobs import write_config
+from tools.benchmark_step import main
 
 
 def test_modes_of_the_step_on_whole_texts(tmp_path: Path, capsys: Any, single_rank: Any) -> None:
@@ -24,6 +29,37 @@ def test_modes_of_the_step_on_whole_texts(tmp_path: Path, capsys: Any, single_ra
     assert rows["two_phase"]["gradient_difference"] < 1e-5
     assert 0 < rows["prefix_copy"]["gradient_difference"] < 1e-4
     assert {"text forward", "decode", "score"} <= rows["fused"]["parts"].keys()
+
+
+def test_the_command_on_one_rank(tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "out.json"
+    options = ["--json", str(output), "--modes", "ntp,fused", "--rounds", "1"]
+    main(["--config", str(write_config(tmp_path)), *options])
+    report = json.loads(output.read_text())
+    assert list(report["modes"]) == ["ntp", "fused"]
+    # of a process of its own: the other mode's and what was there before the model do not count
+    assert all(1e6 < row["peak_memory_bytes"] < 1e9 for row in report["modes"].values())
+    assert report["config"]["data"]["sequence_length"] == 64
+    assert {"python", "torch", "megatron-core"} <= report["versions"].keys()
+    assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["--modes", "fused"], "--modes must include ntp"),
+        (["--modes", "ntp,nope"], "unknown mode 'nope', known: ntp, fused, two_phase, prefix_copy"),
+        (["parallel.tensor=2"], "whole texts on one rank, or a pipeline"),
+        (["parallel.slices=2"], "whole texts on one rank, or a pipeline"),
+        (["--json", "nowhere/out.json"], "nowhere is no directory to write out.json to"),
+    ],
+)
+def test_what_the_command_refuses(options: list[str], message: str, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    with pytest.raises(UserError, match=message):
+        main(["--config", str(write_config(tmp_path)), "--json", str(output), *options])
+    assert not output.exists()
 
 
 def test_pipeline_beside_its_plan(tmp_path: Path) -> None:

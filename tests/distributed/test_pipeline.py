@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from refine_mcore.models.initialization import initialize
 from refine_mcore.models.presets import preset
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.pipeline import slices as slicing
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
@@ -41,6 +43,7 @@ def test_two_stages() -> None:
 def _two_stages() -> None:
     _check_next_token_steps_equal_megatrons_schedule()
     _check_one_plan_runs_both_kinds_of_micro_batches()
+    _check_the_number_of_slices_is_chosen()
 
 
 def test_overlapping_reductions_change_nothing() -> None:
@@ -71,12 +74,15 @@ class _Stage:
         gradients = {name: p.main_grad.clone() for name, p in self.model.named_parameters()}
         return metrics.reduce(self.groups, 1), gradients
 
-    def sliced(
-        self, batches: list[TextBatch], rolls_out: list[bool], slices: int
-    ) -> tuple[ReducedMetrics, Gradients]:
-        engine = PipelineEngine(
+    def engine(self, slices: int | None) -> PipelineEngine:
+        return PipelineEngine(
             self.wrapped, self.groups, slices=slices, recompute=False, timeout_s=60
         )
+
+    def sliced(
+        self, batches: list[TextBatch], rolls_out: list[bool], slices: int | None
+    ) -> tuple[ReducedMetrics, Gradients]:
+        engine = self.engine(slices)
         return self.step(
             lambda metrics: engine.forward_backward(self.context, batches, rolls_out, metrics)
         )
@@ -126,6 +132,17 @@ def _check_one_plan_runs_both_kinds_of_micro_batches() -> None:
     _assert_close(gradients, summed, 1e-9, "both kinds")
 
 
+def _check_the_number_of_slices_is_chosen() -> None:
+    """The same on all stages, and what a step computes does not depend on it."""
+    stage = _Stage(preset("tiny-gated-deltanet"), torch.float64)
+    batches, kinds = _batches(3), [True] * 3
+    _, whole = stage.sliced(batches, kinds, 1)
+    with mock.patch.object(slicing, "_SHORTEST", 4):  # these texts are shorter than a real slice
+        assert stage.engine(None).plan(REFINE, LENGTH, kinds).shape.slices > 4
+        _, sliced = stage.sliced(batches, kinds, None)
+    _assert_close(sliced, whole, 1e-9, "slices of the engine's choice")
+
+
 def _policy_gradient(stage: _Stage, batches: list[TextBatch]) -> Any:
     context = stage.context
     stage.context = replace(context, config=replace(REFINE, ntp_weight=0.0))
@@ -156,8 +173,7 @@ def _three_steps(architecture: Architecture, overlap: bool) -> dict[str, Tensor]
     optimizer, _ = build_optimizer(
         stage.wrapped, replace(config, optimizer=options), torch.bfloat16
     )
-    engine = PipelineEngine(stage.wrapped, stage.groups, slices=3, recompute=False, timeout_s=60)
-    train = TrainStep(stage.wrapped, optimizer, REFINE, 1, stage.groups, engine)
+    train = TrainStep(stage.wrapped, optimizer, REFINE, 1, stage.groups, stage.engine(3))
     batches = _batches(4)[stage.groups.dp.rank() :: 2]
     losses = [train(batches, step)[0].loss_ntp for step in range(3)]
     assert losses[2] < losses[0]

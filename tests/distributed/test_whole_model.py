@@ -22,7 +22,7 @@ from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import score
 from refine_mcore.step.refine_loss import TextBatch, branch_states, ntp_loss, text_pass
-from refine_mcore.training.optimizer import wrap_data_parallel
+from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_layouts import FAMILIES
 
@@ -104,7 +104,7 @@ def _results(family: str, layout: Layout) -> dict[str, Tensor]:
     wrapped = wrap_data_parallel(stage, OptimizerConfig(), groups)
     results = _text_and_branches(stage)
     stage.config.finalize_model_grads_func([wrapped])
-    gradients = full_tensors(stage, lambda p: p.main_grad)  # type: ignore[attr-defined]
+    gradients = full_tensors(stage, main_gradient)
     results |= {f"gradient.{name}": gradient for name, gradient in gradients.items()}
     return {name: value.detach().clone() for name, value in results.items()}
 

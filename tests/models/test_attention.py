@@ -60,7 +60,7 @@ def test_attention_of_a_text(
     if before:
         past = TokenHistory((k[:, :before], v[:, :before]))
         past = past if window is None else past.keep_last(window - 1)
-    out = attend(q, k[:, before:], v[:, before:], past, window)
+    out = attend(q, TokenHistory.extend(past, (k[:, before:], v[:, before:])), window)
     expected = torch.stack([naive_attention(*row, window) for row in zip(q, k, v, strict=True)])
     assert_same_with_gradients(out, expected, (q, k, v))
 
@@ -79,8 +79,8 @@ def test_attention_of_branches(
     _, text_k, text_v = random_qkv(3, 1, 20)
     q, k, v = random_qkv(len(branches), length, own + length)
     rows, limit = zip(*branches, strict=True)
-    past = TokenHistory.branch((text_k, text_v), rows, limit).append((k[:, :own], v[:, :own]))
-    out = attend(q, k[:, own:], v[:, own:], past, window)
+    history = TokenHistory.branch((text_k, text_v), rows, limit).append((k, v))
+    out = attend(q, history, window)
     expected = [
         naive_attention(
             q[i], torch.cat([text_k[b, :p], k[i]]), torch.cat([text_v[b, :p], v[i]]), window
