@@ -21,6 +21,7 @@ a helper process that imports the main module again.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import inspect
 import logging
@@ -141,7 +142,8 @@ def initialize_model_parallel(
     """Lay out the ranks as tensor x pipeline x data parallel and seed Megatron's random states.
 
     Returns the process groups to hand to the modules. Call after `init_distributed`; a second call
-    replaces the layout. Raises `UserError` if the sizes do not divide the number of ranks.
+    replaces the layout, whose groups are closed. Raises `UserError` if the sizes do not divide the
+    number of ranks.
     """
     initialize()
     from megatron.core import parallel_state
@@ -154,7 +156,7 @@ def initialize_model_parallel(
             f"{world_size} rank(s) cannot be shared by model replicas of {tensor} (tensor) x "
             f"{pipeline} (pipeline) ranks"
         )
-    parallel_state.destroy_model_parallel()
+    _close_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -190,6 +192,19 @@ def shutdown() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _close_model_parallel() -> None:
+    """End the present layout. Megatron forgets its groups and lets their connections be: gloo's
+    have three threads each, which a program of many layouts would collect by the thousand."""
+    from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
+
+    parallel_state.destroy_model_parallel()
+    everyone = distributed_c10d._get_default_group()
+    for group in [g for g in distributed_c10d._world.pg_map if g is not everyone]:
+        dist.destroy_process_group(group)
+    gc.collect()  # a group ends with the last reference: models are full of cycles
 
 
 def _stand_in_for_torch_cuda() -> None:

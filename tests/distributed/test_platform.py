@@ -7,6 +7,7 @@ the same weights in torch, all of the batch, torch's AdamW.
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,6 +40,19 @@ def _all_cases(directory: Path) -> None:
     _check_random_regions()
     _check_pipeline()
     _check_training_across_layouts(directory)
+    _check_a_layout_leaves_nothing_behind()
+
+
+def _check_a_layout_leaves_nothing_behind() -> None:
+    """Of threads, which every group has; not even where a model of the layout is in a cycle."""
+    threads = []
+    for _ in range(3):
+        groups: list[Any] = [platform.initialize_model_parallel(tensor=2)]
+        groups.append(groups)
+        dist.barrier()
+        threads.append(psutil.Process().num_threads())
+        del groups
+    assert max(threads) == min(threads)
 
 
 def _check_parallel_linears() -> None:
