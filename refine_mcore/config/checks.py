@@ -44,7 +44,8 @@ def data_parallel_layout(config: Config, world_size: int) -> tuple[int, int]:
 
 
 def _check_required(config: Config) -> str | None:
-    if config.model.preset is None and config.model.checkpoint is None:
+    model, load = config.model, config.checkpoint.load
+    if model.preset is None and model.checkpoint is None and load is None:
         return "model.preset or model.checkpoint must be given"
     if not config.data.paths:
         return "data.paths must name at least one file"

@@ -47,6 +47,7 @@ from refine_mcore.training.setup import (
     check_supported,
     resolve_architecture,
     training_model,
+    training_source,
 )
 from refine_mcore.training.show import show_rollouts
 from refine_mcore.training.step import SLICED_MODES, TrainStep
@@ -59,7 +60,8 @@ def train(config: Config) -> None:
         raise UserError(
             "training.dtype float64 needs optimizer.clip_grad 0: Megatron clips float32 gradients"
         )
-    architecture = resolve_architecture(config)
+    source = training_source(config)
+    architecture = resolve_architecture(config, source)
     check_layout(
         architecture,
         config.parallel.tensor,
@@ -72,13 +74,14 @@ def train(config: Config) -> None:
         _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
         tokenizer = load_tokenizer(config.data.tokenizer)
         dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)
-        _Run(config, dataset, tokenizer, num_micro_batches).train()
+        _Run(config, source, dataset, tokenizer, num_micro_batches).train()
 
 
 class _Run:
     def __init__(
         self,
         config: Config,
+        source: Path | None,
         dataset: LongDocumentWindows,
         tokenizer: Tokenizer,
         num_micro_batches: int,
@@ -91,13 +94,15 @@ class _Run:
         self.groups = platform.initialize_model_parallel(
             config.parallel.tensor, config.parallel.pipeline, config.training.seed
         )
-        self.model = training_model(config, self.groups)
+        self.model = training_model(config, self.groups, source)
         self.wrapped = wrap_data_parallel(self.model, config.optimizer, self.groups)
         self.optimizer, self.scheduler = build_optimizer(
             self.wrapped, config, getattr(torch, config.training.dtype)
         )
         self.engine = build_engine(config, self.wrapped, self.groups)
-        self.progress, origin = self._resume()
+        self.progress = self._begin() if source is None else self._go_on(source)
+        start = config.model.checkpoint
+        origin = source or (None if start is None else Path(start))
         on_first_rank(lambda: save_config(config, self.directory / "config.yaml"))
         description = self.directory / "description"
         on_first_rank(lambda: keep_description(description, self.model.config.arch, origin))
@@ -105,25 +110,16 @@ class _Run:
             self.directory / "checkpoints", description, config.checkpoint.async_save
         )
 
-    def _resume(self) -> tuple[Progress, Path | None]:
-        """Go on from the run's own newest checkpoint, else from `checkpoint.load`, else begin.
+    def _begin(self) -> Progress:
+        start = self.config.model.checkpoint
+        if start is not None and self.config.training.dtype == "bfloat16":
+            load_main_weights(self.model, self.optimizer, Path(start))
+        return Progress()
 
-        Also returns the checkpoint whose Hugging Face files travel on.
-        """
-        config = self.config
-        own = latest_checkpoint(self.directory / "checkpoints")
-        load, start = (
-            None if name is None else Path(name)
-            for name in (config.checkpoint.load, config.model.checkpoint)
-        )
-        source = own or load
-        if source is None:
-            if start is not None and config.training.dtype == "bfloat16":
-                load_main_weights(self.model, self.optimizer, start)
-            return Progress(), start
+    def _go_on(self, source: Path) -> Progress:
         progress = load_training(source, self.model, self.optimizer, self.scheduler)
         self._say(f"resumed from {source} at step {progress.step}")
-        return progress, own or start or source
+        return progress
 
     def train(self) -> None:
         """All remaining steps, then what was learnt and where it lies."""

@@ -1,4 +1,4 @@
-"""From a run's configuration to its model."""
+"""From a run's configuration to its model and engine; refuses options that do not run together."""
 
 from __future__ import annotations
 
@@ -19,25 +19,36 @@ from refine_mcore.models.initialization import initialize
 from refine_mcore.models.presets import preset
 from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.pipeline.engine import PipelineEngine
-from refine_mcore.training.checkpointing import load_weights
+from refine_mcore.training.checkpointing import latest_checkpoint, load_weights
 from refine_mcore.training.step import SLICED_MODES
 
 
-def resolve_architecture(config: Config) -> Architecture:
-    """The architecture a run asks for: its checkpoint's or its preset's, with the overrides on
-    top."""
+def training_source(config: Config) -> Path | None:
+    """The training checkpoint to go on from: the run's own newest, else `checkpoint.load`; None for
+    a run that begins."""
+    own = latest_checkpoint(Path(config.run.directory) / "checkpoints")
+    load = config.checkpoint.load
+    return own or (None if load is None else Path(load))
+
+
+def resolve_architecture(config: Config, source: Path | None = None) -> Architecture:
+    """The architecture a run asks for: its preset's or its checkpoint's, with the overrides on top.
+
+    A run that goes on from `source` needs the checkpoint that it began from no more.
+    """
     model = config.model
-    named = preset(model.preset) if model.preset is not None else None
-    if model.checkpoint is not None:
-        stored = read_description(find_checkpoint(Path(model.checkpoint))).architecture
-        if named is not None and named != stored:
+    architecture = preset(model.preset) if model.preset is not None else None
+    checkpoint = source or model.checkpoint
+    if architecture is None or (source is None and checkpoint is not None):
+        assert checkpoint is not None, "validate() asks for a preset or a checkpoint"
+        stored = read_description(find_checkpoint(Path(checkpoint))).architecture
+        if architecture is not None and architecture != stored:
             raise UserError(
                 f"model.preset {model.preset} is not the architecture of "
-                f"model.checkpoint {model.checkpoint}"
+                f"model.checkpoint {checkpoint}"
             )
-        named = stored
-    assert named is not None, "validate() asks for a preset or a checkpoint"
-    return named.with_overrides(dict(model.overrides))
+        architecture = stored
+    return architecture.with_overrides(dict(model.overrides))
 
 
 def check_supported(config: Config) -> None:
@@ -80,11 +91,14 @@ def build_engine(
     )
 
 
-def training_model(config: Config, pg_collection: Any) -> FastWeightModel:
-    """This rank's model, with the weights of `model.checkpoint` or drawn from `training.seed`."""
+def training_model(
+    config: Config, pg_collection: Any, source: Path | None = None
+) -> FastWeightModel:
+    """This rank's model, with the weights of `model.checkpoint` or drawn from `training.seed`; for
+    a run that goes on from `source` without weights yet."""
     model = build_model(
         transformer_config(
-            resolve_architecture(config),
+            resolve_architecture(config, source),
             dtype=getattr(torch, config.training.dtype),
             tensor_parallel=config.parallel.tensor,
             pipeline_parallel=config.parallel.pipeline,
@@ -95,6 +109,8 @@ def training_model(config: Config, pg_collection: Any) -> FastWeightModel:
         pg_collection,
         transformer_engine=config.model.transformer_engine,
     )
+    if source is not None:
+        return model
     if config.model.checkpoint is not None:
         load_weights(model, Path(config.model.checkpoint))
     else:

@@ -26,7 +26,11 @@ STEPS, SAVED = 10, 5
 FAMILIES = {
     "tiny-deltanet": "{vocab_size: 2048, num_layers: 4, mixer.num_heads: 4, tie_embeddings: true}",
     "tiny-gated-deltanet": "{vocab_size: 2048, num_layers: 5, mixer.num_heads: 4}",
-    "tiny-lact": "{vocab_size: 2048, num_layers: 4, mixer.num_fast_heads: 4}",
+    # Chunks of more tokens than the fast heads are wide: shorter ones make gradients of less than
+    # full rank, whose smallest singular values are rounding, and Muon makes all of them one size.
+    "tiny-lact": (
+        "{vocab_size: 2048, num_layers: 4, mixer.num_fast_heads: 4, mixer.chunk_size: 32}"
+    ),
 }
 SAVING = ("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence_parallel=true")
 RESUMING = {"tensor4": ("parallel.tensor=4",), "pipeline4": ("parallel.pipeline=4",)}
@@ -43,9 +47,10 @@ def test_resuming_at_other_layouts(name: str, tmp_path: Path) -> None:
     run_job(config, tmp_path / "alone", *_options(name), "checkpoint.save_interval=5")
     whole = metrics(tmp_path / "whole")
     assert len(whole) == STEPS
-    for run in ("one_rank", "alone", *RESUMING):
+    for run in ("one_rank", *RESUMING):
         # Muon's Newton-Schulz iterations amplify rounding
-        assert_same_metrics(metrics(tmp_path / run), whole, 1e-3 if name == "tiny-lact" else 1e-5)
+        of_gradients = 1e-4 if name == "tiny-lact" else 1e-5
+        assert_same_metrics(metrics(tmp_path / run), whole, of_gradients)
     for run, step in (("whole", SAVED), *((run, STEPS) for run in RESUMING)):
         _assert_same_checkpoint(tmp_path, run, f"iter_{step:07d}")
     alone = _export(tmp_path, "alone")

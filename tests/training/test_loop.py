@@ -246,7 +246,7 @@ def _run(config: Config) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     dataset = build_dataset(config.data, tokenizer, 2048)
     _, micro_batches = data_parallel_layout(config, dist.get_world_size())
-    _Run(config, dataset, tokenizer, micro_batches).train()
+    _Run(config, None, dataset, tokenizer, micro_batches).train()
 
 
 def _initial_weights(config: Config) -> dict[str, Tensor]:
