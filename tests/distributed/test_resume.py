@@ -44,20 +44,21 @@ def test_resuming_at_other_layouts(name: str, tmp_path: Path) -> None:
     config = write_config(tmp_path)
     run_distributed(_save_and_resume, 4, config, tmp_path, name, timeout=400)
     run_job(config, tmp_path / "one_rank", *_options(name))
-    run_job(config, tmp_path / "alone", *_options(name), "checkpoint.save_interval=5")
+    half = (f"training.steps={SAVED}", f"optimizer.lr_decay_steps={STEPS}")
+    run_job(config, tmp_path / "alone", *_options(name), *half)
     whole = metrics(tmp_path / "whole")
     assert len(whole) == STEPS
+    # Muon's Newton-Schulz iterations amplify rounding
+    muon = name == "tiny-lact"
     for run in ("one_rank", *RESUMING):
-        # Muon's Newton-Schulz iterations amplify rounding
-        of_gradients = 1e-4 if name == "tiny-lact" else 1e-5
-        assert_same_metrics(metrics(tmp_path / run), whole, of_gradients)
-    for run, step in (("whole", SAVED), *((run, STEPS) for run in RESUMING)):
-        _assert_same_checkpoint(tmp_path, run, f"iter_{step:07d}")
-    alone = _export(tmp_path, "alone")
-    for run in ("whole", "one_rank", *RESUMING):
+        assert_same_metrics(metrics(tmp_path / run), whole, 1e-4 if muon else 1e-5)
+        _assert_same_checkpoint(tmp_path, run, "one_rank", STEPS, 1e-3)
+    _assert_same_checkpoint(tmp_path, "whole", "alone", SAVED, 1e-2 if muon else 1e-3)
+    one_rank = _export(tmp_path, "one_rank")
+    for run in ("whole", *RESUMING):
         exported = _export(tmp_path, run)
-        assert exported.keys() == alone.keys()
-        for key, value in alone.items():
+        assert exported.keys() == one_rank.keys()
+        for key, value in one_rank.items():
             torch.testing.assert_close(exported[key], value, rtol=0, atol=1e-4)
 
 
@@ -74,13 +75,16 @@ def _save_and_resume(config: Path, directory: Path, name: str) -> None:
         run_here(config, directory / run, *_options(name), *layout)
 
 
-def _assert_same_checkpoint(case: Path, run: str, name: str) -> None:
+def _assert_same_checkpoint(
+    case: Path, run: str, one_rank: str, step: int, tolerance: float
+) -> None:
     """Weights and optimizer state of one rank and of four, but for the order of summation."""
-    alone, found = (tensors_of(case / r / "checkpoints" / name) for r in ("alone", run))
-    assert alone.keys() == found.keys()
-    for key, value in alone.items():
-        difference = (found[key] - value).norm()
-        assert difference <= 1e-3 * value.norm(), f"{key}: {difference:.1e} of {value.norm():.1e}"
+    name = f"iter_{step:07d}"
+    found, expected = (tensors_of(case / r / "checkpoints" / name) for r in (run, one_rank))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        difference, norm = (found[key] - value).norm(), value.norm()
+        assert difference <= tolerance * norm, f"{run}, {key}: {difference:.1e} of {norm:.1e}"
 
 
 def _options(name: str) -> tuple[str, ...]:
