@@ -1,7 +1,7 @@
 """Mid-training with ReFINE: the main job.
 
-    torchrun --nproc-per-node N examples/pretrain_refine.py --config examples/configs/demo.yaml
-    [dotted.key=value ...]
+    torchrun --nproc-per-node N examples/pretrain_refine.py \\
+        --config examples/configs/demo.yaml [dotted.key=value ...]
 
 Without arguments it runs the embedded demo on the CPU. Everything it can be told is in
 refine_mcore/config/schema.py.

@@ -96,22 +96,10 @@ def forget_write_results() -> None:
 @functools.cache
 def repair_megatron() -> None:
     """Repair, once per process, what fails without Transformer Engine and Apex."""
-    _repair_output_discarding_recompute()
     _repair_distributed_optimizer_loading()
     _repair_optimizer_state_of_padded_buckets()
     _repair_write_errors()
     _repair_left_behind_results_queue()
-
-
-def _repair_output_discarding_recompute() -> None:
-    """`CheckpointWithoutOutput(fp8=False)` asks for fp8, hence Transformer Engine.
-
-    random.py:636 tests `fp8 is not None`, and the layers that recompute their norms
-    (`recompute_modules: [layernorm]`) rely on the default.
-    """
-    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-
-    CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
 
 def _repair_distributed_optimizer_loading() -> None:

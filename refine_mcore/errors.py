@@ -5,8 +5,8 @@ Library code raises `UserError` with one plain sentence; every program of the pr
 ours and keeps its traceback.
 
 Of a job of many ranks the first failure should be the one that is seen. The ranks that wait for the
-failed one fail too, as soon as its connections close, and often before torchrun looks: they leave
-it the word.
+failed one fail too, as soon as its connections close, and often before torchrun looks: they let it
+speak first.
 """
 
 import os
@@ -46,7 +46,7 @@ def cli(main: Callable[[list[str]], None]) -> NoReturn:
         raise
     except BaseException as error:  # a failed save's CheckpointException is no Exception
         if "RANK" in os.environ:
-            _leave_the_word(error)
+            _let_the_cause_speak_first(error)
             _tell_torchrun(error)
         raise
     sys.exit(0)
@@ -63,7 +63,7 @@ def failed_elsewhere(error: BaseException) -> bool:
     )
 
 
-def _leave_the_word(error: BaseException) -> None:
+def _let_the_cause_speak_first(error: BaseException) -> None:
     """If another rank is the cause, say so in `error` and wait for it to be reported first."""
     if not failed_elsewhere(error):
         return

@@ -12,10 +12,10 @@ random states, recomputation, the schedules without pipelining and 1F1B, DDP, th
 gradient clipping, and `torch_dist` checkpoints. Outside that (interleaved schedules, fp16 loss
 scaling, context parallelism) Megatron stops with PyTorch's own "no CUDA" errors.
 
-Programs call `initialize`, `init_distributed`, `initialize_model_parallel`, and `shutdown` at the
-end. Megatron is imported by these calls only, so that a program can refuse bad input at once. A
-program that saves checkpoints must guard its entry with `if __name__ == "__main__"`: saving starts
-a helper process that imports the main module again.
+Programs call `initialize`, then work inside `with distributed(timeout)`, where they call
+`initialize_model_parallel`. Megatron is imported by these calls only, so that a program can refuse
+bad input at once. A program that saves checkpoints must guard its entry with `if __name__ ==
+"__main__"`: saving starts a helper process that imports the main module again.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ _DEVICE_LITERALS = {
     "utils": ("local_multi_tensor_l2_norm",),
 }
 
+# Streams of a middle stage: computing, two per channel, those of Megatron's groups.
+_QUEUES = 16
+
 _process_group_timeout = timedelta(minutes=10)
 
 
@@ -115,6 +118,23 @@ def to_device(values: Sequence[int], device: torch.device) -> torch.Tensor:
 def backend() -> str:
     """The collective backend that serves `device()`: 'nccl' or 'gloo'."""
     return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def let_messages_overlap() -> None:
+    """Set CUDA up, before it starts, for messages that wait while a stage computes.
+
+    Every channel of a pipeline waits in a stream of its own (pipeline/channels.py), often for what
+    this rank has yet to compute. So no stream may stand in another's hardware queue, and no first
+    launch of a kernel may wait for the device, as lazy loading does. Raises `UserError` if the
+    environment asks for too few queues.
+    """
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    queues = os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if backend() == "nccl" and not (queues.isdecimal() and int(queues) >= _QUEUES):
+        raise UserError(
+            f"a pipeline needs {_QUEUES} hardware queues or more: unset "
+            f"CUDA_DEVICE_MAX_CONNECTIONS, which is {queues}, or set it to 32"
+        )
 
 
 def init_distributed(timeout_s: float = 600.0) -> None:

@@ -298,6 +298,8 @@ def test_score_arguments(refused_score: Refused, tmp_path: Path) -> None:
     assert "training.dtyp, the nearest known one is training.dtype" in refused_score(
         "training.dtyp=float32"
     )
+    for ignored in ("parallel.slices=2", "training.recompute=full"):
+        assert "score.py reads whole texts" in refused_score(ignored)
 
 
 def test_score_tokens(refused_score: Refused, tmp_path: Path) -> None:

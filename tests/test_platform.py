@@ -1,5 +1,6 @@
 """The seam on one rank; two ranks are in tests/distributed/test_platform.py."""
 
+import os
 import subprocess
 import sys
 
@@ -43,6 +44,22 @@ def test_device_and_backend_belong_together() -> None:
     assert (platform.device().type, platform.backend()) == expected
 
 
+def test_pipelines_on_gpus_get_queues_and_loaded_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    queues, loading = "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MODULE_LOADING"
+    for name in (queues, loading):
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(platform, "backend", lambda: "nccl")
+    platform.let_messages_overlap()
+    assert (os.environ[queues], os.environ[loading]) == ("32", "EAGER")
+    for value in ("1", "8", "many"):
+        monkeypatch.setenv(queues, value)
+        with pytest.raises(UserError, match=f"CUDA_DEVICE_MAX_CONNECTIONS, which is {value}, or"):
+            platform.let_messages_overlap()
+    monkeypatch.setattr(platform, "backend", lambda: "gloo")
+    platform.let_messages_overlap()
+
+
 def test_same_seed_same_random_numbers(single_rank) -> None:
     first = torch.rand(3, device=platform.device())
     platform.initialize_model_parallel(seed=0)
@@ -73,16 +90,3 @@ def test_function_without_device_literal_is_refused() -> None:
     assert on_cuda().device.type == "cpu"
     with pytest.raises(RuntimeError, match="on_cuda names no CUDA device"):
         platform._move_literals_to_cpu(on_cuda)
-
-
-def test_output_discarding_recompute_works_without_transformer_engine(single_rank) -> None:
-    from megatron.core.tensor_parallel import CheckpointWithoutOutput
-
-    inputs = torch.tensor([2.0], device=platform.device(), requires_grad=True)
-    checkpoint = CheckpointWithoutOutput()
-    squared = checkpoint.checkpoint(torch.square, inputs)
-    output = squared * squared
-    checkpoint.discard_output_and_register_recompute(output)
-    output.backward()
-    assert inputs.grad is not None
-    assert inputs.grad.item() == 32.0  # d x^4 / dx

@@ -1,8 +1,8 @@
 """Score tokens with a checkpoint: logits, hidden states, losses, in-place rollouts, gradients.
 
-    python tools/score.py --checkpoint CKPT --tokens FILE.safetensors --key input_ids --output
-    OUT.safetensors \\
-        [--rollout-at 14,32,61 --rollout-tokens 5 --greedy] [--gradients] [dotted.key=value ...]
+    python tools/score.py --checkpoint CKPT --tokens FILE.safetensors --key input_ids \\
+        --output OUT.safetensors [--rollout-at 14,32,61 --rollout-tokens 5 --greedy] \\
+        [--gradients] [dotted.key=value ...]
 
 A position is the number of tokens consumed: at 14 the first rollout token comes from logits[13].
 The model runs in float32 unless `training.dtype` says otherwise; under torchrun `parallel.tensor`
@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
     from refine_mcore.training.setup import check_supported, resolve_architecture
 
     check_supported(config)
+    if (config.parallel.slices or 1) > 1 or config.training.recompute is not None:
+        raise UserError("score.py reads whole texts: no parallel.slices, no training.recompute")
     architecture = resolve_architecture(config)
     tokens = read_token_file(Path(arguments.tokens), arguments.key, architecture.vocab_size)
     _check_positions(positions, tokens.shape[1], arguments.tokens)

@@ -1,8 +1,8 @@
 """Trains the SentencePiece tokenizer of the demo: BPE with byte fallback, text kept exactly (no
 normalisation).
 
-    python tools/train_tokenizer.py --input examples/data/public_domain.jsonl --output
-    tokenizer.model
+    python tools/train_tokenizer.py --input examples/data/public_domain.jsonl \\
+        --output tokenizer.model
 
 One thread makes the result the same on every run.
 """

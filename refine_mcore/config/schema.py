@@ -32,11 +32,13 @@ AboveOne = Annotated[float, Limit(lambda x: x > 1, "greater than 1")]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model. A preset gives the architecture, a checkpoint its weights too; one is needed."""
+    """Which model. A preset gives the architecture, a checkpoint its weights too; one is needed, or
+    checkpoint.load."""
 
     # Name of a preset architecture; without a checkpoint its weights start at random.
     preset: str | None = None
-    # Converted checkpoint (directory) to start from; a preset given as well must agree with it.
+    # Checkpoint (directory) to take the weights from, converted or of a training run; a preset
+    # given as well must agree with it. A run that has checkpoints of its own needs it no more.
     checkpoint: str | None = None
     # Architecture fields set over the preset, by dotted name (`mixer.chunk_size: 512`); nested
     # mappings mean the same.
@@ -183,11 +185,13 @@ class ParallelConfig:
     sequence_parallel: bool = False
     # Slices of the sequence that the pipeline passes on one by one. Those longer than a chunk of
     # the model end with one, so there may be fewer. null: as many as the plan of the step gains
-    # from, of at least 512 tokens each; without a pipeline 1, or all of them with recompute.
+    # from, of at least 512 tokens and a LaCT chunk each; without a pipeline 1, or with recompute as
+    # many as there are.
     slices: PositiveInt | None = None
     # Layers of each pipeline stage; null: spread evenly, the first stages take what is left over.
     layers_per_stage: tuple[PositiveInt, ...] | None = None
-    # Seconds that a rank waits for the others in a collective or message before the job fails.
+    # Seconds that a rank waits for the others in a collective or message before the job fails. On
+    # GPUs more than a step takes: messages are awaited from its beginning on.
     timeout: PositiveFloat = 600.0
 
 
@@ -195,13 +199,14 @@ class ParallelConfig:
 class CheckpointConfig:
     """Training checkpoints (weights, optimizer, data position) under RUN/checkpoints."""
 
-    # Training checkpoint of another run to go on from.
+    # Training checkpoint of another run to go on from: its weights, optimizer state, step and place
+    # in the data.
     load: str | None = None
     # Steps between checkpoints; the last step is always saved.
     save_interval: PositiveInt = 50
     # Write checkpoints in the background while training goes on.
     async_save: bool = False
-    # auto: go on from RUN's own last checkpoint if there is one. never: RUN must not exist yet.
+    # auto: go on from RUN's own last checkpoint if there is one. never: RUN must be new or empty.
     resume: Literal["auto", "never"] = "auto"
 
 

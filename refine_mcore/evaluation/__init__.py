@@ -1,1 +1,1 @@
-"""Looking at a trained or converted model."""
+"""What a trained or converted model makes of given tokens."""

@@ -109,7 +109,10 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int 
     mask = key <= query
     if window is not None:
         mask &= key > query - window
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    if grouped:
+        # no kernel of a GPU takes grouped heads and a mask, but the one that keeps all scores
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _branch_attention(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:

@@ -1,8 +1,8 @@
 """DeltaNet (Yang et al. 2024, arXiv 2406.06484), as fla's `delta_net` computes it.
 
 q, k, v = SiLU(conv(W x)), q and k of unit norm per head;  beta = sigmoid(W_b x)
-S_t = S_{t-1} + k_t (x) beta_t (v_t - S_{t-1}^T k_t);  o_t = S_t^T q_t / sqrt(K);  y = W_o
-rms(o)
+S_t = S_{t-1} + k_t (x) beta_t (v_t - S_{t-1}^T k_t);  o_t = S_t^T q_t / sqrt(K)
+y = W_o rms(o)
 """
 
 from __future__ import annotations

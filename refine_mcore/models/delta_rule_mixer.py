@@ -33,6 +33,7 @@ from refine_mcore.models.state import (
     LayerTape,
     RecordedTokens,
     gather_tokens,
+    inverse,
     take_streams,
 )
 from refine_mcore.models.transformer_config import KERNEL_CHUNK, FastWeightConfig
@@ -278,8 +279,7 @@ class DeltaRuleTape(LayerTape):
                 past = head.new_zeros(head.shape[0], width, head.shape[2])
             rows, start = [batch_index[r] for r in near], [offset[r] for r in near]
             tails.append(gather_tokens(torch.cat([past, head], dim=1), rows, start, width))
-        order = far + near
-        return take_streams(torch.cat(tails), [order.index(r) for r in range(len(order))])
+        return take_streams(torch.cat(tails), inverse(far + near))
 
 
 def _unit_norm(x: Tensor) -> Tensor:

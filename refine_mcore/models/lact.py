@@ -68,6 +68,7 @@ from refine_mcore.models.state import (
     FastWeightState,
     StreamGroups,
     TokenHistory,
+    inverse,
     take_streams,
 )
 from refine_mcore.models.transformer_config import FastWeightConfig
@@ -269,8 +270,7 @@ class LaCT(Mixer):
                 )
                 reads.append(read)
                 ends.append(chunks[-1])
-        order = [r for group in groups for r in group]
-        back = [order.index(r) for r in range(streams)]
+        back = inverse([r for group in groups for r in group])
         in_force = _WeightsInForce(chunks, join_weights(ends), tuple(back))
         return take_streams(torch.cat(reads), back), in_force
 

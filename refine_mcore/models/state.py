@@ -52,6 +52,14 @@ def take_streams(x: Tensor, indices: Sequence[int]) -> Tensor:
     return x.index_select(0, to_device(indices, x.device))
 
 
+def inverse(order: Sequence[int]) -> list[int]:
+    """Where each of 0 .. n-1 stands in a permutation of them."""
+    places = [0] * len(order)
+    for place, item in enumerate(order):
+        places[item] = place
+    return places
+
+
 @dataclass(frozen=True)
 class FastWeightState(ABC):
     """What one layer carries from one token to the next, for R streams."""
@@ -69,10 +77,6 @@ class FastWeightState(ABC):
     def fork(self, n: int) -> Self:
         """Every stream n times in a row: R streams become R * n, [r0, r0, …, r1, r1, …]."""
         return self.select([stream for stream in range(self.num_streams) for _ in range(n)])
-
-    def detach(self) -> Self:
-        """The same state outside the autograd graph."""
-        return map_tensors(Tensor.detach, self)
 
     @classmethod
     @abstractmethod

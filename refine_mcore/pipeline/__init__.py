@@ -1,2 +1,8 @@
-"""The step as a pipeline over slices of the sequence: its plan as data (`plan`) and what
-runs it (`engine`)."""
+"""The step as a pipeline over slices of the sequence.
+
+Planning, without torch: `passes` (what a step consists of), `order` (which pass when),
+`instructions` (with its messages), `checker` and `simulator`, `drawing`; `plan` is the front.
+Running: `engine` (follows a plan), `stage` and `branch_passes` (what a pass does), `cut` (of the
+autograd graph), `head` (the objective), `channels` (messages), `slices` (where a text is cut).
+`whole_model` runs all stages as one model, for evaluation.
+"""

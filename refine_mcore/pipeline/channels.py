@@ -6,9 +6,9 @@ and, where sends wait for their receivers, block for ever. Here every channel ha
 over the stages, so a pair of ranks uses each in one direction only and messages meet by their
 order, as the plan's checker assumes.
 
-On a GPU a posted receive waits in a hardware queue of its own. With one queue for everything
-(CUDA_DEVICE_MAX_CONNECTIONS=1, which Megatron likes for tensor parallelism) it would hold back the
-very passes that its message depends on: `training/setup.py` refuses that.
+On a GPU a posted receive is a kernel that waits. Whatever waits for it in turn - a stream in the
+same hardware queue, a kernel that is loaded, a communicator that is set up - would hold back the
+very passes that its message depends on: `platform.let_messages_overlap` and `_connect` see to that.
 """
 
 from __future__ import annotations
@@ -35,27 +35,33 @@ class TensorSpec(NamedTuple):
 
 
 class Channels:
-    """This rank's end of all channels of its pipeline. Every rank of the job makes one."""
+    """This rank's end of all channels of its pipeline. Every rank of the job makes one.
 
-    def __init__(self, pp_group: dist.ProcessGroup, timeout_s: float) -> None:
+    `tp_group`: that of the passes which messages wait for.
+    """
+
+    def __init__(
+        self, pp_group: dist.ProcessGroup, tp_group: dist.ProcessGroup, timeout_s: float
+    ) -> None:
         self._ranks = dist.get_process_group_ranks(pp_group)
         self._groups = _groups_of_all_pipelines(self._ranks, timeout_s)
         self._posted: dict[Pass, tuple[list[Any], list[Tensor]]] = {}
         self._sent: dict[str, deque[tuple[list[Any], list[Tensor]]]] = {
             channel: deque() for channel in CHANNELS
         }
-        self._connect(dist.get_rank(pp_group))
+        self._connect(dist.get_rank(pp_group), tp_group)
 
-    def _connect(self, stage: int) -> None:
-        """Let every pair of stages meet once on each channel.
+    def _connect(self, stage: int, tp_group: dist.ProcessGroup) -> None:
+        """Let every pair of stages meet once on each channel, and the ranks of a stage.
 
-        NCCL connects two ranks when they first exchange something, and both wait for that: in the
-        order of a plan, where receives are posted long before their sends, for ever.
+        NCCL connects ranks when they first exchange something, and all wait for that: in the order
+        of a plan, where receives are posted long before their sends, for ever.
         """
         last = len(self._ranks) - 1
         sources = {"backward": stage + 1, "token": last if stage == 0 else -1}
         targets = {"backward": stage - 1, "token": 0 if stage == last else -1}
         greeting = torch.zeros(1, device=device())
+        dist.all_reduce(greeting, group=tp_group)
         for channel, group in self._groups.items():
             source, target = sources.get(channel, stage - 1), targets.get(channel, stage + 1)
             if 0 <= source <= last:

@@ -25,7 +25,7 @@ from refine_mcore.pipeline.head import Denominators, Head
 from refine_mcore.pipeline.instructions import Action
 from refine_mcore.pipeline.passes import Costs, Pass, Shape
 from refine_mcore.pipeline.plan import Plan, make_plan
-from refine_mcore.pipeline.slices import enough_slices, slice_spans
+from refine_mcore.pipeline.slices import default_slices, slice_spans
 from refine_mcore.pipeline.stage import StageWork
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
@@ -64,8 +64,9 @@ class PipelineEngine:
         self._stage, self._stages = pg_collection.pp.rank(), pg_collection.pp.size()
         # wraps every pass: names it in profiles; a benchmark times it
         self.observe: Callable[[Pass], AbstractContextManager[object]] = _annotate
-        several = self._stages > 1
-        self._channels = Channels(pg_collection.pp, timeout_s) if several else None
+        self._channels: Channels | None = None
+        if self._stages > 1:
+            self._channels = Channels(pg_collection.pp, pg_collection.tp, timeout_s)
 
     def forward_backward(
         self,
@@ -101,10 +102,12 @@ class PipelineEngine:
 
     def _spans(self, length: int, micro_batches: int) -> Sequence[tuple[int, int]]:
         """[start, stop) of the slices of every text."""
-        slices = self._slices
+        architecture, slices = self._wrapped.module.config.arch, self._slices
         if slices is None:
-            slices = enough_slices(length, self._stages, micro_batches, self._recompute)
-        return slice_spans(length, slices, self._wrapped.module.config.arch)
+            slices = default_slices(
+                length, architecture, self._stages, micro_batches, self._recompute
+            )
+        return slice_spans(length, slices, architecture)
 
     def _works(
         self,

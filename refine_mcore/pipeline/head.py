@@ -23,16 +23,16 @@ from refine_mcore.step.refine_loss import (
     TextBatch,
     TextPass,
     choose_branches,
-    describe,
     ntp_loss,
     policy_loss,
     predict,
     reward_rollouts,
+    rollout_metrics,
 )
 
 
 @dataclass(frozen=True)
-class _Left:
+class _BranchContext:
     """What the rollouts of a micro-batch need of its texts: where they leave them, the texts'
     entropies [B, S], the hidden states [R n, k, d] that follow each branch."""
 
@@ -63,7 +63,7 @@ class Head:
     _hidden: list[Tensor] = field(default_factory=list)
     _tokens: list[Tensor] = field(default_factory=list)
     _log_probs: list[Tensor] = field(default_factory=list)
-    _left: _Left | None = None
+    _branched: _BranchContext | None = None
 
     @property
     def ntp_weight(self) -> float:
@@ -92,19 +92,19 @@ class Head:
         branches = choose_branches(context.model, entropy, self.batch, config, context.randomness)
         streams = branches.fork(config.rollouts_per_position)
         following = streams.rows_after(hidden, config.rollout_tokens)
-        self._left = _Left(branches, entropy, following)
+        self._branched = _BranchContext(branches, entropy, following)
         self._entropy, self._hidden = [], []
         return branches
 
     def draw(self, hidden: Tensor) -> Tensor:
         """The next token [R n] of every rollout, emitted by the hidden states [R n, d]."""
         context, config = self.context, self.context.config
-        assert self._left is not None
+        assert self._branched is not None
         with torch.no_grad():
             logits = context.model.logits(hidden[:, None])[:, 0]
         keys = context.randomness.token_keys(
             self.batch.sample_index,
-            self._left.branches,
+            self._branched.branches,
             config.rollouts_per_position,
             len(self._tokens),
         )
@@ -116,16 +116,16 @@ class Head:
     def policy(self, hidden: Tensor, prefix_hidden: Tensor) -> Tensor:
         """The policy loss, weighted, of the rollouts whose hidden states are [R n, k, d] and whose
         first tokens `prefix_hidden` [R n, d] emits."""
-        context, config, left = self.context, self.context.config, self._left
-        assert left is not None
+        context, config, branched = self.context, self.context.config, self._branched
+        assert branched is not None
         rollouts = Rollouts(
-            left.branches, torch.stack(self._tokens, 1), torch.stack(self._log_probs, 1)
+            branched.branches, torch.stack(self._tokens, 1), torch.stack(self._log_probs, 1)
         )
         scores = score_hidden(
             context.model, hidden, prefix_hidden, rollouts.tokens, config.rollout_temperature
         )
-        scored = reward_rollouts(left.following, self.batch, rollouts, scores, config)
+        scored = reward_rollouts(branched.following, self.batch, rollouts, scores, config)
         loss, sums = policy_loss(scores.log_probs, scored, config, self.denominators.rollouts)
-        described = describe(self.batch, left.entropy, scored)
+        described = rollout_metrics(self.batch, branched.entropy, scored)
         self.metrics.add(WorkMetrics(sums | described.sums, described.texts))
         return config.policy_weight * loss

@@ -2,7 +2,8 @@
 
     recv   posts a receive and goes on at once
     run    waits for the pass's message, if it comes from another stage, and runs it
-    send   hands the output over, and waits until the receiver has posted its receive
+    send   hands the output over, and waits until the receiver has posted its receive (so the
+           proof; the engine's sends do not wait, which can only be faster)
 
 A channel is one kind of message in one direction: `forward` (F), `branches` (D and S), `backward`
 (W) and `token` (last stage to first). Each needs a communicator of its own, because kinds overtake

@@ -108,8 +108,9 @@ def describe(plan: Plan) -> str:
     return "\n".join(
         [
             _title(shape),
-            f"step time {timeline.step_time:.4f}, {plan.ratio:.4f} x ideal "
-            f"({timeline.ideal_time:.4f}, all work / stages)",
+            f"step time {timeline.step_time:.4f}, where the forward of a micro-batch takes "
+            f"{plan.costs.forward:g} on a stage",
+            f"{plan.ratio:.4f} x ideal ({timeline.ideal_time:.4f}, all work / stages)",
             f"bubble per stage, %: {' '.join(bubbles)}",
             f"micro-batches held per stage: {' '.join(map(str, timeline.held))} "
             f"(limit {shape.in_flight})",

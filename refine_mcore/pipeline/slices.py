@@ -20,8 +20,7 @@ def slice_spans(length: int, slices: int, architecture: Architecture) -> Sequenc
     Those of a chunk or more end with a chunk of the model: cutting a LaCT chunk would carry its
     inputs on.
     """
-    mixer = architecture.mixer
-    chunk = mixer.chunk_size if isinstance(mixer, LaCTOptions) else KERNEL_CHUNK
+    chunk = _chunk(architecture)
     size = -(-length // slices)
     if size >= chunk:
         size = -(-size // chunk) * chunk
@@ -29,12 +28,20 @@ def slice_spans(length: int, slices: int, architecture: Architecture) -> Sequenc
 
 
 @functools.lru_cache(maxsize=8)
-def enough_slices(length: int, stages: int, micro_batches: int, recompute: bool = False) -> int:
-    """As many slices of at least 512 tokens as the plan of a ReFINE step on these stages gains
-    from; all there are with recomputation, whose memory is that of one slice."""
-    most = max(1, length // _SHORTEST)
+def default_slices(
+    length: int, architecture: Architecture, stages: int, micro_batches: int, recompute: bool
+) -> int:
+    """As many slices, of at least 512 tokens and a chunk of the model, as the plan of a ReFINE step
+    on these stages gains from; all there are with recomputation, whose memory is that of one
+    slice."""
+    most = max(1, length // max(_SHORTEST, _chunk(architecture)))
     if recompute:
         return most
     if stages == 1:
         return 1
     return choose_slices(Shape(stages, micro_batches, rollout_tokens=5), most=most).shape.slices
+
+
+def _chunk(architecture: Architecture) -> int:
+    mixer = architecture.mixer
+    return mixer.chunk_size if isinstance(mixer, LaCTOptions) else KERNEL_CHUNK

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from refine_mcore.models.fast_weight_model import FastWeightModel, ModelOutput
-from refine_mcore.models.state import FastWeightState, take_streams
+from refine_mcore.models.state import FastWeightState, inverse, take_streams
 from refine_mcore.pipeline.branch_passes import BranchPasses, RolloutShape
 from refine_mcore.pipeline.channels import TensorSpec
 from refine_mcore.pipeline.cut import Cut, Root, run_backward
@@ -193,9 +193,8 @@ class StageWork:
                 handed.append(self._branch_off(piece, piece.out))
         for piece in self._slices.values():
             piece.out = None
-        order = [row for rows in rows_of.values() for row in rows]
-        back, n = [order.index(row) for row in range(len(order))], self._rollouts.rollouts
-        streams = [row for row in back for _ in range(n)]
+        back = inverse([row for rows in rows_of.values() for row in rows])
+        streams = [row for row in back for _ in range(self._rollouts.rollouts)]
         states = [
             type(parts[0]).join(parts).select(streams)
             for parts in zip(*(of_slice for of_slice, _ in handed), strict=True)

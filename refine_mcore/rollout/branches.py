@@ -19,8 +19,8 @@ class Branches:
     """R branch points over a batch of texts: branch r leaves text `batch_index[r]` after
     `position[r]` tokens.
 
-    Rows are sequence-major, then position. All on the host: reading positions back is the step's
-    one planned sync.
+    Rows are sequence-major, then position. All on the host: reading positions back is the one
+    planned sync of a micro-batch, on each pipeline stage.
     """
 
     batch_index: tuple[int, ...]

@@ -1,5 +1,5 @@
-"""The parts a ReFINE step is made of: text pass, rollouts, rewards, losses. `step_modes.py` puts
-them in order.
+"""The parts a ReFINE step is made of: text pass, rollouts, rewards, losses.
+`training/step_modes.py` puts them in order for whole texts, `pipeline/head.py` for slices.
 
 Losses are sums over the global number of valid targets, handed in as denominators, so that
 micro-batches and ranks add up to the same loss at every layout.
@@ -155,7 +155,7 @@ def choose_branches(
     if model.tp_group.size() > 1:
         # ranks must branch alike even if a bit of an entropy differed between them
         dist.broadcast(table, group=model.tp_group, group_src=0)
-    rows = table.tolist()  # the one planned wait for the device between forward and backward
+    rows = table.tolist()  # a micro-batch's one planned wait for the device
     margins = (config.margin_left, config.margin_right)
     try:
         check_lengths([row[-1] for row in rows], config.num_chunks, margins, config.rollout_tokens)
@@ -247,7 +247,9 @@ def policy_loss(
     return loss, {"loss_policy": loss.detach()} | sums
 
 
-def describe(batch: TextBatch, entropy: Tensor | None, scored: ScoredRollouts) -> WorkMetrics:
+def rollout_metrics(
+    batch: TextBatch, entropy: Tensor | None, scored: ScoredRollouts
+) -> WorkMetrics:
     """What the log shows of a batch's rollouts and text entropies [B, S]; reported once per
     text."""
     rollouts, texts = scored.rollouts, batch.tokens.shape[0]

@@ -26,10 +26,10 @@ from refine_mcore.step.refine_loss import (
     ScoredRollouts,
     TextBatch,
     choose_branches,
-    describe,
     ntp_loss,
     policy_loss,
     reward_rollouts,
+    rollout_metrics,
     text_pass,
 )
 from refine_mcore.training.step_modes import Work
@@ -67,7 +67,7 @@ def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, Wo
     streams = branches.fork(context.config.rollouts_per_position)
     following = streams.rows_after(text.hidden, context.config.rollout_tokens)
     scored = reward_rollouts(following, batch, rollouts, joined, context.config)
-    return scored, describe(batch, text.entropy, scored)
+    return scored, rollout_metrics(batch, text.entropy, scored)
 
 
 def _train_on_text(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +51,14 @@ def resolve_architecture(config: Config, source: Path | None = None) -> Architec
 
 
 def check_supported(config: Config) -> None:
-    """Raise UserError for options that do not run together."""
+    """Raise UserError for options that do not run together, or not in this environment."""
     if runs_in_slices(config) and config.refine.mode not in SLICED_MODES:
         raise UserError(
             f"refine.mode {config.refine.mode} runs on whole texts: it needs parallel.pipeline 1, "
             "parallel.slices 1 and no training.recompute, or take refine.mode fused or ntp"
         )
-
-    one_queue = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
-    if config.parallel.pipeline > 1 and one_queue and platform.backend() == "nccl":
-        raise UserError(
-            "a pipeline needs more than one hardware queue: unset CUDA_DEVICE_MAX_CONNECTIONS or "
-            "set it to 32"
-        )
+    if config.parallel.pipeline > 1:
+        platform.let_messages_overlap()
 
 
 def runs_in_slices(config: Config) -> bool:

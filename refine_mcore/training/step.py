@@ -1,5 +1,5 @@
-"""One training step: a batch through its mode, each optimizer step through Megatron's own schedule
-and optimizer."""
+"""One training step: a batch through its mode, each optimizer step through Megatron's schedule or,
+in slices, the pipeline engine, and Megatron's optimizer."""
 
 from __future__ import annotations
 

@@ -31,11 +31,11 @@ from refine_mcore.step.refine_loss import (
     TextPass,
     branch_states,
     choose_branches,
-    describe,
     ntp_loss,
     policy_loss,
     reward_rollouts,
     roll_out,
+    rollout_metrics,
     text_pass,
 )
 
@@ -66,7 +66,7 @@ def fused(context: StepContext, batches: Sequence[TextBatch]) -> Iterator[list[W
         text = text_pass(context.model, batch, with_entropy=True, record=True)
         scored, scores = _branch(context, batch, text)
         policy, sums = policy_loss(scores.log_probs, scored, context.config, denominator)
-        described = describe(batch, text.entropy, scored)
+        described = rollout_metrics(batch, text.entropy, scored)
         return total_loss(context.config, ntp_loss(text, batch, targets), policy, sums, described)
 
     yield [partial(work, batch) for batch in batches]
@@ -79,7 +79,7 @@ def two_phase(context: StepContext, batches: Sequence[TextBatch]) -> Iterator[li
         for batch in batches:
             text = text_pass(context.model, batch, with_entropy=True, record=True)
             scored, _ = _branch(context, batch, text)
-            stored.append((batch, scored, describe(batch, text.entropy, scored)))
+            stored.append((batch, scored, rollout_metrics(batch, text.entropy, scored)))
             del text
 
     per_step = _micro_batches_per_step(context, batches)

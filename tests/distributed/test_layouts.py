@@ -190,12 +190,23 @@ def _compare(case: str, run: Run, expected: dict[str, Tensor], tolerance: float)
 def _all_layouts(layouts: dict[str, Layout], steps: int, reference: Path) -> None:
     for family in FAMILIES:
         expected = _load(reference, family, f"float64-{steps}")
-        for name, layout in layouts.items():
-            if layout.tensor > 2 and family == "hybrid":
-                continue  # two key/value heads
-            run = Run(family, layout, "float64", steps)
-            if dist.get_rank() == 0:
-                _compare(f"{family} {name}", run, expected, 1e-9)
+        _all_layouts_of(family, layouts, "float64", steps, expected, 1e-9)
+
+
+def _all_layouts_of(
+    family: str,
+    layouts: dict[str, Layout],
+    dtype: str,
+    steps: int,
+    expected: dict[str, Tensor],
+    tolerance: float,
+) -> None:
+    for name, layout in layouts.items():
+        if layout.tensor > 2 and family == "hybrid":
+            continue  # two key/value heads
+        run = Run(family, layout, dtype, steps)
+        if dist.get_rank() == 0:
+            _compare(f"{family} {name} {dtype}", run, expected, tolerance)
 
 
 def _load(reference: Path, family: str, name: str) -> dict[str, Tensor]:
@@ -211,13 +222,12 @@ def _two_phases(reference: Path) -> None:
                 _compare(f"{family} {name} two_phase", run, expected, 1e-9)
 
 
-def _single_precision(reference: Path) -> None:
+def _single_precision(layouts: dict[str, Layout], reference: Path) -> None:
     for family in FAMILIES:
         expected = _load(reference, family, "float32-1")
-        run = Run(family, FOUR_RANKS["TP2xPP2+SP"], "float32", 1)
-        if dist.get_rank() == 0:
-            # Muon's Newton-Schulz iterations amplify rounding
-            _compare(f"{family} float32", run, expected, 1e-2 if "lact" in family else 1e-4)
+        # Muon's Newton-Schulz iterations amplify rounding
+        tolerance = 1e-2 if "lact" in family else 1e-4
+        _all_layouts_of(family, layouts, "float32", 1, expected, tolerance)
 
 
 @contextmanager
@@ -262,5 +272,16 @@ def test_two_phases_equal_one_rank(reference: Path) -> None:
     run_distributed(_two_phases, 2, reference)
 
 
-def test_single_precision_equals_one_rank(reference: Path) -> None:
-    run_distributed(_single_precision, 4, reference)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "ranks, layouts",
+    [
+        (4, {"TP2xPP2+SP": FOUR_RANKS["TP2xPP2+SP"]}),
+        pytest.param(2, TWO_RANKS, marks=pytest.mark.slow),
+        pytest.param(4, FOUR_RANKS | MORE_OF_FOUR_RANKS, marks=pytest.mark.slow),
+    ],
+)
+def test_single_precision_equals_one_rank(
+    reference: Path, ranks: int, layouts: dict[str, Layout]
+) -> None:
+    run_distributed(_single_precision, ranks, layouts, reference, timeout=800)

@@ -134,10 +134,10 @@ def test_forks_of_a_prefill_share_its_keys(model_of: ModelOf) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_detach_leaves_the_graph_and_nothing_else(name: str, model_of: ModelOf) -> None:
+def test_mapping_the_tensors_of_a_state_changes_nothing_else(name: str, model_of: ModelOf) -> None:
     model = model_of(name)
     states = model(random_tokens(2, 11), record=True).tape.at([0, 1, 1], [5, 9, 9])
-    detached = [state.detach() for state in states]
+    detached = map_tensors(Tensor.detach, states)
     seen = [contents(model, s, stream) for s in (states, detached) for stream in range(3)]
     assert any(x.requires_grad for x in seen[0])
     assert not any(x.requires_grad for stream in seen[3:] for x in stream)

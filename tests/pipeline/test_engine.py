@@ -12,10 +12,11 @@ from torch import Tensor
 
 from refine_mcore.config import OptimizerConfig, RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.presets import preset
 from refine_mcore.models.state import map_tensors
 from refine_mcore.pipeline.cut import Cut
 from refine_mcore.pipeline.engine import PipelineEngine
-from refine_mcore.pipeline.slices import enough_slices, slice_spans
+from refine_mcore.pipeline.slices import default_slices, slice_spans
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
@@ -136,10 +137,16 @@ def test_slices_end_with_chunks_and_leave_no_token_out() -> None:
     assert slice_spans(22, 20, lact) == [(i, i + 2) for i in range(0, 22, 2)]  # within chunks
     assert slice_spans(300, 3, delta_net) == [(0, 128), (128, 256), (256, 300)]
     assert slice_spans(5, 1, delta_net) == [(0, 5)]
-    assert enough_slices(10_000, stages=1, micro_batches=8) == 1
-    assert enough_slices(600, stages=4, micro_batches=8) == 1
-    assert 8 <= enough_slices(16_384, stages=4, micro_batches=8) <= 32
-    assert enough_slices(16_384, stages=1, micro_batches=8, recompute=True) == 32
+
+
+def test_default_slices_are_long_enough() -> None:
+    delta_net, lact = ARCHITECTURES["delta_net"], preset("lact-760m")  # chunks of 2048
+    assert default_slices(10_000, delta_net, 1, 8, recompute=False) == 1
+    assert default_slices(600, delta_net, 4, 8, recompute=False) == 1
+    assert 8 <= default_slices(16_384, delta_net, 4, 8, recompute=False) <= 32
+    assert default_slices(16_384, lact, 4, 8, recompute=False) == 8
+    assert default_slices(16_384, delta_net, 1, 8, recompute=True) == 32
+    assert default_slices(16_384, lact, 1, 8, recompute=True) == 8
 
 
 @pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "lact"])

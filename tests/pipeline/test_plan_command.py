@@ -29,7 +29,8 @@ def test_json_stands_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None
 def test_figures_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--stages", "4", "--microbatches", "8", "--slices", "1", "--rollout-tokens", "0"])
     printed = capsys.readouterr().out
-    assert "step time 33.0000, 1.3750 x ideal (24.0000" in printed
+    assert "step time 33.0000, where the forward of a micro-batch takes 1 on a stage" in printed
+    assert "1.3750 x ideal (24.0000" in printed
     assert "held per stage: 4 3 2 1 (limit 6)" in printed
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.state import map_tensors
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import score
@@ -74,7 +75,7 @@ def test_tokens_are_drawn_from_the_tempered_distribution(model_of: ModelOf) -> N
 def test_decoding_leaves_states_and_gradients_alone(model_of: ModelOf) -> None:
     model = model_of("lact")
     _, hidden, states, logits = start(model)
-    before = [state.detach() for state in states]
+    before = map_tensors(torch.Tensor.detach, states)
     rollouts = decode(model, states, logits, K, keys=None)[0]
     prefix_hidden = BRANCHES.rows_before(hidden)
     scores = score(model, states, prefix_hidden, rollouts)
