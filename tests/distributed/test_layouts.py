@@ -86,7 +86,11 @@ def _families() -> dict[str, Architecture]:
     base = {"initializer_range": 0.3, "num_layers": 4}
     delta_net = preset("tiny-deltanet").with_overrides(base | {"mixer.num_heads": 4})
     gated = preset("tiny-gated-deltanet").with_overrides(base | {"mixer.num_heads": 4})
-    lact = preset("tiny-lact").with_overrides(base | {"mixer.num_fast_heads": 4})
+    # Chunks of more tokens than the fast heads are wide: shorter ones make gradients of less than
+    # full rank, and Muon amplifies what rounding puts into the rest.
+    lact = preset("tiny-lact").with_overrides(
+        base | {"mixer.num_fast_heads": 4, "mixer.chunk_size": 16}
+    )
     window = AttentionOptions(layers=(1, 4), num_heads=4, num_kv_heads=2, window_size=9)
     return {
         "deltanet-tied": delta_net.with_overrides({"tie_embeddings": True}),
