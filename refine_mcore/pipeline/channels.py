@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from refine_mcore.pipeline.order import CHANNELS, RECEIVES_AHEAD
+from refine_mcore.pipeline.order import CHANNELS, RECEIVES_AHEAD, routes
 from refine_mcore.pipeline.passes import Pass
 from refine_mcore.platform import device
 
@@ -57,17 +57,14 @@ class Channels:
         NCCL connects ranks when they first exchange something, and all wait for that: in the order
         of a plan, where receives are posted long before their sends, for ever.
         """
-        last = len(self._ranks) - 1
-        sources = {"backward": stage + 1, "token": last if stage == 0 else -1}
-        targets = {"backward": stage - 1, "token": 0 if stage == last else -1}
         greeting = torch.zeros(1, device=device())
         dist.all_reduce(greeting, group=tp_group)
         for channel, group in self._groups.items():
-            source, target = sources.get(channel, stage - 1), targets.get(channel, stage + 1)
-            if 0 <= source <= last:
-                dist.recv(greeting, self._ranks[source], group=group)
-            if 0 <= target <= last:
-                dist.send(greeting, self._ranks[target], group=group)
+            for sender, receiver in routes(channel, len(self._ranks)):
+                if stage == receiver:
+                    dist.recv(greeting, self._ranks[sender], group=group)
+                if stage == sender:
+                    dist.send(greeting, self._ranks[receiver], group=group)
 
     def post_receive(
         self,

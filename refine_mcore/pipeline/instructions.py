@@ -15,7 +15,7 @@ and one more before each pass that consumes one.
 from enum import Enum
 from typing import NamedTuple
 
-from refine_mcore.pipeline.order import receives_ahead
+from refine_mcore.pipeline.order import CHANNELS, receives_ahead, routes
 from refine_mcore.pipeline.passes import Pass, Shape
 
 
@@ -45,10 +45,10 @@ def add_messages(shape: Shape, orders: list[list[Pass]]) -> list[list[Instructio
 def _of_stage(shape: Shape, stage: int, order: list[Pass]) -> list[Instruction]:
     receives: dict[str, list[Instruction]] = {}
     senders = {
-        "forward": stage - 1,
-        "branches": stage - 1,
-        "backward": stage + 1,
-        "token": shape.stages - 1,
+        channel: sender
+        for channel in CHANNELS
+        for sender, receiver in routes(channel, shape.stages)
+        if receiver == stage
     }
     inputs = [shape.input_channel(stage, item) for item in order]
     for item, channel in zip(order, inputs, strict=True):

@@ -30,6 +30,14 @@ CHANNELS = ("forward", "branches", "backward", "token")
 _TICKS = 10**9  # of the dearest pass
 
 
+def routes(channel: str, stages: int) -> list[tuple[int, int]]:
+    """(sender, receiver) of every pair of stages that a channel connects."""
+    if channel == "token":
+        return [(stages - 1, 0)] if stages > 1 else []
+    step = -1 if channel == "backward" else 1
+    return [(stage, stage + step) for stage in range(stages) if 0 <= stage + step < stages]
+
+
 def order_passes(shape: Shape, costs: Costs) -> list[list[Pass]]:
     """Per stage, the passes in the order in which it runs them."""
     if shape.slices == 1 and not any(map(shape.rolls_out, range(shape.microbatches))):

@@ -45,7 +45,7 @@ class ReducedMetrics:
     clip_fraction: float | None = None
     log_prob_drift: float | None = None
     positions: Tensor | None = None
-    tokens: Tensor | None = None
+    rollout_tokens: Tensor | None = None
 
 
 @dataclass
@@ -94,7 +94,7 @@ class StepAccumulator:
             "reward_mean": rewards.mean().item(),
             "reward_std": rewards.std().item() if rewards.numel() > 1 else 0.0,
             "positions": _gather([record.positions for record in self.texts], dp_group)[order],
-            "tokens": _gather([record.tokens for record in self.texts], dp_group)[order],
+            "rollout_tokens": _gather([record.tokens for record in self.texts], dp_group)[order],
         }
 
 

@@ -228,21 +228,15 @@ class _Run:
         self, step: int, reduced: ReducedMetrics, grad_norm: float, lr: float, seconds: float
     ) -> StepMetrics:
         tokens = self.config.training.global_batch_size * self.config.data.sequence_length
+        drawn = {"positions": reduced.positions, "rollout_tokens": reduced.rollout_tokens}
         return StepMetrics(
             step=step,
-            loss_ntp=reduced.loss_ntp,
             grad_norm=grad_norm,
             lr=float(lr),
             tokens_per_second=tokens / seconds,
             step_seconds=seconds,
-            loss_policy=reduced.loss_policy,
-            reward_mean=reduced.reward_mean,
-            reward_std=reduced.reward_std,
-            entropy_mean=reduced.entropy_mean,
-            clip_fraction=reduced.clip_fraction,
-            log_prob_drift=reduced.log_prob_drift,
-            positions=None if reduced.positions is None else short_hash(reduced.positions),
-            rollout_tokens=None if reduced.tokens is None else short_hash(reduced.tokens),
+            **vars(reduced)
+            | {name: None if x is None else short_hash(x) for name, x in drawn.items()},
         )
 
     def _say(self, text: str) -> None:

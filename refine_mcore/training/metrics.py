@@ -21,7 +21,8 @@ from refine_mcore.errors import UserError
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line of `metrics.jsonl`. ReFINE's fields are null in a next-token step."""
+    """One line of `metrics.jsonl`: the fields of `ReducedMetrics`, positions and rollout tokens as
+    hashes, with what the run knows. ReFINE's fields are null in a next-token step."""
 
     # Completed steps before this one: the first step of a run is 0.
     step: int

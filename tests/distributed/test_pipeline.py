@@ -126,9 +126,9 @@ def _check_one_plan_runs_both_kinds_of_micro_batches() -> None:
             summed[name] += (g - policy[name]) / 2 + policy[name]
         if kind:
             assert mixed.positions is not None and alone.positions is not None
-            assert mixed.tokens is not None and alone.tokens is not None
+            assert mixed.rollout_tokens is not None and alone.rollout_tokens is not None
             assert torch.equal(mixed.positions, alone.positions)
-            assert torch.equal(mixed.tokens, alone.tokens)
+            assert torch.equal(mixed.rollout_tokens, alone.rollout_tokens)
     _assert_close(gradients, summed, 1e-9, "both kinds")
 
 

@@ -35,9 +35,9 @@ def test_sums_and_texts_of_a_step(process_groups) -> None:
     rewards = torch.tensor([20.0, 21, 50, 51, 70, 71])
     assert reduced.reward_mean == pytest.approx(rewards.mean().item())
     assert reduced.reward_std == pytest.approx(rewards.std().item())
-    assert reduced.positions is not None and reduced.tokens is not None
+    assert reduced.positions is not None and reduced.rollout_tokens is not None
     assert reduced.positions.tolist() == [[20, 21], [50, 51], [70, 71]]
-    assert reduced.tokens.tolist() == [[21, 22], [51, 52], [71, 72]]
+    assert reduced.rollout_tokens.tolist() == [[21, 22], [51, 52], [71, 72]]
 
 
 def test_a_step_without_rollouts_reports_the_loss_alone(process_groups) -> None:

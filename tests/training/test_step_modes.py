@@ -73,7 +73,7 @@ def run_works(
 def assert_same_step(actual: Step, expected: Step) -> None:
     """One optimizer step each, with the same rollouts, loss, gradient and log line."""
     assert torch.equal(actual.metrics.positions, expected.metrics.positions)
-    assert torch.equal(actual.metrics.tokens, expected.metrics.tokens)
+    assert torch.equal(actual.metrics.rollout_tokens, expected.metrics.rollout_tokens)
     numbers = [
         {key: value for key, value in vars(step.metrics).items() if isinstance(value, float)}
         for step in (actual, expected)
@@ -119,7 +119,7 @@ def rollouts_of(step: Step) -> list[tuple[int, int, Tensor]]:
     """(text, position, tokens [k]) of every rollout, in the order of the four texts and n = 1."""
     order = torch.tensor([3, 11, 5, 8]).argsort().argsort()
     positions, k = step.metrics.positions[order], step.context.config.rollout_tokens
-    tokens = step.metrics.tokens[order].reshape(*positions.shape, k)
+    tokens = step.metrics.rollout_tokens[order].reshape(*positions.shape, k)
     return [
         (text, int(positions[text, chunk]), tokens[text, chunk])
         for text in range(positions.shape[0])
@@ -218,15 +218,15 @@ def test_draws_follow_seed_and_sample(model_of: ModelOf) -> None:
     model, config = model_of("delta_net"), replace(CONFIG, rollouts_per_position=4)
     first, same = (Step(fused, model, make_batches(4), config) for _ in range(2))
     other = Step(fused, model, make_batches(4), config, seed=2)
-    assert torch.equal(first.metrics.tokens, same.metrics.tokens)
-    assert not torch.equal(first.metrics.tokens, other.metrics.tokens)
-    rollouts = first.metrics.tokens.reshape(-1, 4, config.rollout_tokens)
+    assert torch.equal(first.metrics.rollout_tokens, same.metrics.rollout_tokens)
+    assert not torch.equal(first.metrics.rollout_tokens, other.metrics.rollout_tokens)
+    rollouts = first.metrics.rollout_tokens.reshape(-1, 4, config.rollout_tokens)
     assert all(len({tuple(rollout) for rollout in group.tolist()}) > 1 for group in rollouts)
 
     batch = make_batches(4)[0]
     moved = replace(batch, sample_index=batch.sample_index + 100)
     elsewhere = Step(fused, model, [moved], config)
-    assert not torch.equal(first.metrics.tokens, elsewhere.metrics.tokens)
+    assert not torch.equal(first.metrics.rollout_tokens, elsewhere.metrics.rollout_tokens)
 
 
 @pytest.mark.parametrize("selection", ["entropy", "uniform", "argmax", "argmin"])
