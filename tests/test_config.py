@@ -226,6 +226,10 @@ def test_malformed_overrides(write):
             ["refine.mini_batch_size (2)", "training.micro_batch_size (4)"],
         ),
         (["training.ntp_warmup_steps=101"], ["training.ntp_warmup_steps (101)", "training.steps"]),
+        (
+            ["training.recompute=full", "parallel.slices=1"],
+            ["training.recompute", "parallel.slices 1"],
+        ),
         (["optimizer.min_lr=1"], ["optimizer.min_lr (1.0)", "optimizer.lr (1e-06)"]),
         (["optimizer.lr_warmup_steps=100"], ["lr_warmup_steps (100)", "training.steps (100)"]),
         (

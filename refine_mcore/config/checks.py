@@ -110,6 +110,11 @@ def _check_parallel(config: Config) -> str | None:
             f"parallel.slices ({parallel.slices}) exceeds "
             f"data.sequence_length ({config.data.sequence_length})"
         )
+    if config.training.recompute and parallel.pipeline == 1 and parallel.slices == 1:
+        return (
+            "training.recompute keeps the activations of one slice at a time: with "
+            "parallel.pipeline 1 and parallel.slices 1 it would save nothing"
+        )
     if optimizer.overlap_param_gather and not (
         optimizer.use_distributed_optimizer and optimizer.overlap_grad_reduce
     ):
