@@ -128,7 +128,7 @@ def let_messages_overlap() -> None:
     launch of a kernel may wait for the device, as lazy loading does. Raises `UserError` if the
     environment asks for too few queues.
     """
-    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+    os.environ["CUDA_MODULE_LOADING"] = "EAGER"
     queues = os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if backend() == "nccl" and not (queues.isdecimal() and int(queues) >= _QUEUES):
         raise UserError(

@@ -24,6 +24,7 @@ from tests.training.jobs import ROOT, run_job, write_config
 from tools.score import main as score
 
 Refused = Callable[..., str]
+OF_ITS_CHECKPOINT = ("model.preset=null", "model.overrides={}")
 NEEDED_KEY = "decoder.layers.0.self_attention.k_proj.weight"
 
 
@@ -134,6 +135,7 @@ def test_run_directories(refused: Refused, config: Path, tmp_path: Path, trained
     assert "exists and is not a directory" in start(tmp_path / "file")
     assert "cannot be used: Not a directory" in start(tmp_path / "file" / "run")
     assert "cannot be used" in start(Path("/proc/run"))
+    assert "cannot be used: File name too long" in start(tmp_path / ("x" * 300))
     assert "holds something other than a run" in start(tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     before = (trained / "config.yaml").read_text()
@@ -213,7 +215,7 @@ def test_spoiled_checkpoints(
     text = tmp_path / "text.txt"
     text.write_text("\1\2" * 300)
     overrides = (f"model.checkpoint={checkpoint}", f"data.paths=[{text}]")
-    message = refused_job(*overrides, "model.preset=null", "model.overrides={}")
+    message = refused_job(*overrides, *OF_ITS_CHECKPOINT)
     assert complaint in message and str(checkpoint) in message
 
     tokens = golden / "models" / "deltanet" / "inputs.safetensors"
@@ -239,12 +241,17 @@ def test_checkpoints_of_another_kind(
     weights_only = f"{converted} holds weights only"
     text = tmp_path / "text.txt"
     text.write_text("\1\2" * 300)
+    assert "holds another model than the run asks for" in refused_job(
+        f"checkpoint.load={checkpoint}",
+        f"model.checkpoint={converted}",
+        f"data.paths=[{text}]",
+        *OF_ITS_CHECKPOINT,
+    )
     assert weights_only in refused_job(
         f"checkpoint.load={converted}",
         f"model.checkpoint={converted}",
         f"data.paths=[{text}]",
-        "model.preset=null",
-        "model.overrides={}",
+        *OF_ITS_CHECKPOINT,
     )
     for other in ("training.dtype=bfloat16", "optimizer.use_distributed_optimizer=true"):
         assert "holds the state of another optimizer" in refused_job(

@@ -37,11 +37,14 @@ class TensorSpec(NamedTuple):
 class Channels:
     """This rank's end of all channels of its pipeline. Every rank of the job makes one.
 
-    `tp_group`: that of the passes which messages wait for.
+    `working_groups`: of the collectives within the passes that messages wait for.
     """
 
     def __init__(
-        self, pp_group: dist.ProcessGroup, tp_group: dist.ProcessGroup, timeout_s: float
+        self,
+        pp_group: dist.ProcessGroup,
+        working_groups: Sequence[dist.ProcessGroup],
+        timeout_s: float,
     ) -> None:
         self._ranks = dist.get_process_group_ranks(pp_group)
         self._groups = _groups_of_all_pipelines(self._ranks, timeout_s)
@@ -49,16 +52,17 @@ class Channels:
         self._sent: dict[str, deque[tuple[list[Any], list[Tensor]]]] = {
             channel: deque() for channel in CHANNELS
         }
-        self._connect(dist.get_rank(pp_group), tp_group)
+        self._connect(dist.get_rank(pp_group), working_groups)
 
-    def _connect(self, stage: int, tp_group: dist.ProcessGroup) -> None:
-        """Let every pair of stages meet once on each channel, and the ranks of a stage.
+    def _connect(self, stage: int, working_groups: Sequence[dist.ProcessGroup]) -> None:
+        """Let every pair of stages meet once on each channel, and every working group.
 
         NCCL connects ranks when they first exchange something, and all wait for that: in the order
         of a plan, where receives are posted long before their sends, for ever.
         """
         greeting = torch.zeros(1, device=device())
-        dist.all_reduce(greeting, group=tp_group)
+        for group in working_groups:
+            dist.all_reduce(greeting, group=group)
         for channel, group in self._groups.items():
             for sender, receiver in routes(channel, len(self._ranks)):
                 if stage == receiver:

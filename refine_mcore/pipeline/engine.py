@@ -66,7 +66,9 @@ class PipelineEngine:
         self.observe: Callable[[Pass], AbstractContextManager[object]] = _annotate
         self._channels: Channels | None = None
         if self._stages > 1:
-            self._channels = Channels(pg_collection.pp, pg_collection.tp, timeout_s)
+            # layers sum over tp; the first forward gathers parameters over intra_dp_cp
+            working = (pg_collection.tp, pg_collection.intra_dp_cp)
+            self._channels = Channels(pg_collection.pp, working, timeout_s)
 
     def forward_backward(
         self,

@@ -70,7 +70,7 @@ def load_weights(model: FastWeightModel, checkpoint: Path) -> None:
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint of a run's checkpoint directory, if it has one."""
-    if not (directory / _LATEST).is_file():
+    if not os.path.isfile(directory / _LATEST):  # Path.is_file raises where it may not look
         return None
     return find_checkpoint(directory)
 

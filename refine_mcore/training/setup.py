@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,23 @@ def training_source(config: Config) -> Path | None:
 def resolve_architecture(config: Config, source: Path | None = None) -> Architecture:
     """The architecture a run asks for: its preset's or its checkpoint's, with the overrides on top.
 
-    A run that goes on from `source` needs the checkpoint that it began from no more.
+    A run that goes on from `source` needs the checkpoint that it began from no more, and takes the
+    architecture from `source` if nothing else says it.
     """
     model = config.model
     architecture = preset(model.preset) if model.preset is not None else None
-    checkpoint = source or model.checkpoint
-    if architecture is None or (source is None and checkpoint is not None):
-        assert checkpoint is not None, "validate() asks for a preset or a checkpoint"
-        stored = read_description(find_checkpoint(Path(checkpoint))).architecture
+    if model.checkpoint is not None and (source is None or os.path.exists(model.checkpoint)):
+        stored = read_description(find_checkpoint(Path(model.checkpoint))).architecture
         if architecture is not None and architecture != stored:
             raise UserError(
                 f"model.preset {model.preset} is not the architecture of "
-                f"model.checkpoint {checkpoint}"
+                f"model.checkpoint {model.checkpoint}"
             )
         architecture = stored
+    if architecture is None:
+        if source is None:
+            raise UserError("model.preset or model.checkpoint must be given")
+        architecture = read_description(find_checkpoint(source)).architecture
     return architecture.with_overrides(dict(model.overrides))
 
 

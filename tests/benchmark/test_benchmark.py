@@ -50,6 +50,10 @@ def test_the_command_on_one_rank(tmp_path: Path, capsys: Any) -> None:
         (["--rounds", "0"], "--rounds must be at least 1, not 0"),
         (["--modes", "fused"], "--modes must include ntp"),
         (["--modes", "ntp,nope"], "unknown mode 'nope', known: ntp, fused, two_phase, prefix_copy"),
+        (
+            ["model.preset=null", "model.overrides={}", "checkpoint.load=nowhere"],
+            "model.preset or model.checkpoint must be given",
+        ),
         (["parallel.tensor=2"], "whole texts on one rank, or a pipeline"),
         (["parallel.slices=2"], "whole texts on one rank, or a pipeline"),
         (["--json", "nowhere/out.json"], "nowhere is no directory to write out.json to"),
