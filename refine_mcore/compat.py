@@ -6,6 +6,7 @@ only a machine without CUDA needs is in `platform`. Line numbers are those of me
 
 import errno
 import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -91,6 +92,22 @@ def forget_write_results() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._results_queue = None
+
+
+def destroy_model_parallel() -> None:
+    """End the present layout, if there is one, with all process groups but the default one.
+
+    Megatron's own function (parallel_state.py:2085) forgets its groups and lets their connections
+    be: gloo's have three threads each, which a program of many layouts collects by the thousand.
+    """
+    from megatron.core import parallel_state
+    from torch.distributed import distributed_c10d
+
+    parallel_state.destroy_model_parallel()
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+    gc.collect()  # a group ends with the last reference: models are full of cycles
 
 
 @functools.cache

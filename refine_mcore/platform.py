@@ -21,7 +21,6 @@ bad input at once. A program that saves checkpoints must guard its entry with `i
 from __future__ import annotations
 
 import functools
-import gc
 import importlib
 import inspect
 import logging
@@ -176,7 +175,7 @@ def initialize_model_parallel(
             f"{world_size} rank(s) cannot be shared by model replicas of {tensor} (tensor) x "
             f"{pipeline} (pipeline) ranks"
         )
-    _close_model_parallel()
+    compat.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
@@ -212,19 +211,6 @@ def shutdown() -> None:
 
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-
-
-def _close_model_parallel() -> None:
-    """End the present layout. Megatron forgets its groups and lets their connections be: gloo's
-    have three threads each, which a program of many layouts would collect by the thousand."""
-    from megatron.core import parallel_state
-    from torch.distributed import distributed_c10d
-
-    parallel_state.destroy_model_parallel()
-    everyone = distributed_c10d._get_default_group()
-    for group in [g for g in distributed_c10d._world.pg_map if g is not everyone]:
-        dist.destroy_process_group(group)
-    gc.collect()  # a group ends with the last reference: models are full of cycles
 
 
 def _stand_in_for_torch_cuda() -> None:

@@ -110,7 +110,8 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int 
     if window is not None:
         mask &= key > query - window
     if grouped:
-        # no kernel of a GPU takes grouped heads and a mask, but the one that keeps all scores
+        # on a GPU the flash kernel takes grouped heads but no mask, the memory-efficient one a mask
+        # but no grouped heads (torch's documentation): what is left would keep all scores
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
