@@ -32,18 +32,29 @@ class WorkMetrics:
     texts: TextRecord | None = None
 
 
-@dataclass(frozen=True)
-class ReducedMetrics:
-    """One step on the host. Rollout fields are None in a step without rollouts; texts are in sample
-    order."""
+@dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """What one step comes to over all ranks. ReFINE's fields are None in a next-token step."""
 
+    # Mean next-token loss per target, in nats.
     loss_ntp: float
+    # Clipped policy loss, unweighted.
     loss_policy: float | None = None
+    # Mean and standard deviation of the rewards of all rollouts.
     reward_mean: float | None = None
     reward_std: float | None = None
+    # Mean entropy over the text's positions, in nats.
     entropy_mean: float | None = None
+    # Share of rollout tokens whose ratio was clipped.
     clip_fraction: float | None = None
+    # Mean absolute difference between the decode passes' log-probs and the scored ones, in nats.
     log_prob_drift: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducedMetrics(StepFigures):
+    """One step on the host, with all its positions and rollout tokens in sample order."""
+
     positions: Tensor | None = None
     rollout_tokens: Tensor | None = None
 

@@ -17,33 +17,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from refine_mcore.errors import UserError
+from refine_mcore.step.metrics import StepFigures
 
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """One line of `metrics.jsonl`: the fields of `ReducedMetrics`, positions and rollout tokens as
-    hashes, with what the run knows. ReFINE's fields are null in a next-token step."""
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics(StepFigures):
+    """One line of `metrics.jsonl`. ReFINE's fields are null in a next-token step."""
 
     # Completed steps before this one: the first step of a run is 0.
     step: int
-    # Mean next-token loss per target, in nats.
-    loss_ntp: float
     grad_norm: float
     lr: float
     # Text tokens over all ranks, per second of the step; rollout tokens do not count.
     tokens_per_second: float
     step_seconds: float
-    # Clipped policy loss, unweighted.
-    loss_policy: float | None = None
-    # Mean and standard deviation of the rewards of all rollouts.
-    reward_mean: float | None = None
-    reward_std: float | None = None
-    # Mean entropy over the text's positions, in nats.
-    entropy_mean: float | None = None
-    # Share of rollout tokens whose ratio was clipped.
-    clip_fraction: float | None = None
-    # Mean absolute difference between the decode passes' log-probs and the scored ones, in nats.
-    log_prob_drift: float | None = None
     # `short_hash` of all positions and all rollout tokens, in the order of the global samples.
     positions: str | None = None
     rollout_tokens: str | None = None
@@ -96,7 +83,7 @@ class MetricsWriter:
 
     def write(self, metrics: StepMetrics) -> None:
         """Records and shows one finished step."""
-        record = asdict(metrics)
+        record = {"step": metrics.step} | asdict(metrics)  # the step comes first
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         if self._events is not None:

@@ -137,9 +137,8 @@ def _check_the_number_of_slices_is_chosen() -> None:
     stage = _Stage(preset("tiny-gated-deltanet"), torch.float64)
     batches, kinds = _batches(3), [True] * 3
     _, whole = stage.sliced(batches, kinds, 1)
-    with mock.patch.multiple(
-        slicing, _SHORTEST=4, KERNEL_CHUNK=4
-    ):  # these texts are shorter than a real slice
+    # these texts are shorter than a real slice
+    with mock.patch.multiple(slicing, _SHORTEST=4, KERNEL_CHUNK=4):
         assert stage.engine(None).plan(REFINE, LENGTH, kinds).shape.slices > 4
         _, sliced = stage.sliced(batches, kinds, None)
     _assert_close(sliced, whole, 1e-9, "slices of the engine's choice")
