@@ -17,7 +17,9 @@ from refine_kernels.gated_delta_rule import chunk as _gated_chunk
 from refine_kernels.gated_delta_rule import recurrent as _gated_recurrent
 from refine_kernels.lact import chunk as _lact
 from refine_kernels.lact.fast_weights import FastWeights, RowNorms
+from refine_kernels.rms_norm import rms_norm as _rms_norm
 from refine_kernels.short_conv import conv as _conv
+from refine_kernels.swiglu import swiglu as _swiglu
 from refine_kernels.vocab import log_probs as _log_probs
 from refine_kernels.vocab import sampling as _sampling
 from refine_kernels.vocab.random import combine_keys, counter_uniform
@@ -35,7 +37,9 @@ __all__ = [
     "log_probs_and_entropy",
     "recurrent_delta_rule",
     "recurrent_gated_delta_rule",
+    "rms_norm",
     "sample_tokens",
+    "swiglu",
     "update_fast_weights",
 ]
 
@@ -67,5 +71,7 @@ apply_fast_weights = _torch_backend(_lact.apply_fast_weights)
 update_fast_weights = _torch_backend(_lact.update_fast_weights)
 chunk_lact = _torch_backend(_lact.chunk_lact)
 causal_conv1d = _torch_backend(_conv.causal_conv1d)
+rms_norm = _torch_backend(_rms_norm.rms_norm)
+swiglu = _torch_backend(_swiglu.swiglu)
 log_probs_and_entropy = _torch_backend(_log_probs.log_probs_and_entropy)
 sample_tokens = _torch_backend(_sampling.sample_tokens)

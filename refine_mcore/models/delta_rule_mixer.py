@@ -10,21 +10,26 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from refine_kernels.dispatch import causal_conv1d, chunk_delta_rule, chunk_gated_delta_rule
+from refine_kernels.dispatch import (
+    causal_conv1d,
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    recurrent_delta_rule,
+    recurrent_gated_delta_rule,
+    rms_norm,
+)
 from torch import Tensor
 
 from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
 from refine_mcore.models.parallel_layers import (
     PackedColumnParallelLinear,
     Projection,
-    at_least_float32,
     replicated_parameter,
-    rms_norm,
     row_sharded_parameter,
     shared_by_heads,
 )
@@ -40,35 +45,45 @@ from refine_mcore.models.transformer_config import KERNEL_CHUNK, FastWeightConfi
 from refine_mcore.platform import to_device
 
 _L2_EPS = 1e-6
+# Most tokens that the recurrent form takes, where nothing is kept for a backward: its time grows
+# with them, that of a single chunk hardly.
+_FEW_TOKENS = 4
 
 
 @dataclass(frozen=True)
 class DeltaRuleState(FastWeightState):
-    """conv [R, conv_size - 1, channels]: the last inputs of the convolution; recurrent [R, heads,
-    K, V]: S."""
+    """conv [rows, conv_size - 1, channels]: the last inputs of the convolution; recurrent [rows,
+    heads, K, V]: S. Stream r has row `rows[r]` of both, so that forks share until they go on."""
 
     conv: Tensor
     recurrent: Tensor
+    rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, conv: Tensor, recurrent: Tensor) -> DeltaRuleState:
+        """Every stream has a row of its own."""
+        return cls(conv, recurrent, tuple(range(recurrent.shape[0])))
 
     @property
     def num_streams(self) -> int:
-        return self.recurrent.shape[0]
+        return len(self.rows)
+
+    def of_streams(self) -> tuple[Tensor, Tensor]:
+        """conv and recurrent with a row for each stream."""
+        return take_streams(self.conv, self.rows), take_streams(self.recurrent, self.rows)
 
     def select(self, indices: Sequence[int]) -> DeltaRuleState:
-        return DeltaRuleState(
-            take_streams(self.conv, indices), take_streams(self.recurrent, indices)
-        )
+        return replace(self, rows=tuple(self.rows[i] for i in indices))
 
     @classmethod
     def join(cls, parts: Sequence[DeltaRuleState]) -> DeltaRuleState:
-        return cls(
-            torch.cat([part.conv for part in parts]), torch.cat([part.recurrent for part in parts])
-        )
+        conv, recurrent = zip(*(part.of_streams() for part in parts), strict=True)
+        return cls.of(torch.cat(conv), torch.cat(recurrent))
 
 
 class RecurrenceInputs(NamedTuple):
-    """k [R, T, heads, K] of unit norm, v [R, T, heads, V], write strength beta and log decay g [R,
-    T, heads]."""
+    """k [R, T, key heads, K], before its norm, v [R, T, heads, V], write strength beta and log
+    decay g [R, T, heads]."""
 
     k: Tensor
     v: Tensor
@@ -146,21 +161,21 @@ class DeltaRuleMixer(Mixer):
         assert state is None or isinstance(state, DeltaRuleState)
         tape = DeltaRuleTape(self, tokens, state) if record else None
         raw, gates = self.split_packed(tokens if tape is None else tape.packed.tokens)
-        convolved, conv_tail = self.convolve(raw, state)
+        past, initial = (None, None) if state is None else state.of_streams()
+        convolved, conv_tail = self.convolve(raw, past)
         if tape is not None:
             convolved = tape.record_convolved(convolved)
         q, inputs = self.recurrence_inputs(convolved, gates)
-        initial = state.recurrent if state is not None else None
         o, final, boundaries = self.recurrence(q, inputs, initial)
         assert o is not None
-        y = rms_norm(o, shared_by_heads(self.o_norm, self.tp_group), self.config.layernorm_epsilon)
-        if self.options.use_gate:
-            y = y * F.silu(gates["g_proj"]).reshape(y.shape)
+        gate = gates["g_proj"].reshape(o.shape) if self.options.use_gate else None
+        gain = shared_by_heads(self.o_norm, self.tp_group)
+        y = rms_norm(o, gain, self.config.layernorm_epsilon, gate)
         if tape is not None:
             tape.record_states(boundaries, final)
         return MixerOutput(
             y.flatten(2),
-            DeltaRuleState(conv_tail, final) if output_state else None,
+            DeltaRuleState.of(conv_tail, final) if output_state else None,
             tape,
         )
 
@@ -172,13 +187,12 @@ class DeltaRuleMixer(Mixer):
         raw, *gates = packed.split(sizes, dim=-1)
         return raw, dict(zip(names, gates, strict=True))
 
-    def convolve(self, raw: Tensor, state: DeltaRuleState | None) -> tuple[Tensor, Tensor]:
-        """SiLU of the short convolution of q, k, v [R, T, channels], and the inputs the next token
-        needs."""
+    def convolve(self, raw: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """SiLU of the short convolution of q, k, v [R, T, channels] that follow the inputs `past`,
+        and the inputs the next token needs."""
         if not self.options.use_short_conv:
             return self.activate(raw), raw[:, :0]
         weight = torch.cat([self.q_conv1d, self.k_conv1d, self.v_conv1d])
-        past = state.conv if state is not None else None
         activation = None if self.qk_identity else "silu"
         out, tail = causal_conv1d(raw, weight, past, activation)
         return (self.activate(out) if activation is None else out), tail
@@ -198,14 +212,15 @@ class DeltaRuleMixer(Mixer):
     def recurrence_inputs(
         self, convolved: Tensor, gates: dict[str, Tensor]
     ) -> tuple[Tensor, RecurrenceInputs]:
-        """q [R, T, heads, K] and what the state is written with."""
-        q, k, v = convolved.split(self.conv_sizes, dim=-1)
-        streams, length = v.shape[:2]
-        q, k = (_unit_norm(y.reshape(streams, length, -1, self.heads.key)) for y in (q, k))
-        groups = self.heads.value_heads // self.heads.key_heads
-        if groups > 1:
-            q, k = q.repeat_interleave(groups, dim=2), k.repeat_interleave(groups, dim=2)
-        v = v.reshape(streams, length, -1, self.heads.value)
+        """q [R, T, key heads, K], before its norm, and what the state is written with."""
+        q, k, v = (
+            y.unflatten(-1, (-1, width))
+            for y, width in zip(
+                convolved.split(self.conv_sizes, dim=-1),
+                (self.heads.key, self.heads.key, self.heads.value),
+                strict=True,
+            )
+        )
         return q, RecurrenceInputs(k, v, *self.gates(gates, v))
 
     def recurrence(
@@ -213,7 +228,14 @@ class DeltaRuleMixer(Mixer):
     ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """Output, final state and the states before each chunk; q=None only advances the state."""
         k, v, beta, g = inputs
-        options: dict[str, Any] = {"initial_state": initial_state, "chunk_size": KERNEL_CHUNK}
+        options: dict[str, Any] = {"initial_state": initial_state, "qk_norm_eps": _L2_EPS}
+        if k.shape[1] <= _FEW_TOKENS and initial_state is not None and not torch.is_grad_enabled():
+            if g is None:
+                o, final = recurrent_delta_rule(q, k, v, beta, **options)
+            else:
+                o, final = recurrent_gated_delta_rule(q, k, v, beta, g, **options)
+            return o, final, [initial_state]
+        options["chunk_size"] = KERNEL_CHUNK
         if g is None:
             return chunk_delta_rule(q, k, v, beta, **options)
         return chunk_gated_delta_rule(q, k, v, beta, g, **options)
@@ -226,7 +248,7 @@ class DeltaRuleTape(LayerTape):
     def __init__(self, mixer: DeltaRuleMixer, packed: Tensor, state: DeltaRuleState | None) -> None:
         self.mixer = mixer
         self.packed = RecordedTokens(packed)
-        self.past = None if state is None else state.conv
+        self.past = None if state is None else state.of_streams()[0]
 
     def record_convolved(self, convolved: Tensor) -> Tensor:
         """Keep the convolution's output; the forward goes on with what is returned."""
@@ -245,7 +267,7 @@ class DeltaRuleTape(LayerTape):
         rest = [t - s for t, s in zip(offset, starts, strict=True)]
         if max(rest) > 0:
             recurrent = self._replay(recurrent, batch_index, starts, rest)
-        return DeltaRuleState(self._conv_tail(batch_index, offset), recurrent)
+        return DeltaRuleState.of(self._conv_tail(batch_index, offset), recurrent)
 
     def _replay(
         self, states: Tensor, batch_index: Sequence[int], starts: list[int], rest: list[int]
@@ -280,9 +302,3 @@ class DeltaRuleTape(LayerTape):
             rows, start = [batch_index[r] for r in near], [offset[r] for r in near]
             tails.append(gather_tokens(torch.cat([past, head], dim=1), rows, start, width))
         return take_streams(torch.cat(tails), inverse(far + near))
-
-
-def _unit_norm(x: Tensor) -> Tensor:
-    """x / sqrt(sum x^2 + eps) over the last dimension, in at least float32."""
-    x = x.to(at_least_float32(x.dtype))
-    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + _L2_EPS)

@@ -29,7 +29,7 @@ from refine_mcore.models.fast_weight_block import FastWeightLayer
 from refine_mcore.models.gated_delta_net import GatedDeltaNet
 from refine_mcore.models.lact import LaCT
 from refine_mcore.models.mixer import Mixer, MixerSubmodules
-from refine_mcore.models.parallel_layers import RMSNorm
+from refine_mcore.models.parallel_layers import RMSNorm, SwiGLU
 from refine_mcore.models.transformer_config import FastWeightConfig
 
 _MIXERS: dict[str, type[Mixer]] = {
@@ -66,7 +66,12 @@ def _layer_spec(
             self_attention=ModuleSpec(module=mixer, submodules=MixerSubmodules(column, row)),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=column, activation_func=SwiGLU, linear_fc2=row
+                ),
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )

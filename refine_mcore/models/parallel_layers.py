@@ -4,6 +4,7 @@
   (one GEMM, one gather under sequence parallelism, one all-reduce of the input gradient), each rank
   holding its heads' rows of every part. Checkpoints name the parts, so that they reshard.
 * `RMSNorm`: Megatron's torch norm refuses sequence parallelism.
+* `SwiGLU`: Megatron's own keeps three more tensors of the MLP's width, or has to be compiled.
 * Helpers for parameters that Megatron has no layer for: sharded by rows, or replicated per-head
   gains.
 """
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -33,6 +33,7 @@ from megatron.core.transformer.utils import (
     sharded_state_dict_default,
 )
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
+from refine_kernels.dispatch import rms_norm, swiglu
 from torch import Tensor
 
 _PACKED_WEIGHT = "linear.weight"
@@ -109,13 +110,6 @@ class _ZeroGradients(torch.autograd.Function):
         return grad, *map(torch.zeros_like, ctx.saved_tensors)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in at least float32, returned in
-    x's dtype."""
-    compute = at_least_float32(x.dtype)
-    return F.rms_norm(x.to(compute), weight.shape, weight.to(compute), eps).to(x.dtype)
-
-
 class RMSNorm(torch.nn.Module):
     """RMS norm over the hidden dimension of [s, b, h]; under sequence parallelism its gain's
     gradient is summed."""
@@ -128,6 +122,13 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(MegatronModule):
+    """silu(gate) * up of the MLP's first projection [s, b, 2 m] = [gate | up]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x)
 
 
 @dataclass(frozen=True)

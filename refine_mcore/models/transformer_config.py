@@ -66,6 +66,8 @@ def transformer_config(
         layernorm_epsilon=architecture.norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        # the MLP takes its activation from the spec (layer_specs.py), whoever made it
+        use_te_activation_func=True,
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -25,15 +25,17 @@ RECURRENT: dict[bool, Any] = {False: recurrent_delta_rule, True: recurrent_gated
 
 
 def make_inputs(
-    seed: int, b: int, t: int, h: int, k_dim: int, v_dim: int, gated: bool
+    seed: int, b: int, t: int, h: int, k_dim: int, v_dim: int, gated: bool, groups: int = 1
 ) -> tuple[list[Tensor], Tensor]:
-    """(q, k, v, beta[, g]) and an initial state, float64 leaves; beta up to 2, some exactly 0."""
+    """(q, k, v, beta[, g]) and an initial state, float64 leaves; beta up to 2, some exactly 0; h
+    query and key heads, each shared by ``groups`` value heads."""
     gen = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=gen)
 
     q, k = (torch.nn.functional.normalize(randn(b, t, h, k_dim), dim=-1) for _ in range(2))
+    h *= groups
     beta = 2 * randn(b, t, h).sigmoid() * (randn(b, t, h) > -1)
     inputs = [q, k, randn(b, t, h, v_dim), beta]
     if gated:
@@ -72,6 +74,25 @@ def test_chunk_and_recurrent_equal_the_definition(gated, seed, b, t, h, k_dim, v
     o, final, boundaries = CHUNK[gated](*inputs, initial_state=state, chunk_size=chunk_size)
     recurrent = RECURRENT[gated](*inputs, initial_state=state)
     assert len(boundaries) == -(-t // chunk_size)
+    assert_close((o, final), expected)
+    assert_close(recurrent, expected)
+    expected_grads = gradients(list(expected), leaves)
+    assert_close(gradients([o, final], leaves), expected_grads)
+    assert_close(gradients(list(recurrent), leaves), expected_grads)
+
+
+@gated_or_not
+@given(groups=st.integers(1, 3), chunk_size=st.integers(1, 20), **shapes)
+def test_norm_and_shared_heads(gated, seed, b, t, h, k_dim, v_dim, groups, chunk_size):
+    """Queries and keys of any length, divided by their norms inside; eps counts."""
+    inputs, state = make_inputs(seed, b, t, h, k_dim, v_dim, gated, groups)
+    q, k = ((3 * x.detach()).requires_grad_() for x in inputs[:2])
+    inputs[:2] = q, k
+    leaves = [*inputs, state]
+    options: dict[str, Any] = {"initial_state": state, "qk_norm_eps": 0.5}
+    expected = NAIVE[gated](*inputs, **options)
+    o, final, _ = CHUNK[gated](*inputs, **options, chunk_size=chunk_size)
+    recurrent = RECURRENT[gated](*inputs, **options)
     assert_close((o, final), expected)
     assert_close(recurrent, expected)
     expected_grads = gradients(list(expected), leaves)

@@ -144,7 +144,7 @@ def contents(
     found: list[Tensor] = []
     for state in states:
         if isinstance(state, DeltaRuleState):
-            found += [state.conv[stream], state.recurrent[stream]]
+            found += [x[stream] for x in state.of_streams()]
         elif isinstance(state, AttentionState):
             found += _visible_keys(state, stream, arch.attention.window_size)
         else:

@@ -15,9 +15,10 @@ Delta Networks", section 3.3; they solve for U.  Solving for E makes every gradi
 included, free of a division by beta, which may be zero.)
 
 Products within chunks run over several chunks at once; only products with the state are in a loop.
-The backward pass through that loop is written by hand: it keeps the inputs, E and one state per
-call, and recomputes the rest, where autograd would keep every intermediate.  Nothing is padded:
-the tokens after the last full chunk are a chunk of their own.
+The backward pass through that loop is written by hand: it keeps the inputs as they came and one
+state per call, and makes everything else again, unit queries and keys included, where autograd
+would keep every intermediate.  Nothing is padded: the tokens after the last full chunk are a chunk
+of their own.
 """
 
 from collections.abc import Sequence
@@ -39,20 +40,22 @@ def chunk_delta_rule(
     beta: Tensor,
     *,
     scale: float | None = None,
+    qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     """Delta rule over a piece of text.
 
-    q, k [B,T,H,K]; v [B,T,H,V]; beta [B,T,H]; initial_state [B,H,K,V] or None for zeros;
-    scale defaults to K**-0.5.  q=None only advances the state.  A token with beta = 0 leaves the
-    state as it is.
+    q, k [B,T,G,K]; v [B,T,H,V]; beta [B,T,H]; initial_state [B,H,K,V] or None for zeros; scale
+    defaults to K**-0.5.  Value head h reads and writes with query and key head h // (H / G).  With
+    ``qk_norm_eps``, q and k are first divided by sqrt(sum of squares + eps), in at least float32.
+    q=None only advances the state.  A token with beta = 0 leaves the state as it is.
 
     Returns (o [B,T,H,V] in the dtype of v, or None; final state [B,H,K,V]; the states before each
     chunk of ``chunk_size`` tokens, counted from the start of this piece).  States are at least
     float32 and part of the autograd graph.  Differentiable once.
     """
-    return chunk_rule(q, k, v, beta, None, scale, initial_state, chunk_size)
+    return chunk_rule(q, k, v, beta, None, scale, qk_norm_eps, initial_state, chunk_size)
 
 
 def chunk_rule(
@@ -62,14 +65,16 @@ def chunk_rule(
     beta: Tensor,
     g: Tensor | None,
     scale: float | None,
+    qk_norm_eps: float | None,
     initial_state: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
-    b, t, h, k_dim = k.shape
-    scale = k_dim**-0.5 if scale is None else scale
-    state = k.new_zeros(b, h, k_dim, v.shape[-1]) if initial_state is None else initial_state
-    states = [state.to(torch.promote_types(v.dtype, torch.float32))]
+    b, t, h, v_dim = v.shape
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    if initial_state is None:
+        initial_state = k.new_zeros(b, h, k.shape[-1], v_dim)
+    states = [initial_state.to(torch.promote_types(v.dtype, torch.float32))]
     rest = t % chunk_size
     group = _CHUNKS_AT_ONCE * chunk_size
     lengths = [min(group, t - rest - i) for i in range(0, t - rest, group)] + [rest] * (rest > 0)
@@ -80,13 +85,22 @@ def chunk_rule(
     ]
     outputs = []
     for n, *piece in zip(lengths, *pieces, strict=True):
-        o, *new_states = _ChunkRule.apply(*piece, states[-1], scale, min(chunk_size, n))
+        options = _Options(scale, qk_norm_eps, min(chunk_size, n))
+        o, *new_states = _ChunkRule.apply(*piece, states[-1], options)
         outputs.append(o)
         states += new_states
     final_state = states.pop()
     if q is None:
         return None, final_state, states
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), final_state, states
+
+
+class _Options(NamedTuple):
+    """Arguments of a call that are no tensors."""
+
+    scale: float
+    qk_norm_eps: float | None
+    chunk_size: int
 
 
 def _to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
@@ -167,6 +181,51 @@ def _unit_lower_inverse(a: Tensor) -> Tensor:
     return inverse
 
 
+class _Inputs(NamedTuple):
+    """A call's inputs as chunks, in the dtype of the state; None where absent."""
+
+    q: Tensor | None  # unit if asked for, scaled   [N,BH,C,K]
+    k: Tensor  # unit if asked for                  [N,BH,C,K]
+    v: Tensor  # [N,BH,C,V]
+    beta: Tensor  # [N,BH,C,1]
+    g: Tensor | None  # [N,BH,C,1]
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        dtype: torch.dtype,
+        options: _Options,
+    ) -> "_Inputs":
+        """From the tensors as the caller has them."""
+        size, heads = options.chunk_size, v.shape[2]
+
+        def keyed(x: Tensor) -> Tensor:
+            x = unit_per_head(x.to(dtype), heads, options.qk_norm_eps)
+            return _to_chunks(x, size, dtype)
+
+        return cls(
+            None if q is None else keyed(q) * options.scale,
+            keyed(k),
+            _to_chunks(v, size, dtype),
+            _to_chunks(beta.unsqueeze(-1), size, dtype),
+            None if g is None else _to_chunks(g.unsqueeze(-1), size, dtype),
+        )
+
+
+def unit_per_head(x: Tensor, heads: int, eps: float | None) -> Tensor:
+    """x [B,T,G,K], divided by sqrt(sum of squares + eps) unless eps is None, once for each of the
+    ``heads`` / G value heads that share it: [B,T,heads,K]."""
+    if eps is not None:
+        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + eps)
+    groups = heads // x.shape[2]
+    return x if groups == 1 else x.repeat_interleave(groups, 2)
+
+
 class _ChunkRule(torch.autograd.Function):
     """The rule over full chunks: (o or None, *states after each chunk)."""
 
@@ -179,28 +238,19 @@ class _ChunkRule(torch.autograd.Function):
         beta: Tensor,
         g: Tensor | None,
         state: Tensor,
-        scale: float,
-        chunk_size: int,
+        options: _Options,
     ) -> tuple[Tensor | None, ...]:
-        ctx.scale, ctx.chunk_size = scale, chunk_size
-        q_c, k_c, beta_c, g_c = _ChunkRule._chunked(ctx, q, k, beta, g, state.dtype)
-        v_c = _to_chunks(v, chunk_size, state.dtype)
-        terms = _Terms.of(q_c, k_c, g_c)
-        inverse = terms.inverse(beta_c)
-        errors, writes = torch.empty_like(v_c), torch.empty_like(v_c)
-        states = [state.flatten(0, 1)]
-        for i, v_i in enumerate(v_c):
-            unexplained = torch.baddbmm(v_i, terms.k_in[i], states[i], alpha=-1)
-            torch.bmm(inverse[i], unexplained, out=errors[i])
-            torch.mul(errors[i], beta_c[i], out=writes[i])
-            states.append(terms.advance(states[i], writes, i))
+        inputs = _Inputs.of(q, k, v, beta, g, state.dtype, options)
+        terms = _Terms.of(inputs.q, inputs.k, inputs.g)
+        states, _, writes = _scan(terms, terms.inverse(inputs.beta), inputs, state.flatten(0, 1))
         o = None
         if terms.q_in is not None and terms.scores is not None:
             out = terms.scores @ writes
             for i, q_i in enumerate(terms.q_in):
                 out[i].baddbmm_(q_i, states[i])
             o = _from_chunks(out, k.shape[0], v.dtype)
-        ctx.save_for_backward(q, k, v, beta, g, state, errors)
+        ctx.save_for_backward(q, k, v, beta, g, state)
+        ctx.options = options
         ctx.set_materialize_grads(False)
         return o, *(s.unflatten(0, state.shape[:2]) for s in states[1:])
 
@@ -209,19 +259,20 @@ class _ChunkRule(torch.autograd.Function):
     def backward(
         ctx: Any, grad_o: Tensor | None, *grad_states: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, g, state, errors = ctx.saved_tensors
-        q_c, k_c, beta_c, g_c = _ChunkRule._chunked(ctx, q, k, beta, g, state.dtype)
-        k_c = k_c.detach().requires_grad_()
-        q_c = None if q_c is None else q_c.detach().requires_grad_()
-        g_c = None if g_c is None else g_c.detach().requires_grad_()
+        q, k, v, beta, g, state = ctx.saved_tensors
+        if grad_o is None:
+            q = None
+        # what the terms are made of; v and beta have their gradients by hand
+        q, g = (None if x is None else x.detach().requires_grad_() for x in (q, g))
+        k = k.detach().requires_grad_()
         with torch.enable_grad():
-            terms = _Terms.of(q_c, k_c, g_c)
+            inputs = _Inputs.of(q, k, v, beta, g, state.dtype, ctx.options)
+            terms = _Terms.of(inputs.q, inputs.k, inputs.g)
         grad_terms, grad_v, grad_beta, grad_state = _loop_backward(
             terms,
-            beta_c,
-            errors,
+            inputs,
             state.flatten(0, 1),
-            None if grad_o is None else _to_chunks(grad_o, ctx.chunk_size, state.dtype),
+            None if grad_o is None else _to_chunks(grad_o, ctx.options.chunk_size, state.dtype),
             [None if x is None else x.flatten(0, 1) for x in grad_states],
         )
         used = [
@@ -230,45 +281,34 @@ class _ChunkRule(torch.autograd.Function):
             if x is not None and d is not None
         ]
         torch.autograd.backward([x for x, _ in used], [d for _, d in used])
-
-        def back(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
-            if grad is None or like is None:
-                return None
-            return _from_chunks(grad, k.shape[0], like.dtype).view(like.shape)
-
         return (
-            back(None if q_c is None or q_c.grad is None else q_c.grad * ctx.scale, q),
-            back(k_c.grad, k),
-            back(grad_v, v),
-            back(grad_beta, beta),
-            back(None if g_c is None else g_c.grad, g),
+            None if q is None else q.grad,
+            k.grad,
+            _from_chunks(grad_v, v.shape[0], v.dtype),
+            _from_chunks(grad_beta, v.shape[0], beta.dtype).view(beta.shape),
+            None if g is None else g.grad,
             grad_state.view(state.shape),
             None,
-            None,
         )
 
-    @staticmethod
-    def _chunked(
-        ctx: Any,
-        q: Tensor | None,
-        k: Tensor,
-        beta: Tensor,
-        g: Tensor | None,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        size = ctx.chunk_size
-        return (
-            None if q is None else _to_chunks(q, size, dtype) * ctx.scale,
-            _to_chunks(k, size, dtype),
-            _to_chunks(beta.unsqueeze(-1), size, dtype),
-            None if g is None else _to_chunks(g.unsqueeze(-1), size, dtype),
-        )
+
+def _scan(
+    terms: _Terms, inverse: Tensor, inputs: _Inputs, state: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """The states before each chunk and after the last, E and U."""
+    errors, writes = torch.empty_like(inputs.v), torch.empty_like(inputs.v)
+    states = [state]
+    for i, v_i in enumerate(inputs.v):
+        unexplained = torch.baddbmm(v_i, terms.k_in[i], states[i], alpha=-1)
+        torch.bmm(inverse[i], unexplained, out=errors[i])
+        torch.mul(errors[i], inputs.beta[i], out=writes[i])
+        states.append(terms.advance(states[i], writes, i))
+    return states, errors, writes
 
 
 def _loop_backward(
     terms: _Terms,
-    beta: Tensor,
-    errors: Tensor,
+    inputs: _Inputs,
     state: Tensor,
     grad_o: Tensor | None,
     grad_states: Sequence[Tensor | None],
@@ -279,11 +319,9 @@ def _loop_backward(
     triangular system is L = (I + G diag(beta))^-T (beta * dU), and the gradient of U in full is
     dU - G^T L: later tokens' errors see it too.  L is the gradient of V.
     """
-    writes = errors * beta
-    states = [state]
-    for i in range(len(writes) - 1):
-        states.append(terms.advance(states[i], writes, i))
-    adjoint = terms.inverse(beta).transpose(-1, -2)
+    beta, inverse = inputs.beta, terms.inverse(inputs.beta)
+    states, errors, writes = _scan(terms, inverse, inputs, state)
+    adjoint = inverse.transpose(-1, -2)
     grad_k_in, grad_k_out = torch.empty_like(terms.k_in), torch.empty_like(terms.k_in)
     grad_v = torch.empty_like(errors)
     grad_retain = None if terms.retain is None else torch.empty_like(terms.retain)

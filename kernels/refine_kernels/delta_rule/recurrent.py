@@ -7,6 +7,8 @@ plus the new write weighted by k.q) and written once; a decode step is bound by 
 import torch
 from torch import Tensor
 
+from refine_kernels.delta_rule.chunk import unit_per_head
+
 
 def recurrent_delta_rule(
     q: Tensor | None,
@@ -15,10 +17,11 @@ def recurrent_delta_rule(
     beta: Tensor,
     *,
     scale: float | None = None,
+    qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Same arguments as chunk_delta_rule; returns (o, final state)."""
-    return recurrent_rule(q, k, v, beta, None, scale, initial_state)
+    return recurrent_rule(q, k, v, beta, None, scale, qk_norm_eps, initial_state)
 
 
 def recurrent_rule(
@@ -28,17 +31,22 @@ def recurrent_rule(
     beta: Tensor,
     g: Tensor | None,
     scale: float | None,
+    qk_norm_eps: float | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
     dtype = torch.promote_types(v.dtype, torch.float32)
-    b, t, h, k_dim = k.shape
-    scale = k_dim**-0.5 if scale is None else scale
-    state = k.new_zeros(b, h, k_dim, v.shape[-1]) if initial_state is None else initial_state
-    state = state.to(dtype)
+    b, t, h, v_dim = v.shape
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    if initial_state is None:
+        initial_state = k.new_zeros(b, h, k.shape[-1], v_dim)
+    state = initial_state.to(dtype)
     # rows [B,T,H,1 or 2,K]: the key, and the query below it
-    keys = k.to(dtype)[..., None, :]
-    rows = keys if q is None else torch.cat((keys, scale * q.to(dtype)[..., None, :]), -2)
+    keys = unit_per_head(k.to(dtype), h, qk_norm_eps)[..., None, :]
+    rows = keys
+    if q is not None:
+        queries = unit_per_head(q.to(dtype), h, qk_norm_eps)[..., None, :]
+        rows = torch.cat((keys, scale * queries), -2)
     overlap = rows @ keys.transpose(-1, -2)
     values, rates = v.to(dtype), beta.to(dtype)[..., None]
     decays = None if g is None else g.to(dtype).exp()[..., None, None]

@@ -13,6 +13,7 @@ def chunk_gated_delta_rule(
     g: Tensor,
     *,
     scale: float | None = None,
+    qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
@@ -20,4 +21,4 @@ def chunk_gated_delta_rule(
 
     A token with beta = 0 and g = 0 leaves the state as it is.
     """
-    return chunk_rule(q, k, v, beta, g, scale, initial_state, chunk_size)
+    return chunk_rule(q, k, v, beta, g, scale, qk_norm_eps, initial_state, chunk_size)

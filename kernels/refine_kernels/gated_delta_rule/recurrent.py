@@ -13,7 +13,8 @@ def recurrent_gated_delta_rule(
     g: Tensor,
     *,
     scale: float | None = None,
+    qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Same arguments as chunk_gated_delta_rule; returns (o, final state)."""
-    return recurrent_rule(q, k, v, beta, g, scale, initial_state)
+    return recurrent_rule(q, k, v, beta, g, scale, qk_norm_eps, initial_state)
