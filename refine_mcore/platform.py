@@ -104,11 +104,17 @@ def device() -> torch.device:
 
 
 def to_device(values: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Whole numbers known on the host as an int64 tensor on `device`.
+    """Whole numbers known on the host as an int64 tensor on `device`, not to be written to.
 
-    The copy to a GPU goes through pinned memory, so that the host does not wait for the GPU.
+    The layers of a model ask for the same few lists one after the other: they share one copy. That
+    to a GPU goes through pinned memory, so that the host does not wait for the GPU.
     """
-    tensor = torch.tensor(list(values), dtype=torch.long)
+    return _on_device(tuple(values), device)
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    tensor = torch.tensor(values, dtype=torch.long)
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -169,8 +169,9 @@ class TrainingConfig:
     # Steps between log lines where there is no progress bar.
     log_interval: PositiveInt = 1
     # Tokens between the states that delta-rule layers keep for branching, a multiple of 64: a
-    # larger one takes less memory and replays more tokens for each branch.
-    tape_interval: PositiveInt = 64
+    # larger one takes less memory and replays more tokens for each branch, without gradients but
+    # for the last few. The backward keeps states every 512 tokens anyway.
+    tape_interval: PositiveInt = 512
     # full: run each slice's forward again before its backward instead of keeping its activations.
     recompute: Literal["full"] | None = None
 

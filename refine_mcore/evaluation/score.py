@@ -90,8 +90,9 @@ def _roll_out_at(
 ) -> tuple[Tensor, Tensor]:
     branches = Branches.at([[position]] * batch.tokens.shape[0])
     randomness = None if seed is None else Randomness(seed, 0)
+    emitted: list[Tensor] = []
     with torch.no_grad():
-        tokens, _, emitted = decode(
+        tokens, _ = decode(
             model,
             branch_states(text, branches, 1),
             branches.rows_before(text.logits.detach()),
@@ -99,8 +100,9 @@ def _roll_out_at(
             None
             if randomness is None
             else lambda j: randomness.token_keys(batch.sample_index, branches, 1, j),
+            observe=emitted.append,
         )
-    return tokens, emitted
+    return tokens, torch.stack(emitted, 1)
 
 
 def _whole_vocabulary(model: LanguageModel, logits: Tensor) -> Tensor:

@@ -1,16 +1,12 @@
 """What DeltaNet and GatedDeltaNet share: projections, short convolution, matrix state, output norm
 and gate.
 
-State of a stream: the last conv_size - 1 inputs of the convolution and S [heads, K, V], at least
-float32. The tape keeps the state every `tape_interval` tokens and the tensors the forward made
-anyway; a state in between is replayed from the few tokens since the last one kept.
+State and tape are in delta_rule_state.py.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +21,7 @@ from refine_kernels.dispatch import (
 )
 from torch import Tensor
 
+from refine_mcore.models.delta_rule_state import DeltaRuleState, DeltaRuleTape
 from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
 from refine_mcore.models.parallel_layers import (
     PackedColumnParallelLinear,
@@ -33,52 +30,13 @@ from refine_mcore.models.parallel_layers import (
     row_sharded_parameter,
     shared_by_heads,
 )
-from refine_mcore.models.state import (
-    FastWeightState,
-    LayerTape,
-    RecordedTokens,
-    gather_tokens,
-    inverse,
-    take_streams,
-)
+from refine_mcore.models.state import FastWeightState
 from refine_mcore.models.transformer_config import KERNEL_CHUNK, FastWeightConfig
-from refine_mcore.platform import to_device
 
 _L2_EPS = 1e-6
 # Most tokens that the recurrent form takes, where nothing is kept for a backward: its time grows
 # with them, that of a single chunk hardly.
 _FEW_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class DeltaRuleState(FastWeightState):
-    """conv [rows, conv_size - 1, channels]: the last inputs of the convolution; recurrent [rows,
-    heads, K, V]: S. Stream r has row `rows[r]` of both, so that forks share until they go on."""
-
-    conv: Tensor
-    recurrent: Tensor
-    rows: tuple[int, ...]
-
-    @classmethod
-    def of(cls, conv: Tensor, recurrent: Tensor) -> DeltaRuleState:
-        """Every stream has a row of its own."""
-        return cls(conv, recurrent, tuple(range(recurrent.shape[0])))
-
-    @property
-    def num_streams(self) -> int:
-        return len(self.rows)
-
-    def of_streams(self) -> tuple[Tensor, Tensor]:
-        """conv and recurrent with a row for each stream."""
-        return take_streams(self.conv, self.rows), take_streams(self.recurrent, self.rows)
-
-    def select(self, indices: Sequence[int]) -> DeltaRuleState:
-        return replace(self, rows=tuple(self.rows[i] for i in indices))
-
-    @classmethod
-    def join(cls, parts: Sequence[DeltaRuleState]) -> DeltaRuleState:
-        conv, recurrent = zip(*(part.of_streams() for part in parts), strict=True)
-        return cls.of(torch.cat(conv), torch.cat(recurrent))
 
 
 class RecurrenceInputs(NamedTuple):
@@ -172,7 +130,7 @@ class DeltaRuleMixer(Mixer):
         gain = shared_by_heads(self.o_norm, self.tp_group)
         y = rms_norm(o, gain, self.config.layernorm_epsilon, gate)
         if tape is not None:
-            tape.record_states(boundaries, final)
+            tape.record_states(KERNEL_CHUNK, boundaries, final)
         return MixerOutput(
             y.flatten(2),
             DeltaRuleState.of(conv_tail, final) if output_state else None,
@@ -239,66 +197,3 @@ class DeltaRuleMixer(Mixer):
         if g is None:
             return chunk_delta_rule(q, k, v, beta, **options)
         return chunk_gated_delta_rule(q, k, v, beta, g, **options)
-
-
-class DeltaRuleTape(LayerTape):
-    """Packed projections and convolution outputs of the text, and its states every
-    `tape_interval` tokens (the last is the final one)."""
-
-    def __init__(self, mixer: DeltaRuleMixer, packed: Tensor, state: DeltaRuleState | None) -> None:
-        self.mixer = mixer
-        self.packed = RecordedTokens(packed)
-        self.past = None if state is None else state.of_streams()[0]
-
-    def record_convolved(self, convolved: Tensor) -> Tensor:
-        """Keep the convolution's output; the forward goes on with what is returned."""
-        self.convolved = RecordedTokens(convolved)
-        return self.convolved.tokens
-
-    def record_states(self, boundaries: list[Tensor], final: Tensor) -> None:
-        """Keep the states before each kernel chunk, thinned out, and the one after the text."""
-        self.interval = self.mixer.config.tape_interval
-        self.states = [*boundaries[:: self.interval // KERNEL_CHUNK], final]
-
-    def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> DeltaRuleState:
-        kept = [t // self.interval for t in offset]
-        recurrent = torch.stack([self.states[i][b] for i, b in zip(kept, batch_index, strict=True)])
-        starts = [i * self.interval for i in kept]
-        rest = [t - s for t, s in zip(offset, starts, strict=True)]
-        if max(rest) > 0:
-            recurrent = self._replay(recurrent, batch_index, starts, rest)
-        return DeltaRuleState.of(self._conv_tail(batch_index, offset), recurrent)
-
-    def _replay(
-        self, states: Tensor, batch_index: Sequence[int], starts: list[int], rest: list[int]
-    ) -> Tensor:
-        """The states after `rest[r]` more tokens; shorter rows are filled with writes of strength
-        zero."""
-        length = max(rest)
-        _, gates = self.mixer.split_packed(self.packed.read(batch_index, starts, length))
-        convolved = self.convolved.read(batch_index, starts, length)
-        _, inputs = self.mixer.recurrence_inputs(convolved, gates)
-        steps = torch.arange(length, device=states.device)
-        valid = (steps < to_device(rest, states.device)[:, None])[..., None]
-        beta = inputs.beta * valid
-        g = None if inputs.g is None else inputs.g * valid
-        return self.mixer.recurrence(None, inputs._replace(beta=beta, g=g), states)[1]
-
-    def _conv_tail(self, batch_index: Sequence[int], offset: Sequence[int]) -> Tensor:
-        """The last conv_size - 1 inputs of the convolution before each offset."""
-        width = self.mixer.conv_width - 1
-        near = [r for r, t in enumerate(offset) if t < width]  # these reach back before the forward
-        far = [r for r, t in enumerate(offset) if t >= width]
-        tails = []
-        if far:
-            rows, start = [batch_index[r] for r in far], [offset[r] - width for r in far]
-            tails.append(self.mixer.split_packed(self.packed.read(rows, start, width))[0])
-        if near:
-            texts = range(self.packed.tokens.shape[0])
-            head, _ = self.mixer.split_packed(self.packed.read(texts, [0] * len(texts), width))
-            past = self.past
-            if past is None:
-                past = head.new_zeros(head.shape[0], width, head.shape[2])
-            rows, start = [batch_index[r] for r in near], [offset[r] for r in near]
-            tails.append(gather_tokens(torch.cat([past, head], dim=1), rows, start, width))
-        return take_streams(torch.cat(tails), inverse(far + near))

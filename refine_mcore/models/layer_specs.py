@@ -68,9 +68,7 @@ def _layer_spec(
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=column, activation_func=SwiGLU, linear_fc2=row
-                ),
+                submodules=MLPSubmodules(linear_fc1=column, activation_func=SwiGLU, linear_fc2=row),
             ),
             mlp_bda=get_bias_dropout_add,
         ),

@@ -26,7 +26,7 @@ class FastWeightConfig(TransformerConfig):
     architecture: Architecture | None = None
     # Tokens between the states that a delta-rule layer's tape keeps, a multiple of the kernel's
     # chunk. A larger one keeps less memory alive and replays more tokens for a branch.
-    tape_interval: int = KERNEL_CHUNK
+    tape_interval: int = 8 * KERNEL_CHUNK
 
     @property
     def arch(self) -> Architecture:
@@ -42,7 +42,7 @@ def transformer_config(
     pipeline_parallel: int = 1,
     layers_per_stage: Sequence[int] | None = None,
     sequence_parallel: bool = False,
-    tape_interval: int = KERNEL_CHUNK,
+    tape_interval: int = 8 * KERNEL_CHUNK,
 ) -> FastWeightConfig:
     """The Megatron configuration that runs `architecture` in `dtype` at the given layout.
 

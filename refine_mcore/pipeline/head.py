@@ -70,11 +70,11 @@ class Head:
         """Of this micro-batch's next-token loss."""
         return self.context.config.ntp_weight if self.rolls_out else 1.0
 
-    def read(self, out: ModelOutput, start: int) -> tuple[TextPass, Tensor]:
-        """What a slice from token `start` on predicts, and its part of the next-token loss."""
-        text = predict(
-            self.context.model, out, self.batch, with_entropy=self.rolls_out, start=start
-        )
+    def read(self, out: ModelOutput, start: int, *, again: bool) -> tuple[TextPass, Tensor]:
+        """What a slice from token `start` on predicts, and its part of the next-token loss; read
+        again for its backward, without the entropies."""
+        with_entropy = self.rolls_out and not again
+        text = predict(self.context.model, out, self.batch, with_entropy=with_entropy, start=start)
         return text, ntp_loss(text, self.batch, self.denominators.targets)
 
     def report(self, text: TextPass, loss: Tensor) -> None:

@@ -150,7 +150,8 @@ class StageWork:
         )
         text, loss, output, gradient = None, None, out.hidden, None
         if self._head is not None:
-            text, loss = self._head.read(out, piece.start)
+            again = self._recompute and torch.is_grad_enabled()
+            text, loss = self._head.read(out, piece.start, again=again)
             output, gradient = loss, torch.full_like(loss, self._head.ntp_weight)
         if torch.is_grad_enabled():
             piece.root = get_gradient_edge(output), gradient

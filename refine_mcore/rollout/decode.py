@@ -21,25 +21,28 @@ def decode(
     k: int,
     keys: Callable[[int], Tensor] | None,
     temperature: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    observe: Callable[[Tensor], object] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Roll out k tokens for R streams.
 
     `logits` [R, V / tp] emit the first token; `keys(j)` [R] decide the draw of token j, None
-    decodes greedily. A token is drawn from softmax(logits / temperature). Returns tokens [R, k],
-    their log-probs [R, k] under that distribution as seen by these passes, and the logits [R, k, V
-    / tp] that emitted them.
+    decodes greedily. A token is drawn from softmax(logits / temperature). Returns tokens [R, k] and
+    their log-probs [R, k] under that distribution as seen by these passes; `observe` is shown the
+    logits [R, V / tp] that emit each, which are not kept.
     """
-    tokens, log_probs, emitted = [], [], []
+    tokens, log_probs = [], []
     for j in range(k):
         token, log_prob = draw_tokens(model, logits, None if keys is None else keys(j), temperature)
         tokens.append(token)
         log_probs.append(log_prob)
-        emitted.append(logits)
+        if observe is not None:
+            observe(logits)
         if j < k - 1:
             out = model(token[:, None], states, output_states=True)
             assert out.states is not None
             states, logits = out.states, model.logits(out.hidden)[:, 0]
-    return torch.stack(tokens, 1), torch.stack(log_probs, 1), torch.stack(emitted, 1)
+    return torch.stack(tokens, 1), torch.stack(log_probs, 1)
 
 
 @torch.no_grad()

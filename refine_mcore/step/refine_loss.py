@@ -185,7 +185,7 @@ def roll_out(
     """n rollouts of k tokens from every branch; `states` and `first_logits` [R n, V / tp] are those
     of the streams."""
     n = config.rollouts_per_position
-    tokens, log_probs, _ = decode(
+    tokens, log_probs = decode(
         model,
         states,
         first_logits.detach(),

@@ -100,7 +100,7 @@ def _generate(
     branch = Branches((branches.batch_index[row],), (branches.position[row],))
     out = model(_prefix(batch, branches, row)[None], output_states=True)
     assert out.states is not None
-    tokens, log_probs, _ = decode(
+    tokens, log_probs = decode(
         model,
         [state.fork(n) for state in out.states],
         model.logits(out.hidden[:, -1:])[:, 0].expand(n, -1),

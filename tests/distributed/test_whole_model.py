@@ -120,7 +120,7 @@ def _text_and_branches(stage: FastWeightModel) -> dict[str, Tensor]:
     text = text_pass(model, batch, with_entropy=True, record=True)
     states = branch_states(text, BRANCHES, 1)
     assert len(states) == len(stage.decoder.layers)
-    tokens, drawn, _ = decode(
+    tokens, drawn = decode(
         model,
         states,
         BRANCHES.rows_before(text.logits),

@@ -27,5 +27,8 @@ def test_bfloat16_gives_what_the_definition_gives():
     y, expected = swiglu(x), naive_swiglu(x)
     assert torch.equal(y, expected)
     assert torch.equal(
-        *(torch.autograd.grad(z, x, torch.ones_like(z), retain_graph=True)[0] for z in (y, expected))
+        *(
+            torch.autograd.grad(z, x, torch.ones_like(z), retain_graph=True)[0]
+            for z in (y, expected)
+        )
     )

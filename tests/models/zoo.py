@@ -22,7 +22,7 @@ from refine_mcore.models.architecture import (
     MixerOptions,
 )
 from refine_mcore.models.attention import AttentionState
-from refine_mcore.models.delta_rule_mixer import DeltaRuleState
+from refine_mcore.models.delta_rule_state import DeltaRuleState
 from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.lact_state import LaCTState, open_chunk_length

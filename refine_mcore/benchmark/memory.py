@@ -1,0 +1,136 @@
+"""What a training step keeps in memory, counted on the CPU: the tensors that one layer and the
+output layer save for their backward, and from them the memory of a run on GPUs.
+
+The count holds for the torch forms of the kernels, in the dtype given. What lives only while one
+layer runs, the allocator's own overhead and communication buffers are not in it.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from refine_mcore.conversion.parameters import checkpoint_shapes, hf_parameter_map
+from refine_mcore.models.architecture import Architecture
+from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
+from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.step.refine_loss import TextBatch, text_pass
+
+_WEIGHT_BYTES = 2  # bfloat16
+_GRADIENT_BYTES = 4  # float32, as Megatron gathers them
+_OPTIMIZER_BYTES = 12  # float32 weights and Adam's two moments
+
+
+class SavedTensor(NamedTuple):
+    """One piece of memory kept for a backward, however many tensors look at it."""
+
+    bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    where: str  # the lines of this project's code that had it saved, the outermost first
+
+    def __str__(self) -> str:
+        return f"{self.bytes:,} bytes, {self.dtype} {list(self.shape)}: {self.where}"
+
+
+def saved_tensors(
+    forward: Callable[[], Any], parameters: Iterable[Tensor] = ()
+) -> list[SavedTensor]:
+    """What `forward()` saves for its backward, the largest first, each storage once and those of
+    `parameters` not at all."""
+    ignored = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    found: dict[int, SavedTensor] = {}
+    alive = []  # a freed address could be given out again
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in found and storage.data_ptr() not in ignored:
+            found[storage.data_ptr()] = SavedTensor(
+                storage.nbytes(), x.dtype, tuple(x.shape), _place()
+            )
+            alive.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = forward()
+    del result
+    return sorted(found.values(), key=lambda saved: -saved.bytes)
+
+
+def _place() -> str:
+    frames = [f for f in traceback.extract_stack() if "refine_" in f.filename]
+    return " > ".join(f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in frames[:-1][-6:])
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """Bytes per token kept for the backward by a layer, and by all that is not a layer; and what a
+    model of one layer keeps, the largest first."""
+
+    layer: float
+    rest: float
+    largest: list[SavedTensor]
+
+
+def count_saved_bytes(
+    architecture: Architecture, groups: Any, *, tokens: int, dtype: torch.dtype = torch.bfloat16
+) -> SavedBytes:
+    """Count over a text of `tokens` tokens: the difference between two layers and one is a layer.
+
+    A hybrid's attention layers are not counted. `groups` are those of a single rank.
+    """
+    one, two = (_count(architecture, layers, groups, tokens, dtype) for layers in (1, 2))
+    totals = [sum(x.bytes for x in saved) for saved in (one, two)]
+    layer = totals[1] - totals[0]
+    return SavedBytes(layer / tokens, (totals[0] - layer) / tokens, one)
+
+
+def _count(
+    architecture: Architecture, layers: int, groups: Any, tokens: int, dtype: torch.dtype
+) -> list[SavedTensor]:
+    reduced = architecture.with_overrides({"num_layers": layers, "attention": None})
+    model: FastWeightModel = build_model(transformer_config(reduced, dtype=dtype), groups)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    batch = TextBatch(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0])
+    return saved_tensors(
+        lambda: text_pass(model, batch, with_entropy=True, record=True), model.parameters()
+    )
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes on each GPU."""
+
+    weights_and_gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def estimate_memory(
+    architecture: Architecture,
+    counted: SavedBytes,
+    *,
+    tokens: int,
+    data_parallel: int,
+) -> MemoryEstimate:
+    """Of a bfloat16 run with the optimizer sharded over `data_parallel` GPUs, each with `tokens`
+    tokens of text in a micro-batch."""
+    shapes = checkpoint_shapes(hf_parameter_map(architecture)).values()
+    parameters = sum(math.prod(shape) for shape in shapes)
+    return MemoryEstimate(
+        parameters * (_WEIGHT_BYTES + _GRADIENT_BYTES),
+        parameters * _OPTIMIZER_BYTES / data_parallel,
+        tokens * (architecture.num_layers * counted.layer + counted.rest),
+    )

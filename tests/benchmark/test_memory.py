@@ -1,0 +1,61 @@
+"""What a layer keeps for its backward, at the published sizes in bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from refine_mcore.benchmark.memory import count_saved_bytes, estimate_memory, saved_tensors
+from refine_mcore.models.presets import preset
+from tools.estimate_memory import main
+
+# Most bytes per token and layer.
+LIMITS = {"deltanet-1.3b": 90e3, "lact-760m": 130e3, "gated-deltanet-1.3b": 110e3}
+# Two chunks of LaCT at least: an update is made and read.
+TOKENS = {"lact-760m": 4096}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_layer_keeps_little(name: str, single_rank: Any) -> None:
+    architecture = preset(name).with_overrides({"vocab_size": 64})
+    tokens = TOKENS.get(name, 1024)
+    counted = count_saved_bytes(architecture, single_rank, tokens=tokens)
+    largest = "\n".join(map(str, counted.largest[:12]))
+    assert counted.layer <= LIMITS[name], (
+        f"{counted.layer:,.0f} bytes a token and layer, the most of one layer and the head:\n"
+        f"{largest}"
+    )
+    # as much as its inputs at least: the projections' [tokens, D], the MLP's [tokens, 3 m]
+    least = 2 * (6 * architecture.hidden_size + 3 * architecture.intermediate_size)
+    assert counted.layer > least
+
+
+def test_storages_count_once_and_parameters_not_at_all() -> None:
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    found = saved_tensors(lambda: (x[:2].exp().exp() * weight, x[1:].square()), [weight])
+    # exp keeps its result, the product its left factor (the same), the square all of x
+    assert [(saved.bytes, saved.shape) for saved in found] == [
+        (48, (2, 4)),
+        (32, (2, 4)),
+        (32, (2, 4)),
+    ]
+
+
+def test_the_estimate_adds_up(single_rank: Any) -> None:
+    """Of 4 + 12 bytes a parameter beside the bfloat16 weights, and the optimizer's are shared."""
+    architecture = preset("tiny-deltanet")
+    counted = count_saved_bytes(architecture, single_rank, tokens=64)
+    one, four = (
+        estimate_memory(architecture, counted, tokens=64, data_parallel=size) for size in (1, 4)
+    )
+    assert one.optimizer == 2 * one.weights_and_gradients == 4 * four.optimizer
+    assert one.activations == 64 * (2 * counted.layer + counted.rest) == four.activations
+    assert one.total == sum(one)
+
+
+def test_the_command(capsys: Any) -> None:
+    main(["--preset", "tiny-lact", "--sequence-length", "64", "--gpus", "1,8"])
+    *_, one, eight = capsys.readouterr().out.splitlines()
+    assert one.startswith("| 1 | 0.0 GiB |") and eight.startswith("| 8 |")

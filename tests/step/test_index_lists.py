@@ -1,0 +1,40 @@
+"""Lists of positions and rows reach the device once a micro-batch, however many layers ask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from refine_mcore import platform
+from refine_mcore.models.fast_weight_model import build_model
+from refine_mcore.models.initialization import initialize
+from refine_mcore.models.presets import preset
+from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.rollout.branches import Branches
+from refine_mcore.rollout.decode import decode
+from refine_mcore.rollout.scoring import score
+from refine_mcore.step.refine_loss import TextBatch, branch_states, text_pass
+
+
+def copies(name: str, layers: int, groups: Any) -> int:
+    """Lists that a text pass, rollouts from it and their scores send to the device."""
+    architecture = preset(name).with_overrides({"num_layers": layers})
+    model = build_model(transformer_config(architecture), groups)
+    initialize(model, 0)
+    tokens = torch.randint(61, (2, 40))
+    batch = TextBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(2))
+    branches = Branches.at([[5, 17, 33], [8, 16, 39]])
+    platform._on_device.cache_clear()
+    text = text_pass(model, batch, with_entropy=True, record=True)
+    states = branch_states(text, branches, 2)
+    streams = branches.fork(2)
+    rollouts, _ = decode(model, states, streams.rows_before(text.logits), 4, None)
+    score(model, states, streams.rows_before(text.hidden), rollouts)
+    return platform._on_device.cache_info().misses
+
+
+@pytest.mark.parametrize("name", ["tiny-deltanet", "tiny-gated-deltanet", "tiny-lact"])
+def test_layers_share_them(name: str, single_rank: Any) -> None:
+    assert copies(name, 6, single_rank) == copies(name, 2, single_rank) > 0
