@@ -33,6 +33,7 @@ from refine_kernels.dispatch import (
     chunk_lact,
     update_fast_weights,
 )
+from refine_kernels.recompute import recomputed
 from torch import Tensor
 
 from refine_mcore.models.attention import (
@@ -181,12 +182,11 @@ class LaCT(Mixer):
     ) -> tuple[Tensor, FastInputs]:
         """fq [R, T, n, d] and what the weights are written with."""
         scale, offset = self.qk_scale, self.qk_offset
-        fq, fk, fv = q * scale[:, 0] + offset[:, 0], k * scale[:, 1] + offset[:, 1], v
-        if self.options.qkv_silu:
-            fq, fk = F.silu(fq), F.silu(fk)
-            fv = F.silu(fv) if self.options.v_silu else fv
-        fq, fk, fv = (y.reshape(*y.shape[:2], -1, self.fast_dim) for y in (fq, fk, fv))
-        fq, fk = _unit_norm(fq), _unit_norm(fk)
+        features = partial(_fast_features, head_dim=self.fast_dim, silu=self.options.qkv_silu)
+        # their intermediates in float32 are made again in the backward
+        fq, fk = (recomputed(features, x, scale[:, i], offset[:, i]) for i, x in enumerate((q, k)))
+        fv = F.silu(v) if self.options.qkv_silu and self.options.v_silu else v
+        fv = fv.reshape(fq.shape)
         if self.options.fast_rope:
             fq, fk = self._rotate_fast(fq, table), self._rotate_fast(fk, table)
         dtype = at_least_float32(q.dtype)
@@ -204,12 +204,11 @@ class LaCT(Mixer):
     def _full_width_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over all heads of all ranks; the mean square and its gradient are summed over
         ranks."""
-        wide = x.to(at_least_float32(x.dtype))
-        square = wide.square().sum(dim=-1, keepdim=True)
+        square = recomputed(_sum_of_squares, x)
         square = reduce_from_tensor_model_parallel_region(square, group=self.tp_group)
         square = copy_to_tensor_model_parallel_region(square, group=self.tp_group)
         mean = square / (x.shape[-1] * self.tp_size)
-        return (wide * torch.rsqrt(mean + _NORM_EPS) * weight).to(x.dtype)
+        return recomputed(_scaled, x, torch.rsqrt(mean + _NORM_EPS), weight)
 
     def initial_weights(self, streams: int) -> tuple[FastWeights, RowNorms]:
         """The learned initial fast weights for each stream, and their row norms."""
@@ -348,6 +347,26 @@ class _WeightsInForce(NamedTuple):
     chunks: list[FastWeights]
     last: FastWeights
     rows: tuple[int, ...]
+
+
+def _fast_features(
+    x: Tensor, scale: Tensor, offset: Tensor, *, head_dim: int, silu: bool
+) -> Tensor:
+    """[R, T, width] -> [R, T, n, head_dim]: scaled and moved by channel, then of unit norm by
+    head."""
+    x = x * scale + offset
+    x = F.silu(x) if silu else x
+    return _unit_norm(x.reshape(*x.shape[:2], -1, head_dim))
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Over the last dimension, kept as 1, in at least float32."""
+    return x.to(at_least_float32(x.dtype)).square().sum(dim=-1, keepdim=True)
+
+
+def _scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """x * factor * weight in the dtype of the factor, returned in that of x."""
+    return (x.to(factor.dtype) * factor * weight).to(x.dtype)
 
 
 def _unit_norm(x: Tensor) -> Tensor:
