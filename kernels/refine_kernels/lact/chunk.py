@@ -70,7 +70,8 @@ def update_fast_weights(
     def update(
         fk: Tensor, fv: Tensor, lr: Tensor, momentum: Tensor | None, *states: Tensor
     ) -> FastWeights:
-        weights, norms, buffers = FastWeights(*states[:3]), RowNorms(*states[3:6]), states[6:]
+        w0, w1, w2, n0, n1, n2, *buffers = states
+        weights, norms = FastWeights(w0, w1, w2), RowNorms(n0, n1, n2)
         grads = _objective_gradients(weights.effective(norms, prenorm), fk, fv, lr, product)
         if momentum is not None and buffers:
             decay = momentum.to(lr.dtype).mean(1)[..., None, None]
@@ -80,7 +81,8 @@ def update_fast_weights(
         for w, g, norm in zip(weights[:3], grads, norms, strict=True):
             w = w + (newton_schulz(g, muon_dtype) if muon else g)
             updated.append(w if prenorm else with_row_norm(w, norm))
-        return FastWeights(*updated, momentum=None if momentum is None else grads)
+        w0, w1, w2 = updated
+        return FastWeights(w0, w1, w2, momentum=None if momentum is None else grads)
 
     states = (*weights[:3], *norms, *(weights.momentum or ()))
     return recomputed(update, fk, fv, lr, momentum, *states)

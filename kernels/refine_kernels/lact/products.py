@@ -30,9 +30,7 @@ def product_in(precision: Precision | None, tokens: torch.dtype, states: torch.d
     return functools.partial(_rounded_product, operands=operands, result=compute)
 
 
-def _rounded_product(
-    a: Tensor, b: Tensor, *, operands: torch.dtype, result: torch.dtype
-) -> Tensor:
+def _rounded_product(a: Tensor, b: Tensor, *, operands: torch.dtype, result: torch.dtype) -> Tensor:
     return (a.to(operands) @ b.to(operands)).to(result)
 
 
