@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from refine_kernels.recompute import recomputed
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
 from refine_mcore.models.parallel_layers import (
@@ -164,21 +164,8 @@ def _branch_attention(q: Tensor, history: TokenHistory, window: int | None) -> T
     assert history.text is not None
     own_k, own_v = history.own
     text_k, text_v = history.text
-    if not torch.is_grad_enabled():
-        return _branch_attention_core(q, own_k, own_v, text_k, text_v, history, window)
     # scores over the text are [branches * k, S]: made again in the backward rather than kept
-    return checkpoint(
-        _branch_attention_core,
-        q,
-        own_k,
-        own_v,
-        text_k,
-        text_v,
-        history,
-        window,
-        use_reentrant=False,
-        preserve_rng_state=False,
-    )
+    return recomputed(_branch_attention_core, q, own_k, own_v, text_k, text_v, history, window)
 
 
 def _branch_attention_core(

@@ -12,6 +12,8 @@ padding-free text:
   weights plus the open chunk.
 * Newton-Schulz runs in the precision `muon_dtype` says (the published code always casts to
   bfloat16).
+* The products over a chunk's tokens run in the dtype of the activations, as there under autocast,
+  or in the one that `model.fast_weight_matmul` says; what lies between them is in float32.
 """
 
 from __future__ import annotations
