@@ -17,6 +17,7 @@ from refine_kernels.gated_delta_rule import chunk as _gated_chunk
 from refine_kernels.gated_delta_rule import recurrent as _gated_recurrent
 from refine_kernels.lact import chunk as _lact
 from refine_kernels.lact.fast_weights import FastWeights, RowNorms
+from refine_kernels.lact.products import Precision
 from refine_kernels.rms_norm import rms_norm as _rms_norm
 from refine_kernels.short_conv import conv as _conv
 from refine_kernels.swiglu import swiglu as _swiglu
@@ -26,6 +27,7 @@ from refine_kernels.vocab.random import combine_keys, counter_uniform
 
 __all__ = [
     "FastWeights",
+    "Precision",
     "RowNorms",
     "apply_fast_weights",
     "causal_conv1d",

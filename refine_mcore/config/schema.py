@@ -46,6 +46,11 @@ class ModelConfig:
     # Build the parallel linears and norms from Transformer Engine (GPU machines that have it)
     # instead of Megatron's own torch layers.
     transformer_engine: bool = False
+    # LaCT: precision of the large products of its chunks (reading the fast weights, the gradients
+    # they are written with); states, rates, norms and sums are float32 in any case. null: the dtype
+    # of the activations, as the published code under autocast (bfloat16 in a bfloat16 run). tf32:
+    # on GPUs; elsewhere float32.
+    fast_weight_matmul: Literal["float32", "tf32", "bfloat16"] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from refine_kernels.recompute import recomputed
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
 from refine_mcore.models.parallel_layers import (
@@ -71,49 +72,91 @@ def attend(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:
 def _text_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int | None) -> Tensor:
     """Causal attention of T queries on `before` + T keys, in query blocks that meet only the keys
     they can see."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    total = k.shape[2]
+    shape, (streams, total, kv_heads, dim) = q.shape, k.shape
+    grouped = shape[2] != kv_heads
+    if before == 0 and (window is None or window >= total):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return out.transpose(1, 2)
+    if grouped:
+        # No kernel on a GPU takes grouped heads and a mask (torch's documentation): here each
+        # key/value head is a stream of its own, which its queries meet through a stride of zero.
+        group = shape[2] // kv_heads
+        q = q.reshape(streams, -1, kv_heads, group, dim).transpose(1, 2).flatten(0, 1)
+        k, v = (x.transpose(1, 2).reshape(-1, total, 1, dim) for x in (k, v))
     if window is None or window >= total:
-        return _masked_attention(q, k, v, before, window).transpose(1, 2)
+        out = _masked_attention(q, k, v, before, window)
+    else:
+        out = _block_attention(q, k, v, before, window)
+    if grouped:
+        out = out.unflatten(0, (streams, kv_heads)).transpose(1, 2).reshape(shape)
+    return out
+
+
+def _block_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int) -> Tensor:
+    """As `_masked_attention`, block by block of the queries."""
     block = min(max(window, 64), _MAX_QUERY_BLOCK)
-    # keys are cut once at block borders: the backward of one split is one concatenation
-    head = before % block
-    sizes = ([head] if head else []) + [min(block, total - i) for i in range(head, total, block)]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    keys, values = k.split(sizes, dim=2), v.split(sizes, dim=2)
-    queries = q.split(block, dim=2)
-    outputs = []
-    first = starts.index(before)
-    for i, queries_i in enumerate(queries):
-        here = first + i
-        low = next(j for j in range(here + 1) if starts[j] + sizes[j] > starts[here] - window + 1)
-        outputs.append(
-            _masked_attention(
-                queries_i,
-                torch.cat(keys[low : here + 1], dim=2),
-                torch.cat(values[low : here + 1], dim=2),
-                starts[here] - starts[low],
-                window,
-            )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    stops = [before + stop for stop in range(block, q.shape[1], block)] + [k.shape[1]]
+    starts = [before, *stops[:-1]]
+    spans = [(max(0, start - window + 1), stop) for start, stop in zip(starts, stops, strict=True)]
+    blocks = zip(q.split(block, 1), _spans(k, spans), _spans(v, spans), strict=True)
+    outputs = [
+        _masked_attention(*parts, start - low, window)
+        for parts, start, (low, _) in zip(blocks, starts, spans, strict=True)
+    ]
+    return torch.cat(outputs, dim=1)
+
+
+def _spans(x: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """x[:, low:high] for each span. They overlap; as views, what is kept for the backward is x."""
+    return _Spans.apply(x, spans)
+
+
+class _Spans(torch.autograd.Function):
+    """Backward adds all gradients into one tensor: that of a slice alone has the size of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.spans = x.shape, spans
+        return tuple(x[:, low:high] for low, high in spans)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].new_zeros(ctx.shape)
+        for (low, high), grad in zip(ctx.spans, grads, strict=True):
+            total[:, low:high] += grad
+        return total, None
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int | None) -> Tensor:
-    """q [R, heads, T, dim] against k, v [R, kv_heads, before + T, dim]."""
-    grouped = q.shape[1] != k.shape[1]
-    if before == 0 and (window is None or window >= k.shape[2]):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    query = torch.arange(before, k.shape[2], device=q.device)[:, None]
-    key = torch.arange(k.shape[2], device=q.device)
-    mask = key <= query
+    """q [R, T, heads, dim] against k, v [R, before + T, heads or 1, dim]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+    make_mask = _causal_mask if window is None else _window_mask
+    mask = make_mask(q.shape[2], before, window, q.dtype, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _causal_mask(
+    queries: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[queries, before + queries]: 0 where a query sees a key, -inf where not.
+
+    In the form in which the kernels keep it for the backward: of a mask of bools, or of rows that
+    do not begin at multiples of 16 elements, each product would keep a copy.
+    """
+    keys = before + queries
+    key = torch.arange(-(-keys // 16) * 16, device=device)
+    query = torch.arange(before, keys, device=device)[:, None]
+    hidden = key > query
     if window is not None:
-        mask &= key > query - window
-    if grouped:
-        # on a GPU the flash kernel takes grouped heads but no mask, the memory-efficient one a mask
-        # but no grouped heads (torch's documentation): what is left would keep all scores
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        hidden |= key <= query - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(hidden, float("-inf"))[:, :keys]
+
+
+# Nearly all blocks of a text, in all layers, see the same mask.
+_window_mask = lru_cache(maxsize=16)(_causal_mask)
 
 
 def _branch_attention(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:
@@ -121,21 +164,8 @@ def _branch_attention(q: Tensor, history: TokenHistory, window: int | None) -> T
     assert history.text is not None
     own_k, own_v = history.own
     text_k, text_v = history.text
-    if not torch.is_grad_enabled():
-        return _branch_attention_core(q, own_k, own_v, text_k, text_v, history, window)
     # scores over the text are [branches * k, S]: made again in the backward rather than kept
-    return checkpoint(
-        _branch_attention_core,
-        q,
-        own_k,
-        own_v,
-        text_k,
-        text_v,
-        history,
-        window,
-        use_reentrant=False,
-        preserve_rng_state=False,
-    )
+    return recomputed(_branch_attention_core, q, own_k, own_v, text_k, text_v, history, window)
 
 
 def _branch_attention_core(

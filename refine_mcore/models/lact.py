@@ -12,6 +12,8 @@ padding-free text:
   weights plus the open chunk.
 * Newton-Schulz runs in the precision `muon_dtype` says (the published code always casts to
   bfloat16).
+* The products over a chunk's tokens run in the dtype of the activations, as there under autocast,
+  or in the one that `model.fast_weight_matmul` says; what lies between them is in float32.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from refine_kernels.dispatch import (
     chunk_lact,
     update_fast_weights,
 )
+from refine_kernels.recompute import recomputed
 from torch import Tensor
 
 from refine_mcore.models.attention import (
@@ -106,6 +109,7 @@ class LaCT(Mixer):
             ],
             self.tp_group,
         )
+        self._precision = config.fast_weight_matmul
         self._rates = ["lr_proj", *(["momentum_proj"] if options.use_momentum else [])]
         self._build_fast_weights(hidden // self.tp_size, heads // self.tp_size)
         self.o_proj = self.build_output_projection(submodules, hidden)
@@ -152,7 +156,9 @@ class LaCT(Mixer):
         history = TokenHistory.extend(past, (k, v))
         attended = attend(q, history, window)
 
-        read, weights = self._fast_weight_branch(fq, inputs, state)
+        read, weights = (
+            self._read_text(fq, inputs) if state is None else self._read_on(fq, inputs, state)
+        )
         y = rms_norm(read, shared_by_heads(self.ttt_norm, self.tp_group), _NORM_EPS)
         if self.options.learnable_scale:
             y = y * F.silu(parts["ttt_scale_proj"])[..., None]
@@ -181,12 +187,11 @@ class LaCT(Mixer):
     ) -> tuple[Tensor, FastInputs]:
         """fq [R, T, n, d] and what the weights are written with."""
         scale, offset = self.qk_scale, self.qk_offset
-        fq, fk, fv = q * scale[:, 0] + offset[:, 0], k * scale[:, 1] + offset[:, 1], v
-        if self.options.qkv_silu:
-            fq, fk = F.silu(fq), F.silu(fk)
-            fv = F.silu(fv) if self.options.v_silu else fv
-        fq, fk, fv = (y.reshape(*y.shape[:2], -1, self.fast_dim) for y in (fq, fk, fv))
-        fq, fk = _unit_norm(fq), _unit_norm(fk)
+        features = partial(_fast_features, head_dim=self.fast_dim, silu=self.options.qkv_silu)
+        # their intermediates in float32 are made again in the backward
+        fq, fk = (recomputed(features, x, scale[:, i], offset[:, i]) for i, x in enumerate((q, k)))
+        fv = F.silu(v) if self.options.qkv_silu and self.options.v_silu else v
+        fv = fv.reshape(fq.shape)
         if self.options.fast_rope:
             fq, fk = self._rotate_fast(fq, table), self._rotate_fast(fk, table)
         dtype = at_least_float32(q.dtype)
@@ -204,12 +209,11 @@ class LaCT(Mixer):
     def _full_width_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over all heads of all ranks; the mean square and its gradient are summed over
         ranks."""
-        wide = x.to(at_least_float32(x.dtype))
-        square = wide.square().sum(dim=-1, keepdim=True)
+        square = recomputed(_sum_of_squares, x)
         square = reduce_from_tensor_model_parallel_region(square, group=self.tp_group)
         square = copy_to_tensor_model_parallel_region(square, group=self.tp_group)
         mean = square / (x.shape[-1] * self.tp_size)
-        return (wide * torch.rsqrt(mean + _NORM_EPS) * weight).to(x.dtype)
+        return recomputed(_scaled, x, torch.rsqrt(mean + _NORM_EPS), weight)
 
     def initial_weights(self, streams: int) -> tuple[FastWeights, RowNorms]:
         """The learned initial fast weights for each stream, and their row norms."""
@@ -238,41 +242,52 @@ class LaCT(Mixer):
             "muon": self.options.use_muon,
             "muon_dtype": muon_dtype,
             "prenorm": self.options.prenorm,
+            "precision": self._precision,
         }
 
-    def _fast_weight_branch(
-        self, fq: Tensor, inputs: FastInputs, state: LaCTState | None
-    ) -> tuple[Tensor, _WeightsInForce]:
-        """Read [R, T, n, d] of all new tokens, and the weights that were in force."""
-        streams, length = fq.shape[:2]
+    def _read_text(self, fq: Tensor, inputs: FastInputs) -> tuple[Tensor, _WeightsInForce]:
+        """Read [R, T, n, d] of texts from their first token on, and the weights that were in
+        force."""
+        streams = fq.shape[0]
         initial, norms = self.initial_weights(streams)
-        if state is None:
-            read, chunks = self._chunks(fq, inputs, initial, norms)
-            return read, _WeightsInForce(chunks, chunks[-1], tuple(range(streams)))
+        read, chunks = self._chunks(fq, inputs, initial, norms)
+        return read, _WeightsInForce(chunks, chunks[-1], tuple(range(streams)), norms)
+
+    def _read_on(
+        self, fq: Tensor, inputs: FastInputs, state: LaCTState
+    ) -> tuple[Tensor, _WeightsInForce]:
+        """Read [R, T, n, d] of all new tokens behind a state, and the weights that were in
+        force."""
+        streams, length = fq.shape[:2]
         size = self.options.chunk_size
         opened = [open_chunk_length(p, size) for p in state.position]
         staying = [r for r in range(streams) if opened[r] + length <= size]
         if len(staying) == streams:
-            read = self._read_shared(fq, state, norms, staying)
-            return read, _WeightsInForce([state.weights], state.weights, state.weight_rows)
+            read = self._read_shared(fq, state, staying)
+            rows = state.weight_rows
+            return read, _WeightsInForce([state.weights], state.weights, rows, state.norms)
         groups = [staying] if staying else []
         crossing = sorted({n for n in opened if n + length > size})
         groups += [[r for r in range(streams) if opened[r] == n] for n in crossing]
-        reads, ends, chunks = [], [], []
+        reads, ends = [], []
+        chunks: list[FastWeights] = []
         for group in groups:
             if group is staying:
-                reads.append(self._read_shared(take_streams(fq, group), state, norms, group))
+                reads.append(self._read_shared(take_streams(fq, group), state, group))
                 ends.append(weight_rows(state.weights, [state.weight_rows[r] for r in group]))
             else:
                 part = inputs.map(partial(take_streams, indices=group))
-                read, chunks = self._cross_chunks(
-                    take_streams(fq, group), part, state, norms, group
-                )
+                read, chunks = self._cross_chunks(take_streams(fq, group), part, state, group)
                 reads.append(read)
                 ends.append(chunks[-1])
         back = inverse([r for group in groups for r in group])
-        in_force = _WeightsInForce(chunks, join_weights(ends), tuple(back))
+        in_force = _WeightsInForce(chunks, join_weights(ends), tuple(back), state.norms)
         return take_streams(torch.cat(reads), back), in_force
+
+    def _read(self, weights: FastWeights, norms: RowNorms, fq: Tensor) -> Tensor:
+        return apply_fast_weights(
+            weights, norms, fq, prenorm=self.options.prenorm, precision=self._precision
+        )
 
     def _chunks(
         self, fq: Tensor, inputs: FastInputs, weights: FastWeights, norms: RowNorms
@@ -280,9 +295,7 @@ class LaCT(Mixer):
         size = self.options.chunk_size
         return chunk_lact(fq, *inputs, weights, norms, chunk_size=size, **self._update_options)
 
-    def _read_shared(
-        self, fq: Tensor, state: LaCTState, norms: RowNorms, streams: list[int]
-    ) -> Tensor:
+    def _read_shared(self, fq: Tensor, state: LaCTState, streams: list[int]) -> Tensor:
         """Reads that reach no chunk boundary; streams that share weights meet them in one
         product."""
         rows = [state.weight_rows[r] for r in streams]
@@ -291,11 +304,10 @@ class LaCT(Mixer):
         if len(used) < weights.w0.shape[0]:
             weights = weight_rows(weights, used)
         groups = StreamGroups([used.index(r) for r in rows], len(used))
-        read = apply_fast_weights(weights, norms, groups.gather(fq), prenorm=self.options.prenorm)
-        return groups.scatter(read)
+        return groups.scatter(self._read(weights, state.norms, groups.gather(fq)))
 
     def _cross_chunks(
-        self, fq: Tensor, inputs: FastInputs, state: LaCTState, norms: RowNorms, streams: list[int]
+        self, fq: Tensor, inputs: FastInputs, state: LaCTState, streams: list[int]
     ) -> tuple[Tensor, list[FastWeights]]:
         """Streams equally far in their chunk, and past its end: finish it, write it, go on chunk by
         chunk.
@@ -306,15 +318,15 @@ class LaCT(Mixer):
         opened = open_chunk_length(state.position[streams[0]], size)
         weights = weight_rows(state.weights, [state.weight_rows[r] for r in streams])
         rest = size - opened
-        read = [apply_fast_weights(weights, norms, fq[:, :rest], prenorm=self.options.prenorm)]
+        read = [self._read(weights, state.norms, fq[:, :rest])]
         begun = [state.pending.last(r, opened) for r in streams]
         chunk = FastInputs.of(
             torch.cat([torch.cat(parts), y[:, :rest]], dim=1)
             for parts, y in zip(zip(*begun, strict=True), inputs.tensors(), strict=True)
         )
-        written = update_fast_weights(weights, norms, *chunk, **self._update_options)
+        written = update_fast_weights(weights, state.norms, *chunk, **self._update_options)
         rest_inputs = inputs.map(lambda y: y[:, rest:])
-        rest_read, chunks = self._chunks(fq[:, rest:], rest_inputs, written, norms)
+        rest_read, chunks = self._chunks(fq[:, rest:], rest_inputs, written, state.norms)
         return torch.cat([*read, rest_read], dim=1), [weights, *chunks]
 
     def _next_state(
@@ -324,7 +336,7 @@ class LaCT(Mixer):
             pending = pending.keep_last(
                 max(open_chunk_length(p, self.options.chunk_size) for p in attention.position)
             )
-        return LaCTState(attention, weights.last, weights.rows, pending)
+        return LaCTState(attention, weights.last, weights.rows, weights.norms, pending)
 
     def _record(
         self, attention: AttentionTape, pending: TokenHistory, end: int, weights: _WeightsInForce
@@ -337,17 +349,39 @@ class LaCT(Mixer):
             pending.own,
             end - pending.own_length,
             weights.chunks,
+            weights.norms,
             weights_index(attention.start, self.options.chunk_size),
         )
 
 
 class _WeightsInForce(NamedTuple):
-    """Weights during each chunk of a forward (of one group of streams), and at its end the row each
-    stream uses."""
+    """Weights during each chunk of a forward (of one group of streams), at its end the row each
+    stream uses, and the norms of all their rows."""
 
     chunks: list[FastWeights]
     last: FastWeights
     rows: tuple[int, ...]
+    norms: RowNorms
+
+
+def _fast_features(
+    x: Tensor, scale: Tensor, offset: Tensor, *, head_dim: int, silu: bool
+) -> Tensor:
+    """[R, T, width] -> [R, T, n, head_dim]: scaled and moved by channel, then of unit norm by
+    head."""
+    x = x * scale + offset
+    x = F.silu(x) if silu else x
+    return _unit_norm(x.reshape(*x.shape[:2], -1, head_dim))
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Over the last dimension, kept as 1, in at least float32."""
+    return x.to(at_least_float32(x.dtype)).square().sum(dim=-1, keepdim=True)
+
+
+def _scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """x * factor * weight in the dtype of the factor, returned in that of x."""
+    return (x.to(factor.dtype) * factor * weight).to(x.dtype)
 
 
 def _unit_norm(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from refine_kernels.dispatch import FastWeights
+from refine_kernels.dispatch import FastWeights, RowNorms
 from torch import Tensor
 
 from refine_mcore.models.attention import AttentionState, AttentionTape
@@ -43,7 +43,8 @@ class FastInputs(NamedTuple):
 class LaCTState(FastWeightState):
     """Window keys and values, the weights in force, the open chunk.
 
-    Stream r uses row `weight_rows[r]` of `weights`, so that branches of one chunk share them. The
+    Stream r uses row `weight_rows[r]` of `weights`, so that branches of one chunk share them. All
+    streams have the same `norms`, those of the initial weights, which are built once a text. The
     open chunk is the last `position - start of chunk` tokens of `pending`; at the end of a full
     chunk it is that chunk, not yet written.
     """
@@ -51,6 +52,7 @@ class LaCTState(FastWeightState):
     attention: AttentionState
     weights: FastWeights
     weight_rows: tuple[int, ...]
+    norms: RowNorms
     pending: TokenHistory
 
     @property
@@ -67,6 +69,7 @@ class LaCTState(FastWeightState):
             self.attention.select(indices),
             self.weights,
             tuple(self.weight_rows[i] for i in indices),
+            self.norms,
             self.pending.select(indices),
         )
 
@@ -81,6 +84,7 @@ class LaCTState(FastWeightState):
                 for part, offset in zip(parts, before, strict=False)
                 for row in part.weight_rows
             ),
+            parts[0].norms,
             TokenHistory.join([part.pending for part in parts]),
         )
 
@@ -110,6 +114,7 @@ class LaCTTape(LayerTape):
     inputs: tuple[Tensor, ...]
     first: int
     chunks: list[FastWeights]
+    norms: RowNorms
     first_chunk: int
 
     def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> LaCTState:
@@ -126,6 +131,7 @@ class LaCTTape(LayerTape):
             attention,
             weights,
             tuple(distinct.index(pair) for pair in in_force),
+            self.norms,
             TokenHistory.branch(self.inputs, batch_index, limit, self.chunk_size),
         )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+from refine_kernels.dispatch import Precision
 
 from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import Architecture, DeltaNetOptions, LaCTOptions
@@ -27,6 +28,8 @@ class FastWeightConfig(TransformerConfig):
     # Tokens between the states that a delta-rule layer's tape keeps, a multiple of the kernel's
     # chunk. A larger one keeps less memory alive and replays more tokens for a branch.
     tape_interval: int = 8 * KERNEL_CHUNK
+    # Precision of LaCT's chunk products; None: the dtype of the activations.
+    fast_weight_matmul: Precision | None = None
 
     @property
     def arch(self) -> Architecture:
@@ -43,6 +46,7 @@ def transformer_config(
     layers_per_stage: Sequence[int] | None = None,
     sequence_parallel: bool = False,
     tape_interval: int = 8 * KERNEL_CHUNK,
+    fast_weight_matmul: Precision | None = None,
 ) -> FastWeightConfig:
     """The Megatron configuration that runs `architecture` in `dtype` at the given layout.
 
@@ -54,9 +58,15 @@ def transformer_config(
         raise UserError(
             f"the tape interval of {tape_interval} tokens must be a multiple of {KERNEL_CHUNK}"
         )
+    if fast_weight_matmul is not None and not isinstance(architecture.mixer, LaCTOptions):
+        raise UserError(
+            f"model.fast_weight_matmul {fast_weight_matmul} needs a LaCT model: "
+            "others have no such products"
+        )
     return FastWeightConfig(
         architecture=architecture,
         tape_interval=tape_interval,
+        fast_weight_matmul=fast_weight_matmul,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.intermediate_size,

@@ -103,6 +103,7 @@ def training_model(
             layers_per_stage=config.parallel.layers_per_stage,
             sequence_parallel=config.parallel.sequence_parallel,
             tape_interval=config.training.tape_interval,
+            fast_weight_matmul=config.model.fast_weight_matmul,
         ),
         pg_collection,
         transformer_engine=config.model.transformer_engine,

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from refine_kernels.dispatch import (
@@ -13,9 +14,13 @@ from refine_kernels.dispatch import (
     chunk_lact,
     update_fast_weights,
 )
+from refine_kernels.lact import products
 from refine_kernels.lact.naive import naive_lact
 from refine_kernels.lact.newton_schulz import newton_schulz
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.models.saved_bytes import saved_bytes, table
 
 Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
@@ -173,3 +178,117 @@ def test_low_precision_tokens_with_float32_weights():
     buffers = boundaries[-1].momentum
     assert buffers is not None
     assert boundaries[-1].w0.dtype == buffers[0].dtype == torch.float32
+
+
+def realistic(dtype: torch.dtype, chunks: int = 4) -> tuple[Tokens, FastWeights]:
+    """Chunks of 256 tokens for two heads of 96, with momentum: tokens in dtype, weights float32 or
+    wider."""
+    tokens, weights = make_inputs(6, 1, 256 * chunks, 2, 96, 96, True)
+    wide = torch.promote_types(dtype, torch.float32)
+    fq, fk, fv, lr, momentum = each(tokens, Tensor.detach)
+    assert momentum is not None
+    fq, fk, fv = (F.normalize(x, dim=-1).to(dtype) for x in (fq, fk, fv))
+    leaves = each((fq, fk, fv, lr.to(wide), momentum.to(wide)), Tensor.requires_grad_)
+    return leaves, fast_weights((0.1 * w.detach()).to(wide).requires_grad_() for w in weights[:3])
+
+
+def run_realistic(dtype: torch.dtype, precision: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The output and the last chunk's weights; the gradients of all inputs."""
+    tokens, weights = realistic(dtype, chunks=3)
+    options: dict[str, Any] = {"chunk_size": 256, "muon": False, "precision": precision}
+    o, boundaries = chunk_lact(*tokens, weights, weights.row_norms(), **options)
+    outputs = [o, *boundaries[-1][:3]]
+    inputs = [x for x in (*tokens, *weights[:3]) if x is not None]
+    return outputs, list(gradients([x.double() for x in outputs], inputs))
+
+
+class _ChunkProducts(TorchDispatchMode):
+    """Keeps the dtypes of the operands of every product that has the tokens of a chunk in it."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.dtypes = tokens, set[torch.dtype]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        product = func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.mm)
+        if product and any(self.tokens in x.shape[-2:] for x in args):
+            self.dtypes |= {x.dtype for x in args}
+        return func(*args, **(kwargs or {}))
+
+
+def product_dtypes(function: Callable[[], Any], of_tokens: int) -> set[torch.dtype]:
+    """The operand dtypes of the products that `function` makes over chunks of that many tokens."""
+    with _ChunkProducts(of_tokens) as seen:
+        function()
+    return seen.dtypes
+
+
+@pytest.mark.parametrize(
+    "dtype,precision,operands,tolerance",
+    [
+        (torch.bfloat16, None, torch.bfloat16, 4e-2),
+        (torch.float32, None, torch.float32, 1e-5),
+        (torch.float64, None, torch.float64, 1e-12),
+        (torch.bfloat16, "float32", torch.float32, 2e-2),
+        (torch.float64, "float32", torch.float64, 1e-12),
+        (torch.float32, "bfloat16", torch.bfloat16, 4e-2),
+        (torch.float32, "tf32", torch.float32, 1e-5),
+    ],
+)
+def test_products_run_in_the_precision_asked_for(dtype, precision, operands, tolerance):
+    results: list[Any] = []
+    found = product_dtypes(lambda: results.extend(run_realistic(dtype, precision)), 256)
+    assert found == {operands}
+    outputs, grads = results
+    assert outputs[0].dtype == dtype
+    assert {w.dtype for w in outputs[1:]} == {torch.promote_types(dtype, torch.float32)}
+    expected_outputs, expected_grads = run_realistic(torch.float64, None)
+    for actual, expected in zip(
+        [*outputs, *grads], [*expected_outputs, *expected_grads], strict=True
+    ):
+        assert (actual.double() - expected).norm() < tolerance * expected.norm()
+
+
+def test_tf32_is_on_around_both_passes_and_off_elsewhere(monkeypatch):
+    """What a GPU would be told, seen on any machine."""
+    settings: list[tuple[str, str]] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            settings.append((name, torch.backends.cuda.matmul.fp32_precision))
+            return func(*args, **(kwargs or {}))
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    a = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(1, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    with Seen():
+        ours = gradients([products._TF32Product.apply(a, b) + 1], [a, b])
+    assert {name for name, value in settings if value == "tf32"} >= {"bmm"}
+    assert all(value == "tf32" for name, value in settings if name == "bmm")
+    assert all(value == before for name, value in settings if name == "add")
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    assert_close(ours, gradients([a @ b + 1], [a, b]))
+
+
+def test_where_there_is_no_tf32_the_log_says_so_once(caplog):
+    products._log_no_tf32.cache_clear()
+    run_realistic(torch.float32, "tf32")
+    run_realistic(torch.float32, "tf32")
+    (record,) = [r for r in caplog.records if "tf32" in r.getMessage()]
+    assert record.getMessage().startswith("no tf32 products of float32 on cpu")
+
+
+@pytest.mark.parametrize("prenorm", [False, True])
+def test_the_backward_keeps_inputs_and_chunk_weights_alone(prenorm):
+    tokens, weights = realistic(torch.bfloat16)
+    options: dict[str, Any] = {"chunk_size": 256, "muon": True, "prenorm": prenorm}
+
+    def forward():
+        return chunk_lact(*tokens, weights, weights.row_norms(), **options)
+
+    saved = saved_bytes(forward)
+    token_inputs = 3 * 2 * 96 * 2 + 4 * 2 * 4
+    weights_and_momentum = 2 * 3 * 2 * 96 * 96 * 4
+    allowed = 1024 * token_inputs + 4 * weights_and_momentum + 16_384  # row norms
+    assert sum(one.bytes for one in saved) <= allowed, table(saved, 1024)

@@ -1,5 +1,6 @@
 """Attention in query blocks, of texts in pieces and of branches, against its definition."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from refine_mcore.models.attention import attend, rotary_table, rotate
 from refine_mcore.models.state import TokenHistory
+from tests.models.saved_bytes import saved_bytes, table
 from tests.models.zoo import assert_same
 
 EXAMPLES = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -88,6 +90,35 @@ def test_attention_of_branches(
         for i, (b, p) in enumerate(branches)
     ]
     assert_same_with_gradients(out, torch.stack(expected), (q, k, v, text_k, text_v))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("before", [0, 96])
+def test_a_window_keeps_keys_and_values_once_and_one_mask(kv_heads: int, before: int) -> None:
+    """Blocks of 64 queries see up to 191 keys: kept are q, k, v, the output and its row sums, not
+    a copy of keys and values per block; and the next layer needs no mask of its own."""
+    text, heads, dim = 512, 4, 64
+    q = torch.randn(1, text, heads, dim, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (
+        torch.randn(1, before + text, kv_heads, dim, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2)
+    )
+    window = 64 if before == 0 else 128
+    allowed = sum(x.nbytes for x in (q, k, v, q)) + text * heads * 4
+    first = saved_bytes(lambda: attend(q, TokenHistory((k, v)), window))
+    masks = [one for one in first if len(one.shape) == 2 or one.shape[:2] == (1, 1)]
+    assert sum(one.bytes for one in first) - sum(one.bytes for one in masks) <= allowed, table(
+        first, text
+    )
+    assert len(masks) <= 3
+
+    def two_layers() -> tuple[Tensor, Tensor]:
+        history = TokenHistory((k, v))
+        return attend(q, history, window), attend(q * 1.0, history, window)
+
+    twice = saved_bytes(two_layers)
+    more = sum(one.bytes for one in twice) - sum(one.bytes for one in first)
+    assert more <= 2 * q.nbytes + text * heads * 4, table(twice, text)
 
 
 def test_rotation_is_by_the_position_of_each_stream() -> None:

@@ -6,6 +6,9 @@ so the layer is strictly causal and the update can wait until the next chunk beg
 
 With prenorm the published code reads the first chunk with the weights as they are; here they
 pass through the same normalisation as later ones, a relative difference of 1e-5 over the row norm.
+
+For the backward, reading and updating keep their inputs alone and make the rest again, one chunk at
+a time: in float32 the intermediates of a chunk are many times its tokens.
 """
 
 import torch
@@ -14,19 +17,32 @@ from torch import Tensor
 
 from refine_kernels.lact.fast_weights import FastWeights, RowNorms, with_row_norm
 from refine_kernels.lact.newton_schulz import newton_schulz
+from refine_kernels.lact.products import Precision, Product, product_in
+from refine_kernels.recompute import recomputed
 
 
 def apply_fast_weights(
-    weights: FastWeights, norms: RowNorms, fq: Tensor, *, prenorm: bool = False
+    weights: FastWeights,
+    norms: RowNorms,
+    fq: Tensor,
+    *,
+    prenorm: bool = False,
+    precision: Precision | None = None,
 ) -> Tensor:
     """f(fq) = w1 (silu(w0 fq) * (w2 fq)) for every token and fast head: [B,T,n,d] -> [B,T,n,d].
 
-    Computed in at least float32, returned in the dtype of fq.
+    ``precision`` is that of the products (see products.py); all else is computed in at least
+    float32.  Returned in the dtype of fq.
     """
-    w0, w1, w2 = weights.effective(norms, prenorm)
-    x = _heads_first(fq, w0)
-    hidden = F.silu(x @ w0.transpose(-1, -2)) * (x @ w2.transpose(-1, -2))
-    return (hidden @ w1.transpose(-1, -2)).transpose(1, 2).to(fq.dtype)
+    product = product_in(precision, fq.dtype, weights.w0.dtype)
+
+    def read(w0: Tensor, w1: Tensor, w2: Tensor, fq: Tensor, *norms: Tensor) -> Tensor:
+        w0, w1, w2 = FastWeights(w0, w1, w2).effective(RowNorms(*norms), prenorm)
+        x = fq.transpose(1, 2)
+        hidden = F.silu(product(x, w0.mT)) * product(x, w2.mT)
+        return product(hidden, w1.mT).transpose(1, 2).to(fq.dtype)
+
+    return recomputed(read, *weights[:3], fq, *norms)
 
 
 def update_fast_weights(
@@ -40,27 +56,36 @@ def update_fast_weights(
     muon: bool,
     muon_dtype: torch.dtype | None = None,
     prenorm: bool = False,
+    precision: Precision | None = None,
 ) -> FastWeights:
     """One update from all given tokens: ascent on sum_t eta_t <f(fk_t), fv_t>.
 
     fk, fv [B,T,n,d]; lr [B,T,n,3] holds the rates of (w0, w1, w2); momentum [B,T,n] or None for
     none.  muon orthogonalises each step (in ``muon_dtype``; None: the dtype of the
     weights).  Rows then return to their initial norms; with prenorm that is left to the reader of
-    the weights.
+    the weights.  ``precision`` is that of the products with the tokens (see products.py).
     """
-    grads = _objective_gradients(weights.effective(norms, prenorm), fk, fv, lr)
-    buffers = None
-    if momentum is not None:
-        if weights.momentum is not None:
+    product = product_in(precision, fk.dtype, weights.w0.dtype)
+
+    def update(
+        fk: Tensor, fv: Tensor, lr: Tensor, momentum: Tensor | None, *states: Tensor
+    ) -> FastWeights:
+        w0, w1, w2, n0, n1, n2, *buffers = states
+        weights, norms = FastWeights(w0, w1, w2), RowNorms(n0, n1, n2)
+        grads = _objective_gradients(weights.effective(norms, prenorm), fk, fv, lr, product)
+        if momentum is not None and buffers:
             decay = momentum.to(lr.dtype).mean(1)[..., None, None]
-            g0, g1, g2 = (g + decay * b for g, b in zip(grads, weights.momentum, strict=True))
+            g0, g1, g2 = (g + decay * b for g, b in zip(grads, buffers, strict=True))
             grads = (g0, g1, g2)
-        buffers = grads
-    updated = []
-    for w, g, norm in zip(weights[:3], grads, norms, strict=True):
-        w = w + (newton_schulz(g, muon_dtype) if muon else g)
-        updated.append(w if prenorm else with_row_norm(w, norm))
-    return FastWeights(updated[0], updated[1], updated[2], momentum=buffers)
+        updated = []
+        for w, g, norm in zip(weights[:3], grads, norms, strict=True):
+            w = w + (newton_schulz(g, muon_dtype) if muon else g)
+            updated.append(w if prenorm else with_row_norm(w, norm))
+        w0, w1, w2 = updated
+        return FastWeights(w0, w1, w2, momentum=None if momentum is None else grads)
+
+    states = (*weights[:3], *norms, *(weights.momentum or ()))
+    return recomputed(update, fk, fv, lr, momentum, *states)
 
 
 def chunk_lact(
@@ -76,6 +101,7 @@ def chunk_lact(
     muon: bool,
     muon_dtype: torch.dtype | None = None,
     prenorm: bool = False,
+    precision: Precision | None = None,
 ) -> tuple[Tensor, list[FastWeights]]:
     """The branch over a text whose first token starts a chunk.
 
@@ -89,36 +115,38 @@ def chunk_lact(
     boundary_weights = [weights]
     for k, v, rate, decay in zip(keys[:-1], values, rates, decays, strict=False):
         weights = update_fast_weights(
-            weights, norms, k, v, rate, decay, muon=muon, muon_dtype=muon_dtype, prenorm=prenorm
+            weights,
+            norms,
+            k,
+            v,
+            rate,
+            decay,
+            muon=muon,
+            muon_dtype=muon_dtype,
+            prenorm=prenorm,
+            precision=precision,
         )
         boundary_weights.append(weights)
     outputs = [
-        apply_fast_weights(w, norms, q, prenorm=prenorm)
+        apply_fast_weights(w, norms, q, prenorm=prenorm, precision=precision)
         for w, q in zip(boundary_weights, queries, strict=True)
     ]
     return torch.cat(outputs, 1), boundary_weights
 
 
-def _heads_first(x: Tensor, like: Tensor) -> Tensor:
-    """[B,T,n,d] -> [B,n,T,d] in the computing dtype."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, like.dtype), torch.float32)
-    return x.transpose(1, 2).to(dtype)
-
-
 def _objective_gradients(
-    weights: tuple[Tensor, Tensor, Tensor], fk: Tensor, fv: Tensor, lr: Tensor
+    weights: tuple[Tensor, Tensor, Tensor], fk: Tensor, fv: Tensor, lr: Tensor, product: Product
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum_t eta_t <f(fk_t), fv_t> for (w0, w1, w2), each with its own rates."""
     w0, w1, w2 = weights
-    k, v = _heads_first(fk, w0), _heads_first(fv, w0)
-    eta0, eta1, eta2 = lr.transpose(1, 2).to(k.dtype).split(1, -1)
-    z = k @ w0.transpose(-1, -2)
-    h = k @ w2.transpose(-1, -2)
-    d_hidden = v @ w1
+    k, v = fk.transpose(1, 2), fv.transpose(1, 2)
+    z, h = product(k, w0.mT), product(k, w2.mT)
+    d_hidden = product(v, w1)
+    eta0, eta1, eta2 = lr.transpose(1, 2).to(z.dtype).split(1, -1)
     sigma = z.sigmoid()
     silu = z * sigma
     d_z = eta0 * d_hidden * h * (sigma + silu * (1 - sigma))
-    g0 = d_z.transpose(-1, -2) @ k
-    g1 = (eta1 * v).transpose(-1, -2) @ (silu * h)
-    g2 = (eta2 * d_hidden * silu).transpose(-1, -2) @ k
+    g0 = product(d_z.mT, k)
+    g1 = product(v.mT, eta1 * silu * h)
+    g2 = product((eta2 * d_hidden * silu).mT, k)
     return g0, g1, g2

@@ -1,0 +1,80 @@
+"""Matrix products of whole chunks, in the precision a run asks for.
+
+The published code runs them under autocast, in the dtype of the tokens; what it keeps in float32
+(states, rates, norms, sums over updates) is float32 here whatever the products are.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+Product = Callable[[Tensor, Tensor], Tensor]
+
+logger = logging.getLogger(__name__)
+
+
+def product_in(precision: Precision | None, tokens: torch.dtype, states: torch.dtype) -> Product:
+    """a [..., i, j], b [..., j, k] -> a b [..., i, k] in the dtype of the states, of operands in
+    that of ``precision``: bfloat16, float32 (the dtype of the states if wider), tf32 (on CUDA;
+    elsewhere float32), or None for that of the tokens."""
+    compute = torch.promote_types(torch.promote_types(tokens, states), torch.float32)
+    if precision == "tf32":
+        return functools.partial(_tf32_product, dtype=compute)
+    operands = {None: tokens, "float32": compute, "bfloat16": torch.bfloat16}[precision]
+    return functools.partial(_rounded_product, operands=operands, result=compute)
+
+
+def _rounded_product(a: Tensor, b: Tensor, *, operands: torch.dtype, result: torch.dtype) -> Tensor:
+    return (a.to(operands) @ b.to(operands)).to(result)
+
+
+def _tf32_product(a: Tensor, b: Tensor, *, dtype: torch.dtype) -> Tensor:
+    a, b = a.to(dtype), b.to(dtype)
+    if a.is_cuda and dtype == torch.float32:
+        return _TF32Product.apply(a, b)
+    _log_no_tf32(a.device.type, dtype)
+    return a @ b
+
+
+@functools.cache
+def _log_no_tf32(device_type: str, dtype: torch.dtype) -> None:
+    logger.warning(
+        "no tf32 products of %s on %s: LaCT's chunk products run in full precision",
+        str(dtype).removeprefix("torch."),
+        device_type,
+    )
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    matmul: Any = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+class _TF32Product(torch.autograd.Function):
+    """a b, and both gradients, in tf32: autograd's own products would run after the setting has
+    gone back."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with _tf32():
+            return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        with _tf32():
+            grad_a, grad_b = grad @ b.transpose(-1, -2), a.transpose(-1, -2) @ grad
+        return grad_a.sum_to_size(a.shape), grad_b.sum_to_size(b.shape)

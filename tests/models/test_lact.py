@@ -1,0 +1,103 @@
+"""LaCT's mixer: what it keeps for the backward, what it builds once, in which precision it
+multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from refine_mcore.config import config_from_dict
+from refine_mcore.errors import UserError
+from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
+from refine_mcore.models.initialization import initialize
+from refine_mcore.models.lact import LaCT
+from refine_mcore.models.presets import preset
+from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.training.setup import training_model
+from tests.kernels.test_lact import product_dtypes
+from tests.models.saved_bytes import saved_bytes, table
+from tests.models.zoo import random_tokens
+
+TOKENS = 1024
+
+
+@pytest.fixture(scope="module")
+def mixers(process_groups) -> Callable[..., LaCT]:
+    """LaCT mixers of two fast heads of 96, chunks and a window of 256."""
+
+    def build(dtype: torch.dtype, **mixer: Any) -> LaCT:
+        overrides = {f"mixer.{name}": value for name, value in mixer.items()}
+        architecture = preset("demo-lact").with_overrides({"num_layers": 1, **overrides})
+        model = build_model(transformer_config(architecture, dtype=dtype), process_groups)
+        initialize(model, seed=0)
+        return model.decoder.layers[0].self_attention
+
+    return build
+
+
+def packed_tokens(mixer: LaCT, dtype: torch.dtype, tokens: int = TOKENS) -> Tensor:
+    """Packed projections of one text."""
+    width = sum(mixer.in_proj.local_sizes)
+    return torch.randn(1, tokens, width, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"prenorm": True, "use_muon": False}])
+def test_what_is_kept_for_the_backward(mixers, options: dict[str, Any]) -> None:
+    """In widths of 192 channels in bfloat16: packed projections 3, rotated q and k 2, attention 1,
+    fast q, k, v 3, the read 1 and, in float32 until the norm keeps its input alone, 4, its norm 1;
+    with qk_norm 2 more. Besides, the fast weights and momentum of each chunk."""
+    mixer = mixers(torch.bfloat16, **options)
+    tokens = packed_tokens(mixer, torch.bfloat16)
+    saved = saved_bytes(lambda: mixer.mix(tokens, None, False, False), mixer.parameters())
+    widths = (17 if "qk_norm" in options else 15) * 192 * 2
+    chunks = 6 * 2 * 96 * 96 * 4 // 256
+    small = 1024  # masks, rotary tables, rates: per text, not per token
+    total = sum(one.bytes for one in saved)
+    assert total <= (widths + chunks + small) * TOKENS, table(saved, TOKENS)
+
+
+def test_a_pass_behind_a_state_builds_no_initial_weights(
+    model_of: Callable[[str], FastWeightModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of("lact")
+    states = model(random_tokens(1, 9), output_states=True).states
+    monkeypatch.delattr(LaCT, "initial_weights")
+    assert model(random_tokens(1, 5), states, start=9).hidden.shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    "setting,dtype,expected",
+    [
+        (None, "bfloat16", torch.bfloat16),
+        (None, "float32", torch.float32),
+        ("bfloat16", "float32", torch.bfloat16),
+        ("float32", "bfloat16", torch.float32),
+        ("tf32", "bfloat16", torch.float32),
+    ],
+)
+def test_the_setting_says_what_the_chunks_multiply(
+    process_groups, setting: str | None, dtype: str, expected: torch.dtype
+) -> None:
+    settings = {
+        "model": {"preset": "tiny-lact", "fast_weight_matmul": setting},
+        "training": {"dtype": dtype},
+    }
+    config = config_from_dict(settings, "this test")
+    mixer = training_model(config, process_groups).decoder.layers[0].self_attention
+    assert isinstance(mixer, LaCT)
+    tokens = packed_tokens(mixer, getattr(torch, dtype), 20)
+    found = product_dtypes(lambda: _both_passes(mixer, tokens), of_tokens=8)
+    assert found == {expected}
+
+
+def _both_passes(mixer: LaCT, tokens: Tensor) -> None:
+    mixer.mix(tokens, None, False, False).hidden_states.float().sum().backward()
+
+
+def test_the_setting_needs_a_model_that_has_such_products() -> None:
+    with pytest.raises(UserError, match="model.fast_weight_matmul tf32 needs a LaCT model"):
+        transformer_config(preset("tiny-deltanet"), fast_weight_matmul="tf32")
