@@ -13,6 +13,7 @@ import os
 import threading
 import warnings
 from importlib import metadata
+from itertools import chain
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -52,20 +53,16 @@ def silence_warnings() -> None:
 
 
 def checkpoint_metadata() -> dict[str, Any]:
-    """Fresh `metadata` for `sharded_state_dict`; fresh because Megatron writes into it.
-
-    Its default optimizer sharding, `fully_sharded_model_space`, cannot hold the `step` of torch's
-    Adam and fails; `fully_reshardable` also loads at any other layout. Layers are stored one by
-    one, since those of a hybrid differ.
-    """
-    return {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True}
+    """Fresh `metadata` for `sharded_state_dict`; fresh because Megatron writes into it. Layers are
+    stored one by one, since those of a hybrid differ."""
+    return {"non_homogeneous_layers": True}
 
 
 def prime_optimizer(optimizer: Any) -> None:
     """Give a Megatron optimizer over torch's Adam its empty state (step 0, zero moments).
 
-    Call it before building the `sharded_state_dict` to load into: that template lists the state
-    that exists, and torch's Adam has none before its first step (distrib_optimizer.py:640 asserts
+    Call it before listing the state, to load into or to save: torch's Adam has none before its
+    first step (distrib_optimizer.py:640 asserts
     one `step`; the initialisation in optimizer/__init__.py:391 omits it). Fused Adam keeps its step
     elsewhere and is left alone, as is state that already exists.
     """
@@ -114,7 +111,7 @@ def destroy_model_parallel() -> None:
 def repair_megatron() -> None:
     """Repair, once per process, what fails without Transformer Engine and Apex."""
     _repair_distributed_optimizer_loading()
-    _repair_optimizer_state_of_padded_buckets()
+    _repair_float32_parameters_of_bfloat16_models()
     _repair_write_errors()
     _repair_left_behind_results_queue()
 
@@ -122,22 +119,12 @@ def repair_megatron() -> None:
 def _repair_distributed_optimizer_loading() -> None:
     """Loading the state of `DistributedOptimizer` over torch's Adam.
 
-    `_set_main_param_and_optimizer_states` (938) copies into every entry that Adam holds, but the
-    checkpoint has no `step` per parameter: KeyError. `load_state_dict` (825) hands ONE `step`
-    tensor to all parameters, which Adam then increments once per parameter: a resumed run silently
-    goes on with wrong bias corrections.
+    `load_state_dict` (825) hands ONE `step` tensor to all parameters, which Adam then increments
+    once per parameter: a resumed run silently goes on with wrong bias corrections.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load_state_dict = DistributedOptimizer.load_state_dict
-
-    @functools.wraps(set_states)
-    def set_states_keeping_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        step = {"step": state["step"]} if "step" in state else {}
-        set_states(self, model_param, {**tensors, **step})
 
     @functools.wraps(load_state_dict)
     def load_with_own_steps(self: Any, state_dict: dict[str, Any]) -> None:
@@ -146,31 +133,55 @@ def _repair_distributed_optimizer_loading() -> None:
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()
 
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_keeping_step
     DistributedOptimizer.load_state_dict = load_with_own_steps
 
 
-def _repair_optimizer_state_of_padded_buckets() -> None:
-    """Optimizer state of parameters behind the first bucket, in `fully_reshardable` checkpoints.
+def _repair_float32_parameters_of_bfloat16_models() -> None:
+    """Saving a bfloat16 model some of whose parameters are float32.
 
-    Saving strings the buckets together without their padding (distrib_optimizer.py:1113) and then
-    cuts the parameters out at offsets that count it (1498). With several buckets - overlapped
-    reductions, embeddings tied across stages - state and fp32 weights land shifted in the
-    checkpoint: harmless at the layout that wrote them, wrong at any other and in exports. Here the
-    padding inside a buffer counts as contents.
+    `DistributedOptimizer` puts the float32 ones first in each group (distrib_optimizer.py:441), but
+    numbers them in the order of its buffers (286): it looks up one parameter's state for another.
+    `Float16OptimizerWithFloat16Params` numbers the bfloat16 ones alone (optimizer.py:813), and the
+    state of the others, which its groups hold too, has no parameter: ValueError.
     """
-    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 
-    init = _ParamAndGradBuffer.__init__
+    build_ranges = DistributedOptimizer._build_optimizer_group_ranges.__func__  # type: ignore[attr-defined]
 
-    @functools.wraps(init)
-    def init_counting_padding(self: Any, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        for bucket in self.buckets[:-1]:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-        self.numel_unpadded = sum(bucket.numel_unpadded for bucket in self.buckets)
+    @functools.wraps(build_ranges)
+    def build_ranges_in_order(cls: Any, groups: Any, buffers: Any) -> tuple[dict, list]:
+        _, ranges = build_ranges(cls, groups, buffers)
+        places = {}
+        for index, group in enumerate(ranges):
+            group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)
+            places |= {parameter: (index, i) for i, parameter in enumerate(group["params"])}
+        return places, ranges
 
-    _ParamAndGradBuffer.__init__ = init_counting_padding
+    DistributedOptimizer._build_optimizer_group_ranges = classmethod(build_ranges_in_order)  # type: ignore[assignment]
+    for name in ("sharded_state_dict", "load_state_dict"):
+        method = getattr(Float16OptimizerWithFloat16Params, name)
+        setattr(Float16OptimizerWithFloat16Params, name, _with_all_parameters(method))
+
+
+def _with_all_parameters(method: Any) -> Any:
+    """A method of `Float16OptimizerWithFloat16Params` that takes its float32 parameters to be
+    bfloat16 ones whose float32 copies they are themselves."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **options: Any) -> Any:
+        groups = self.float16_groups, self.fp32_from_float16_groups
+        pairs = zip(chain.from_iterable(groups[0]), chain.from_iterable(groups[1]), strict=True)
+        of_copy = {copy: parameter for parameter, copy in pairs}
+        copies = [list(group["params"]) for group in self.optimizer.param_groups]
+        self.fp32_from_float16_groups = copies
+        self.float16_groups = [[of_copy.get(copy, copy) for copy in group] for group in copies]
+        try:
+            return method(self, *args, **options)
+        finally:
+            self.float16_groups, self.fp32_from_float16_groups = groups
+
+    return run
 
 
 def _repair_write_errors() -> None:

@@ -63,6 +63,11 @@ def saved_tensors(
     return sorted(found.values(), key=lambda saved: -saved.bytes)
 
 
+def describe(saved: Iterable[SavedTensor]) -> str:
+    """A line for each."""
+    return "\n".join(map(str, saved))
+
+
 def _place() -> str:
     frames = [f for f in traceback.extract_stack() if "refine_" in f.filename]
     return " > ".join(f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in frames[:-1][-6:])

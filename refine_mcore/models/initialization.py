@@ -19,6 +19,7 @@ from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.sharding import sharded_tensors
 
 _VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+_LEAST_DECAY = 0.01
 _DRAW = Callable[[torch.Generator, tuple[int, ...]], Tensor]
 
 
@@ -56,7 +57,10 @@ def _distribution(key: str, arch: Architecture) -> _DRAW:
     if name.endswith(("norm.weight", "layernorm.weight", "qk_scale")):
         return _constant(1.0)
     if name == "A_log":
-        return lambda generator, shape: (torch.rand(shape, generator=generator) * 16).log()
+        # the reference draws from 0 on: a head whose A is next to nothing never forgets
+        return lambda generator, shape: (
+            (torch.rand(shape, generator=generator) * 16).clamp(min=_LEAST_DECAY).log()
+        )
     if name == "dt_bias":
         return _inverse_softplus_of_log_uniform
     if isinstance(arch.mixer, LaCTOptions) and name.partition(".")[0] in ("w0", "w1", "w2"):

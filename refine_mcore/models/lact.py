@@ -33,6 +33,7 @@ from refine_kernels.dispatch import (
     RowNorms,
     apply_fast_weights,
     chunk_lact,
+    rms_norm,
     update_fast_weights,
 )
 from refine_kernels.recompute import recomputed
@@ -62,7 +63,6 @@ from refine_mcore.models.parallel_layers import (
     Projection,
     at_least_float32,
     replicated_parameter,
-    rms_norm,
     row_sharded_parameter,
     shared_by_heads,
     with_zero_gradients,
@@ -103,9 +103,10 @@ class LaCT(Mixer):
             config,
             [
                 *(Projection(f"{name}_proj", hidden, options.qkv_bias) for name in "qkv"),
-                Projection("lr_proj", 3 * heads, bias=True),
-                *([Projection("momentum_proj", heads, True)] if options.use_momentum else []),
-                *([Projection("ttt_scale_proj", heads, True)] if options.learnable_scale else []),
+                # small and compounding over the text: their biases keep all their digits
+                Projection("lr_proj", 3 * heads, True, True),
+                *([Projection("momentum_proj", heads, True, True)] * options.use_momentum),
+                *([Projection("ttt_scale_proj", heads, True, True)] * options.learnable_scale),
             ],
             self.tp_group,
         )
@@ -129,7 +130,10 @@ class LaCT(Mixer):
         self.raw_parameters = {name.replace(".", "_"): name for name in shapes}
         self.row_sharded = frozenset(self.raw_parameters)
         for attribute, name in self.raw_parameters.items():
-            self.register_parameter(attribute, row_sharded_parameter(shapes[name], config))
+            dtype = config.params_dtype
+            if name.endswith("norm.weight"):
+                dtype = at_least_float32(dtype)
+            self.register_parameter(attribute, row_sharded_parameter(shapes[name], config, dtype))
         self.raw_parameters["ttt_norm"] = "ttt_norm.weight"
         self.ttt_norm = replicated_parameter((dim,), config)
 
@@ -159,9 +163,8 @@ class LaCT(Mixer):
         read, weights = (
             self._read_text(fq, inputs) if state is None else self._read_on(fq, inputs, state)
         )
-        y = rms_norm(read, shared_by_heads(self.ttt_norm, self.tp_group), _NORM_EPS)
-        if self.options.learnable_scale:
-            y = y * F.silu(parts["ttt_scale_proj"])[..., None]
+        gate = parts["ttt_scale_proj"][..., None] if self.options.learnable_scale else None
+        y = rms_norm(read, shared_by_heads(self.ttt_norm, self.tp_group), _NORM_EPS, gate)
         out = attended.flatten(2) + y.flatten(2)
         # rates are only used once a chunk is full
         out = with_zero_gradients(out, [self.in_proj.bias(name) for name in self._rates])

@@ -73,15 +73,15 @@ def mark_sharded_weights(model: torch.nn.Module) -> None:
 
 
 def replicated_parameter(shape: tuple[int, ...], config: TransformerConfig) -> torch.nn.Parameter:
-    """An uninitialised parameter that every tensor-parallel rank holds whole.
+    """An uninitialised parameter that every tensor-parallel rank holds whole: a gain, in at least
+    float32, since an update of one is far below the precision of bfloat16 around 1.
 
     Read it through `shared_by_heads` inside the tensor-parallel region: each rank sees only its own
     heads' gradient, and that summed exactly once is the right one, with and without sequence
     parallelism.
     """
-    return torch.nn.Parameter(
-        torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
-    )
+    dtype = at_least_float32(config.params_dtype)
+    return torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=torch.cuda.current_device()))
 
 
 def shared_by_heads(parameter: Tensor, tp_group: torch.distributed.ProcessGroup) -> Tensor:
@@ -134,11 +134,12 @@ class SwiGLU(MegatronModule):
 @dataclass(frozen=True)
 class Projection:
     """One part of a packed projection: its checkpoint name, its width over all ranks, whether it
-    has a bias."""
+    has a bias, and whether that is held in at least float32: then the part comes in it too."""
 
     name: str
     size: int
     bias: bool = False
+    precise_bias: bool = False
 
 
 def _bias_name(projection: str) -> str:
@@ -182,9 +183,11 @@ class PackedColumnParallelLinear(MegatronModule):
         for projection, size in zip(projections, self.local_sizes, strict=True):
             if projection.bias:  # held directly: overlapped parameter gathers go by module
                 self.biases.append(projection.name)
-                self.register_parameter(
-                    _bias_name(projection.name), row_sharded_parameter((size,), config)
-                )
+                dtype = config.params_dtype
+                if projection.precise_bias:
+                    dtype = at_least_float32(dtype)
+                bias = row_sharded_parameter((size,), config, dtype)
+                self.register_parameter(_bias_name(projection.name), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)[0]

@@ -25,7 +25,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -41,6 +49,7 @@ from refine_mcore.errors import UserError, failed_elsewhere
 from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.sharding import sharded_tensors
+from refine_mcore.training.optimizer_state import load_optimizer_state, sharded_optimizer_state
 
 _LATEST = "latest_checkpointed_iteration.txt"
 # What a run's own configuration says of each group of parameters, whatever the checkpoint says.
@@ -117,6 +126,10 @@ class CheckpointWriter:
             request = dist_checkpointing.save(
                 _training_state(progress, model, optimizer, scheduler, is_loading=False),
                 str(self._partial),
+                # what data-parallel ranks have in common, each writes a part of
+                FullyParallelSaveStrategyWrapper(
+                    get_default_save_sharded_strategy(), model.pg_collection.dp_cp
+                ),
                 async_sharded_save=True,
             )
             request.add_finalize_fn(lambda: on_first_rank(self._publish))
@@ -231,13 +244,12 @@ def load_training(
     """
     directory = find_checkpoint(checkpoint)
     _check_architecture(model.config.arch, directory)
-    compat.prime_optimizer(optimizer)
     template = _training_state(Progress(), model, optimizer, scheduler, is_loading=True)
     _check_optimizer(template["optimizer"], directory)
     state = _load(model, template, directory)
     model.load_state_dict(state["model"])
     options = [{name: group[name] for name in _GROUP_OPTIONS} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state["optimizer"])
+    load_optimizer_state(optimizer, template["optimizer"], state["optimizer"])
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
     scheduler.load_state_dict(state["scheduler"])
@@ -294,9 +306,7 @@ def _training_state(
     weights = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
     return {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=compat.checkpoint_metadata()
-        ),
+        "optimizer": sharded_optimizer_state(optimizer, weights, is_loading=is_loading),
         "scheduler": scheduler.state_dict(),
         "progress": {"step": progress.step, "consumed_samples": progress.consumed_samples},
     }
@@ -315,7 +325,11 @@ def _load(model: FastWeightModel, template: dict[str, Any], directory: Path) -> 
                 f"the model needs {list(shard.global_shape)}"
             )
     try:
-        return dist_checkpointing.load(template, str(directory))
+        # what data-parallel ranks have in common is read once and handed round
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(directory)), model.pg_collection.dp_cp
+        )
+        return dist_checkpointing.load(template, str(directory), strategy)
     except (Exception, CheckpointException) as error:  # a damaged file may raise anything
         if isinstance(error, torch.OutOfMemoryError) or failed_elsewhere(error):
             raise

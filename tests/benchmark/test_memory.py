@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from refine_mcore.benchmark.memory import count_saved_bytes, estimate_memory, saved_tensors
+from refine_mcore.benchmark.memory import (
+    count_saved_bytes,
+    describe,
+    estimate_memory,
+    saved_tensors,
+)
 from refine_mcore.models.presets import preset
 from tools.estimate_memory import main
 
@@ -22,7 +27,7 @@ def test_a_layer_keeps_little(name: str, single_rank: Any) -> None:
     architecture = preset(name).with_overrides({"vocab_size": 64})
     tokens = TOKENS.get(name, 1024)
     counted = count_saved_bytes(architecture, single_rank, tokens=tokens)
-    largest = "\n".join(map(str, counted.largest[:12]))
+    largest = describe(counted.largest[:12])
     assert counted.layer <= LIMITS[name], (
         f"{counted.layer:,.0f} bytes a token and layer, the most of one layer and the head:\n"
         f"{largest}"

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from refine_mcore import compat, platform
+from refine_mcore.training.optimizer_state import load_optimizer_state, sharded_optimizer_state
 from tests.distributed.harness import run_distributed
 
 SEQUENCE, BATCH, WIDTH, INNER = 3, 4, 8, 16
@@ -117,11 +118,10 @@ def _check_training_across_layouts(directory: Path) -> None:
 
     groups = platform.initialize_model_parallel()
     model, optimizer = _training(groups, tensor=1, plain=_Plain(seed=99))
-    compat.prime_optimizer(optimizer)
     template = _sharded_state(model, optimizer, is_loading=True)
     state = dist_checkpointing.load(template, str(directory))
     model.module.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    load_optimizer_state(optimizer, template["optimizer"], state["optimizer"])
     _step_and_compare(model, optimizer, plain, step=2)
 
 
@@ -165,9 +165,7 @@ def _sharded_state(model: Any, optimizer: Any, is_loading: bool) -> dict[str, An
     weights = model.module.sharded_state_dict(metadata=compat.checkpoint_metadata())
     return {
         "model": weights,
-        "optimizer": optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=compat.checkpoint_metadata()
-        ),
+        "optimizer": sharded_optimizer_state(optimizer, weights, is_loading=is_loading),
     }
 
 

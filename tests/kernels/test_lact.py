@@ -20,7 +20,7 @@ from refine_kernels.lact.newton_schulz import newton_schulz
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.models.saved_bytes import saved_bytes, table
+from refine_mcore.benchmark.memory import describe, saved_tensors
 
 Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
 
@@ -287,8 +287,8 @@ def test_the_backward_keeps_inputs_and_chunk_weights_alone(prenorm):
     def forward():
         return chunk_lact(*tokens, weights, weights.row_norms(), **options)
 
-    saved = saved_bytes(forward)
+    saved = saved_tensors(forward)
     token_inputs = 3 * 2 * 96 * 2 + 4 * 2 * 4
     weights_and_momentum = 2 * 3 * 2 * 96 * 96 * 4
     allowed = 1024 * token_inputs + 4 * weights_and_momentum + 16_384  # row norms
-    assert sum(one.bytes for one in saved) <= allowed, table(saved, 1024)
+    assert sum(one.bytes for one in saved) <= allowed, describe(saved)

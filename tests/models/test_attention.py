@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from refine_mcore.benchmark.memory import describe, saved_tensors
 from refine_mcore.models.attention import attend, rotary_table, rotate
 from refine_mcore.models.state import TokenHistory
-from tests.models.saved_bytes import saved_bytes, table
 from tests.models.zoo import assert_same
 
 EXAMPLES = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -105,10 +105,10 @@ def test_a_window_keeps_keys_and_values_once_and_one_mask(kv_heads: int, before:
     )
     window = 64 if before == 0 else 128
     allowed = sum(x.nbytes for x in (q, k, v, q)) + text * heads * 4
-    first = saved_bytes(lambda: attend(q, TokenHistory((k, v)), window))
+    first = saved_tensors(lambda: attend(q, TokenHistory((k, v)), window))
     masks = [one for one in first if len(one.shape) == 2 or one.shape[:2] == (1, 1)]
-    assert sum(one.bytes for one in first) - sum(one.bytes for one in masks) <= allowed, table(
-        first, text
+    assert sum(one.bytes for one in first) - sum(one.bytes for one in masks) <= allowed, describe(
+        first
     )
     assert len(masks) <= 3
 
@@ -116,9 +116,9 @@ def test_a_window_keeps_keys_and_values_once_and_one_mask(kv_heads: int, before:
         history = TokenHistory((k, v))
         return attend(q, history, window), attend(q * 1.0, history, window)
 
-    twice = saved_bytes(two_layers)
+    twice = saved_tensors(two_layers)
     more = sum(one.bytes for one in twice) - sum(one.bytes for one in first)
-    assert more <= 2 * q.nbytes + text * heads * 4, table(twice, text)
+    assert more <= 2 * q.nbytes + text * heads * 4, describe(twice)
 
 
 def test_rotation_is_by_the_position_of_each_stream() -> None:

@@ -108,6 +108,18 @@ def stop_at(patch: pytest.MonkeyPatch, stop: int) -> None:
         ("optimizer.use_distributed_optimizer=true",),
         ("training.dtype=bfloat16",),
         ("training.dtype=bfloat16", "optimizer.use_distributed_optimizer=true"),
+        ("training.dtype=bfloat16", "model.preset=tiny-gated-deltanet"),
+        (
+            "training.dtype=bfloat16",
+            "model.preset=tiny-gated-deltanet",
+            "optimizer.use_distributed_optimizer=true",
+        ),
+        (
+            "training.dtype=bfloat16",
+            "model.preset=tiny-lact",
+            "training.micro_batch_size=1",
+            "optimizer.use_distributed_optimizer=true",
+        ),
         ("refine.mode=two_phase", "refine.mini_batch_size=2"),
     ],
     ids=lambda options: " ".join(options) or "default",

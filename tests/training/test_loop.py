@@ -197,7 +197,7 @@ def test_bfloat16_trains_with_float32_gradients(config: Path, job, single_rank) 
     wrapped = wrap_data_parallel(
         training_model(settings, single_rank), settings.optimizer, single_rank
     )
-    assert {p.dtype for p in wrapped.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in wrapped.parameters() if p.dim() == 2} == {torch.bfloat16}
     assert {p.main_grad.dtype for p in wrapped.parameters()} == {torch.float32}
     build_optimizer(wrapped, settings, torch.bfloat16)
     platform.shutdown()

@@ -1,0 +1,141 @@
+"""How the optimizer's state lies in checkpoints: each rank's own share, under the names and in the
+coordinates of the model's tensors.
+
+Megatron's sharded optimizer holds on each data-parallel rank a flat range of every parameter. Its
+own formats either gather all of it on every rank first (`fully_reshardable`), or load at the same
+layout only (`dp_reshardable`). Here a flat range is cut into boxes of the tensor it is a part of,
+which `torch_dist` stores and reads at any layout: nothing is gathered, nothing is copied, and a
+rank that resumes where it saved reads back exactly what it wrote.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from refine_mcore import compat
+
+_SHARES = "param_state"
+
+
+def sharded_optimizer_state(
+    optimizer: Any, weights: ShardedStateDict, *, is_loading: bool
+) -> dict[str, Any]:
+    """What a checkpoint keeps of a Megatron optimizer, of the model whose `sharded_state_dict` is
+    `weights`. Tensors of a sharded optimizer are its own: loading writes them."""
+    compat.prime_optimizer(optimizer)
+    sharded = _as_sharded(optimizer)
+    if sharded is None:
+        return optimizer.sharded_state_dict(
+            weights, is_loading=is_loading, metadata=compat.checkpoint_metadata()
+        )
+    return {**sharded.state_dict(), _SHARES: list(_shares(sharded, weights))}
+
+
+def load_optimizer_state(optimizer: Any, template: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Take over the state that was loaded for `template`, which `sharded_optimizer_state` made."""
+    if _as_sharded(optimizer) is not None:
+        for own, value in zip(template.pop(_SHARES), loaded.pop(_SHARES), strict=True):
+            own.data.copy_(value)  # itself, unless another rank read it
+    optimizer.load_state_dict(loaded)
+
+
+def _as_sharded(optimizer: Any) -> DistributedOptimizer | None:
+    (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return part if isinstance(part, DistributedOptimizer) else None
+
+
+def _shares(optimizer: DistributedOptimizer, weights: ShardedStateDict) -> Iterator[ShardedTensor]:
+    """All boxes of this rank's ranges of master weights and moments."""
+    entries = {entry.data: entry for entry in nested_values(weights) if hasattr(entry, "data")}
+    for buckets in optimizer.gbuf_ranges:
+        for bucket in (bucket for of_dtype in buckets.values() for bucket in of_dtype):
+            for parameter, ranges in bucket["param_map"].items():
+                start, stop = ranges["param"].start, ranges["param"].end
+                state = optimizer._get_main_param_and_optimizer_states(parameter)
+                state.pop("step")  # one for all parameters, kept with the groups
+                for tensor, first in _tensors(entries[parameter], parameter):
+                    low, high = max(start, first), min(stop, first + tensor.data.numel())
+                    if low >= high:
+                        continue
+                    for name, flat in state.items():
+                        share = flat.detach()[low - start : high - start]
+                        yield from _boxes_of(tensor, f"optimizer.state.{name}.", share, low - first)
+
+
+def _tensors(
+    entry: ShardedTensor | ShardedTensorFactory, parameter: Tensor
+) -> Iterator[tuple[ShardedTensor, int]]:
+    """The tensors that a checkpoint makes of a parameter, and where each begins in it."""
+    parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+    for tensor in nested_values({"": parts}):
+        assert tensor.data.is_contiguous() and tensor.prepend_axis_num == 0
+        yield tensor, tensor.data.storage_offset() - parameter.storage_offset()
+
+
+def _boxes_of(
+    tensor: ShardedTensor, prefix: str, flat: Tensor, start: int
+) -> Iterator[ShardedTensor]:
+    """`flat`, which begins at entry `start` of `tensor`, as boxes of it."""
+    done = 0
+    for box in boxes(tensor.local_shape, start, start + len(flat)):
+        size = math.prod(box.shape)
+        data = flat[done : done + size].view(box.shape)
+        done += size
+        offset = tuple(a + b for a, b in zip(tensor.global_offset, box.offset, strict=True))
+        yield replace(
+            tensor,
+            key=prefix + tensor.key,
+            data=data,
+            dtype=data.dtype,
+            local_shape=box.shape,
+            global_offset=offset,
+            axis_fragmentations=None,
+            # of the data-parallel ranks none but this one has it
+            replica_id=(*tensor.replica_id[:2], 0),
+        )
+
+
+class Box(NamedTuple):
+    """Entries [offset, offset + shape) of a tensor."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """Entries [start, stop) of a tensor, counted row by row, as boxes in that order: the end of a
+    row, whole rows, the beginning of a row, and so on inwards."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield Box((start,) * len(shape), (stop - start,) * len(shape))
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # whole rows, if first < last
+    if first > last:  # within one row
+        yield from _inside(shape, last, start - last * row, stop - last * row)
+        return
+    if start % row:
+        yield from _inside(shape, first - 1, start % row, row)
+    if first < last:
+        yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+    if stop % row:
+        yield from _inside(shape, last, 0, stop % row)
+
+
+def _inside(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterator[Box]:
+    """The boxes of entries [start, stop) of row `index`."""
+    for offset, size in boxes(shape[1:], start, stop):
+        yield Box((index, *offset), (1, *size))
