@@ -152,7 +152,7 @@ def _repair_float32_parameters_of_bfloat16_models() -> None:
     @functools.wraps(build_ranges)
     def build_ranges_in_order(cls: Any, groups: Any, buffers: Any) -> tuple[dict, list]:
         _, ranges = build_ranges(cls, groups, buffers)
-        places = {}
+        places: dict[Any, tuple[int, int]] = {}
         for index, group in enumerate(ranges):
             group["params"].sort(key=lambda parameter: parameter.dtype != torch.float32)
             places |= {parameter: (index, i) for i, parameter in enumerate(group["params"])}

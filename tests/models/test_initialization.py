@@ -85,7 +85,8 @@ def test_projections_and_norms(process_groups, name: str) -> None:
 
 
 def test_decay_of_gated_delta_net(process_groups) -> None:
-    """exp(A_log) is uniform on (0, 16), but at least 0.01; softplus(dt_bias) is log-uniform on (1e-3, 0.1)."""
+    """exp(A_log) is uniform on (0, 16), but at least 0.01; softplus(dt_bias) is log-uniform on
+    (1e-3, 0.1)."""
     many_heads = {
         "num_layers": 1,
         "mixer.num_heads": 2,

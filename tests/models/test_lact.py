@@ -48,7 +48,8 @@ def packed_tokens(mixer: LaCT, dtype: torch.dtype, tokens: int = TOKENS) -> Tens
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"prenorm": True, "use_muon": False}])
 def test_what_is_kept_for_the_backward(mixers, options: dict[str, Any]) -> None:
     """In widths of 192 channels in bfloat16: packed projections 3, rotated q and k 2, attention 1,
-    fast q, k, v 3, the read 1, what the branches add up to 1; with qk_norm 2 more. Besides, the fast weights and momentum of each chunk."""
+    fast q, k, v 3, the read 1, what the branches add up to 1; with qk_norm 2 more.
+    Besides, the fast weights and momentum of each chunk."""
     mixer = mixers(torch.bfloat16, **options)
     tokens = packed_tokens(mixer, torch.bfloat16)
     saved = saved_tensors(lambda: mixer.mix(tokens, None, False, False), mixer.parameters())
