@@ -60,17 +60,17 @@ def train(config: Config) -> None:
         raise UserError(
             "training.dtype float64 needs optimizer.clip_grad 0: Megatron clips float32 gradients"
         )
-    source = training_source(config)
-    architecture = resolve_architecture(config, source)
-    check_layout(
-        architecture,
-        config.parallel.tensor,
-        config.parallel.pipeline,
-        config.parallel.layers_per_stage,
-    )
     platform.initialize()
     # Ranks meet first: one that fails before would keep those of other nodes waiting for it.
     with platform.distributed(config.parallel.timeout):
+        source = on_first_rank(lambda: training_source(config))
+        architecture = resolve_architecture(config, source)
+        check_layout(
+            architecture,
+            config.parallel.tensor,
+            config.parallel.pipeline,
+            config.parallel.layers_per_stage,
+        )
         _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
         tokenizer = load_tokenizer(config.data.tokenizer)
         dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)

@@ -25,10 +25,13 @@ from refine_mcore.training.step import SLICED_MODES
 
 def training_source(config: Config) -> Path | None:
     """The training checkpoint to go on from: the run's own newest, else `checkpoint.load`; None for
-    a run that begins."""
+    a run that begins.
+
+    One rank calls this for all: a network file system may show each node another newest one.
+    """
     own = latest_checkpoint(Path(config.run.directory) / "checkpoints")
     load = config.checkpoint.load
-    return own or (None if load is None else Path(load))
+    return own or (None if load is None else find_checkpoint(Path(load)))
 
 
 def resolve_architecture(config: Config, source: Path | None = None) -> Architecture:
@@ -55,14 +58,12 @@ def resolve_architecture(config: Config, source: Path | None = None) -> Architec
 
 
 def check_supported(config: Config) -> None:
-    """Raise UserError for options that do not run together, or not in this environment."""
+    """Raise UserError for options that do not run together."""
     if runs_in_slices(config) and config.refine.mode not in SLICED_MODES:
         raise UserError(
             f"refine.mode {config.refine.mode} runs on whole texts: it needs parallel.pipeline 1, "
             "parallel.slices 1 and no training.recompute, or take refine.mode fused or ntp"
         )
-    if config.parallel.pipeline > 1:
-        platform.let_messages_overlap()
 
 
 def runs_in_slices(config: Config) -> bool:
