@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from refine_mcore import platform
 from refine_mcore.config import Config
 from refine_mcore.conversion.description import find_checkpoint, read_description
 from refine_mcore.errors import UserError

@@ -4,6 +4,7 @@ by hand or by the Slurm script."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,8 +75,17 @@ def test_two_nodes_give_the_run_of_one_process(
     one_process: list[dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    for agent in launch(config, tmp_path):
+    agents = launch(config, tmp_path)
+    for agent in agents:
         assert agent.code == 0, agent.output
+    # Rank 0 alone says what there is to know.
+    logged = re.findall(r"(?m)\[rank (\d)\] INFO (.*)$", "".join(agent.output for agent in agents))
+    assert {rank for rank, _ in logged} == {"0"}
+    said = [text for _, text in logged]
+    assert (
+        len([t for t in said if re.fullmatch(r"\d+ windows of 64 tokens from 1 of 1 .*", t)]) == 1
+    )
+    assert said.count("chunk_delta_rule on cpu: torch") == 1
     for one, found in zip(one_process, metrics(tmp_path / "run"), strict=True):
         assert {key: found[key] for key in HASHES} == {key: one[key] for key in HASHES}
         for key in ("loss_ntp", "loss_policy", "reward_mean", "entropy_mean", "grad_norm", "lr"):
