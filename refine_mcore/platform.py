@@ -198,6 +198,14 @@ def initialize_model_parallel(
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def host_group() -> dist.ProcessGroup:
+    """All ranks, for what their hosts tell each other in CPU tensors. Every rank asks for it, once
+    the layout stands."""
+    if backend() == "gloo":
+        return dist.group.WORLD
+    return dist.new_group(backend="gloo", timeout=_process_group_timeout)
+
+
 @contextmanager
 def distributed(timeout_s: float) -> Iterator[None]:
     """A program's part in a job: `init_distributed` before it, `shutdown` after it.
