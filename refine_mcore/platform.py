@@ -201,8 +201,10 @@ def initialize_model_parallel(
 def host_group() -> dist.ProcessGroup:
     """All ranks, for what their hosts tell each other in CPU tensors. Every rank asks for it, once
     the layout stands."""
+    world = dist.group.WORLD
+    assert world is not None
     if backend() == "gloo":
-        return dist.group.WORLD
+        return world
     return dist.new_group(backend="gloo", timeout=_process_group_timeout)
 
 

@@ -121,7 +121,9 @@ def root_cause(output: str) -> str:
 def test_a_rank_that_fails_ends_the_job(how: str, phase: str, config: Path, tmp_path: Path) -> None:
     job = sabotaged_job(how, phase, config, tmp_path)
     command = (*TORCHRUN, "--standalone", "--nproc-per-node", 2, *job)
-    [agent] = run_programs([command], timeout=TIMEOUT)
+    # A rank that hangs takes torchrun's SIGTERM for a request to save: 30 seconds, if not told.
+    grace = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"} if how == "hang" else {}
+    [agent] = run_programs([command], timeout=TIMEOUT, **grace)
     output = ended_in_time(agent, tmp_path)
     cause = root_cause(output)
     if how == "kill":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -206,7 +205,7 @@ def test_second_signal_does_what_it_did_before(config, tmp_path, monkeypatch) ->
         for number in SIGNALS
     }
     try:
-        before_step(monkeypatch, lambda step: [os.kill(os.getpid(), n) for n in SIGNALS])
+        before_step(monkeypatch, lambda step: list(map(signal.raise_signal, SIGNALS)))
         run_job(config, tmp_path / "run")
     finally:
         for number, handler in kept.items():
@@ -231,7 +230,8 @@ def _train_together(config: Path, directory: Path) -> None:
     second = dist.get_rank() == 1
     run = directory / "run"
     with pytest.MonkeyPatch.context() as patch:
-        before_step(patch, lambda n: n == 1 and second and os.kill(os.getpid(), signal.SIGTERM))
+        if second:
+            before_step(patch, lambda n: signal.raise_signal(signal.SIGTERM) if n == 1 else None)
         train_here(config, run)
     assert checkpoint_names(run) == {MARKER, "iter_0000002"}
     with pytest.MonkeyPatch.context() as patch:
