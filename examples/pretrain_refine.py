@@ -25,6 +25,10 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
 
+    from refine_mcore import platform
+
+    platform.let_messages_overlap(config.parallel.pipeline)
+
     from refine_mcore.training.loop import train  # after the configuration is known to be good
 
     train(config)

@@ -10,6 +10,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 import warnings
 from importlib import metadata
@@ -114,6 +115,7 @@ def repair_megatron() -> None:
     _repair_float32_parameters_of_bfloat16_models()
     _repair_write_errors()
     _repair_left_behind_results_queue()
+    _repair_step_count_of_zero()
 
 
 def _repair_distributed_optimizer_loading() -> None:
@@ -225,7 +227,8 @@ def _repair_write_errors() -> None:
 
 def _repair_left_behind_results_queue() -> None:
     """The process that holds the queue of write results (filesystem_async.py:48) ends with its
-    parent; left alone it stays behind when that is killed."""
+    parent; left alone it stays behind when that is killed, or ends before the parent has saved:
+    torchrun sends SIGTERM to a rank and all that it has started."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     def get_write_results_queue() -> Any:
@@ -238,7 +241,33 @@ def _repair_left_behind_results_queue() -> None:
     filesystem_async._get_write_results_queue = get_write_results_queue
 
 
+def _repair_step_count_of_zero() -> None:
+    """Checkpoints of an Adam that has not stepped yet hold its count of steps, which is 0: the
+    optimizers that are not sharded leave it out if it is not true (optimizer.py:833), and what they
+    wrote cannot be loaded."""
+    from megatron.core.optimizer import optimizer as megatron
+
+    def repair(kind: Any) -> None:
+        sharded_state_dict = kind.sharded_state_dict
+
+        @functools.wraps(sharded_state_dict)
+        def sharded_with_count(self: Any, *args: Any, **options: Any) -> dict[str, Any]:
+            template: dict[str, Any] = sharded_state_dict(self, *args, **options)
+            for state in self.optimizer.state.values():
+                if torch.is_tensor(state.get("step")):
+                    inner = template.get("optimizer", template)["state"]
+                    inner.setdefault("common_step", state["step"])
+            return template
+
+        kind.sharded_state_dict = sharded_with_count
+
+    repair(megatron.FP32Optimizer)
+    repair(megatron.Float16OptimizerWithFloat16Params)
+
+
 def _end_with_parent() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from refine_mcore import logs
+
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 
@@ -32,9 +34,11 @@ class UserError(Exception):
 def cli(main: Callable[[list[str]], None]) -> NoReturn:
     """Run `main(argv)` with the command line's arguments and exit: 0, or 2 after a `UserError`.
 
+    What the program logs is shown from here on.
     Any other exception passes through. Under torchrun its traceback also becomes part of the report
     on failed ranks.
     """
+    logs.set_up()
     try:
         main(sys.argv[1:])
     except UserError as error:

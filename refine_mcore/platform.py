@@ -125,14 +125,20 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
-def let_messages_overlap() -> None:
-    """Set CUDA up, before it starts, for messages that wait while a stage computes.
+def let_messages_overlap(stages: int) -> None:
+    """Set CUDA up, before it starts, for messages that wait while a stage computes; nothing to do
+    for one stage.
+
+    Programs call it before they import what imports Megatron: that imports Transformer Engine,
+    where it is installed, which looks at the number of queues and may start CUDA.
 
     Every channel of a pipeline waits in a stream of its own (pipeline/channels.py), often for what
     this rank has yet to compute. So no stream may stand in another's hardware queue, and no first
     launch of a kernel may wait for the device, as lazy loading does. Raises `UserError` if the
     environment asks for too few queues.
     """
+    if stages == 1:
+        return
     os.environ["CUDA_MODULE_LOADING"] = "EAGER"
     queues = os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if backend() == "nccl" and not (queues.isdecimal() and int(queues) >= _QUEUES):
@@ -190,6 +196,16 @@ def initialize_model_parallel(
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def host_group() -> dist.ProcessGroup:
+    """All ranks, for what their hosts tell each other in CPU tensors. Every rank asks for it, once
+    the layout stands."""
+    world = dist.group.WORLD
+    assert world is not None
+    if backend() == "gloo":
+        return world
+    return dist.new_group(backend="gloo", timeout=_process_group_timeout)
 
 
 @contextmanager

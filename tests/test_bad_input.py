@@ -7,6 +7,7 @@ tests/test_config.py.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 def the_sentence(stderr: str) -> str:
-    """All that was said, which must be one line."""
+    """All that was said but for the log, which must be one line."""
+    stderr = re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO .*\n", "", stderr)
     assert stderr.startswith("error: ") and stderr.endswith("\n")
     assert stderr.count("\n") == 1, stderr
     return stderr.removeprefix("error: ").rstrip("\n")

@@ -1,6 +1,8 @@
 """How a program ends: exit codes, and one sentence on stderr."""
 
 import json
+import logging
+import re
 import time
 from pathlib import Path
 
@@ -47,6 +49,33 @@ def test_user_error_is_one_sentence_and_exit_code_2(
         "",
         "error: config.yaml: unknown key 'lr_rate', did you mean 'lr'?\n",
     )
+
+
+def test_the_log_is_shown_once_by_rank_0_and_warnings_by_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the project's own loggers; calling `cli` again repeats nothing."""
+
+    def speaks(argv: list[str]) -> None:
+        for name in ("refine_mcore.data.windows", "refine_kernels.dispatch", "megatron.core"):
+            logging.getLogger(name).info("info of %s", name)
+            logging.getLogger(name).debug("never")
+        logging.getLogger("refine_mcore").warning("careful")
+
+    def said() -> list[str]:
+        with pytest.raises(SystemExit):
+            cli(speaks)
+        return [
+            re.sub(r"^[-\d]{10} [:\d]{8} ", "", x) for x in capsys.readouterr().err.splitlines()
+        ]
+
+    own = ["INFO info of refine_mcore.data.windows", "INFO info of refine_kernels.dispatch"]
+    assert said() == said() == [*own, "WARNING careful"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert said() == ["[rank 1] WARNING careful"]
+    monkeypatch.setenv("RANK", "0")
+    assert said() == [f"[rank 0] {line}" for line in [*own, "WARNING careful"]]
 
 
 def test_interrupt_exits_130() -> None:

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from refine_mcore import compat, platform
 from refine_mcore.errors import UserError
+from tests.training.jobs import ROOT, write_config
 
 _WORLD_OF_ONE = """
 from refine_mcore import platform
@@ -50,14 +52,55 @@ def test_pipelines_on_gpus_get_queues_and_loaded_kernels(monkeypatch: pytest.Mon
         monkeypatch.setenv(name, "to be restored")
         monkeypatch.delenv(name)
     monkeypatch.setattr(platform, "backend", lambda: "nccl")
-    platform.let_messages_overlap()
+    platform.let_messages_overlap(stages=1)
+    assert not {queues, loading} & os.environ.keys()
+    platform.let_messages_overlap(stages=2)
     assert (os.environ[queues], os.environ[loading]) == ("32", "EAGER")
     for value in ("1", "8", "many"):
         monkeypatch.setenv(queues, value)
         with pytest.raises(UserError, match=f"CUDA_DEVICE_MAX_CONNECTIONS, which is {value}, or"):
-            platform.let_messages_overlap()
+            platform.let_messages_overlap(stages=2)
     monkeypatch.setattr(platform, "backend", lambda: "gloo")
-    platform.let_messages_overlap()
+    platform.let_messages_overlap(stages=2)
+
+
+_TRANSFORMER_ENGINE = """
+import os
+
+expected = {"CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER"}
+found = {name: os.environ.get(name) for name in expected}
+raise SystemExit(42 if found == expected else f"imported too early: {found}")
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["pretrain", *(pytest.param(p, marks=pytest.mark.slow) for p in ("score", "benchmark"))],
+)
+def test_queues_are_set_before_transformer_engine_is_imported(program: str, tmp_path: Path) -> None:
+    """It is installed here in name only: its import ends the program, well if it came in time."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text(_TRANSFORMER_ENGINE)
+    config = write_config(tmp_path)
+    command = {
+        "pretrain": ("examples/pretrain_refine.py", "--config", config),
+        "score": (
+            *("tools/score.py", "--checkpoint", tmp_path, "--tokens", config, "--key", "x"),
+            *("--output", tmp_path / "output"),
+        ),
+        "benchmark": ("tools/benchmark_step.py", "--config", config, "--json", tmp_path / "json"),
+    }[program]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}"}
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MODULE_LOADING"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, *map(str, command), "parallel.pipeline=2"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 42, done.stderr
 
 
 def test_same_seed_same_random_numbers(single_rank) -> None:

@@ -66,6 +66,10 @@ def main(argv: list[str]) -> None:
 
 def _check_runs_here(config: Config) -> None:
     """What the step does not support is refused, not ignored."""
+    from refine_mcore import platform
+
+    platform.let_messages_overlap(config.parallel.pipeline)
+
     from refine_mcore.training.setup import check_supported, runs_in_slices
 
     check_supported(config)

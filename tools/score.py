@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
 
     from refine_mcore import platform
 
+    platform.let_messages_overlap(config.parallel.pipeline)
     platform.initialize()
     from refine_mcore.data.token_file import read_token_file
     from refine_mcore.training.setup import check_supported, resolve_architecture

@@ -167,6 +167,9 @@ class TrainingConfig:
     micro_batch_size: PositiveInt = 1
     # Sequences per step over all ranks.
     global_batch_size: PositiveInt = 128
+    # Optimizer steps in a row that may be skipped because the loss or the gradient is not finite;
+    # one more ends the run, with a checkpoint of the weights as they were. 0: the first one does.
+    max_skipped_steps: NonNegativeInt = 3
     # Seed of weights, positions and rollouts.
     seed: NonNegativeInt = 1234
     # Precision of weights and activations; states, losses and rewards are at least float32.

@@ -49,6 +49,8 @@ class StepFigures:
     clip_fraction: float | None = None
     # Mean absolute difference between the decode passes' log-probs and the scored ones, in nats.
     log_prob_drift: float | None = None
+    # Optimizer steps of the batch that were not taken, as the gradient was not finite.
+    skipped_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class StepAccumulator:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     texts: list[TextRecord] = field(default_factory=list)
+    skipped_steps: int = 0
 
     def add(self, metrics: WorkMetrics) -> None:
         for name, value in metrics.sums.items():
@@ -96,7 +99,7 @@ class StepAccumulator:
             values["clip_fraction"] = sums["clipped"] / sums["policy_tokens"]
             values["log_prob_drift"] = sums["drift"] / sums["rollout_tokens"]
             values |= self._reduce_texts(dp_group)
-        return ReducedMetrics(**values)
+        return ReducedMetrics(**values, skipped_steps=self.skipped_steps)
 
     def _reduce_texts(self, dp_group: dist.ProcessGroup) -> dict[str, Any]:
         order = _gather([record.sample_index for record in self.texts], dp_group).argsort()

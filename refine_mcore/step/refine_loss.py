@@ -125,7 +125,16 @@ def ntp_loss(text: TextPass, batch: TextBatch, denominator: Tensor) -> Tensor:
     """-sum log p(next token) over valid targets / denominator (Eq. 2, averaged over the whole
     batch)."""
     valid = batch.has_target()[:, text.start : text.stop]
-    return -(text.log_probs * valid).sum() / denominator
+    return _told_by_gradient(-(text.log_probs * valid).sum() / denominator)
+
+
+def _told_by_gradient(loss: Tensor) -> Tensor:
+    """`loss`; one that is not finite has no finite gradient either, whatever it is weighted with.
+
+    So the norm of the gradient, which every rank knows before it steps, judges the losses as well,
+    which only some ranks know.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 @record_function("refine/choose positions")
@@ -242,6 +251,7 @@ def policy_loss(
         config.aggregation,
         denominator=denominator,
     )
+    loss = _told_by_gradient(loss)
     tokens = torch.full((), float(log_probs.numel()), device=loss.device)
     sums = {"clipped": metrics["clip_fraction"] * tokens, "policy_tokens": tokens}
     return loss, {"loss_policy": loss.detach()} | sums

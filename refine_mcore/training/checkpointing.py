@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,8 @@ from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.sharding import sharded_tensors
 from refine_mcore.training.optimizer_state import load_optimizer_state, sharded_optimizer_state
+
+T = TypeVar("T")
 
 _LATEST = "latest_checkpointed_iteration.txt"
 # What a run's own configuration says of each group of parameters, whatever the checkpoint says.
@@ -222,17 +224,19 @@ def keep_description(target: Path, architecture: Architecture, origin: Path | No
         raise UserError(f"cannot write {target}: {_reason(error)}") from error
 
 
-def on_first_rank(action: Callable[[], object]) -> None:
-    """Run `action` on rank 0; a UserError there ends every rank with the same sentence."""
-    message: list[str | None] = [None]
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0; every rank gets its value, or a UserError there with its sentence."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            action()
+            outcome[0] = action()
         except UserError as error:
-            message = [str(error)]
-    dist.broadcast_object_list(message)
-    if message[0] is not None:
-        raise UserError(message[0])
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    value, message = outcome
+    if message is not None:
+        raise UserError(message)
+    return value
 
 
 def load_training(

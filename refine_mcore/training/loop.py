@@ -3,7 +3,7 @@ with metrics and checkpoints."""
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from refine_mcore import platform
+from refine_mcore import compat, platform
 from refine_mcore.config import (
     Config,
     data_parallel_layout,
@@ -51,6 +51,9 @@ from refine_mcore.training.setup import (
 )
 from refine_mcore.training.show import show_rollouts
 from refine_mcore.training.step import SLICED_MODES, TrainStep
+from refine_mcore.training.stop import StopRequests
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: Config) -> None:
@@ -60,17 +63,17 @@ def train(config: Config) -> None:
         raise UserError(
             "training.dtype float64 needs optimizer.clip_grad 0: Megatron clips float32 gradients"
         )
-    source = training_source(config)
-    architecture = resolve_architecture(config, source)
-    check_layout(
-        architecture,
-        config.parallel.tensor,
-        config.parallel.pipeline,
-        config.parallel.layers_per_stage,
-    )
     platform.initialize()
     # Ranks meet first: one that fails before would keep those of other nodes waiting for it.
     with platform.distributed(config.parallel.timeout):
+        source = on_first_rank(lambda: training_source(config))
+        architecture = resolve_architecture(config, source)
+        check_layout(
+            architecture,
+            config.parallel.tensor,
+            config.parallel.pipeline,
+            config.parallel.layers_per_stage,
+        )
         _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
         tokenizer = load_tokenizer(config.data.tokenizer)
         dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)
@@ -127,7 +130,12 @@ class _Run:
         if self.progress.step >= config.training.steps:
             self._say(f"{self.directory} has already run its {config.training.steps} steps")
         else:
-            self._steps()
+            with StopRequests() as stop:
+                signal = self._steps(stop)
+            if signal is not None:
+                done = f"{self.progress.step} of {config.training.steps} steps"
+                logger.info("%s: ended with %s done and saved", signal, done)
+                return
         if config.refine.mode != "ntp":
             samples = show_rollouts(self.model, self.dataset, self.tokenizer, config)
             self._say(samples)
@@ -141,7 +149,8 @@ class _Run:
             + f"checkpoint   {latest_checkpoint(self.directory / 'checkpoints')}"
         )
 
-    def _steps(self) -> None:
+    def _steps(self, stop: StopRequests) -> str | None:
+        """All remaining steps, or those until a signal asks the run to end, which is returned."""
         config, step = self.config, self.progress.step
         run_step = TrainStep(
             self.wrapped,
@@ -154,19 +163,15 @@ class _Run:
         self._say_plan()
         batches = self._batches()
         writer = self._writer() if self.first_rank else None
+        signal = None
         try:
-            while step < config.training.steps:
+            while step < config.training.steps and signal is None:
                 started = time.perf_counter()
                 mode = "ntp" if step < config.training.ntp_warmup_steps else None
                 lr = self.optimizer.param_groups[0]["lr"]
                 micro_batches = list(islice(batches, self.num_micro_batches))
                 reduced, grad_norm = run_step(micro_batches, step, mode)
-                if not (math.isfinite(reduced.loss_ntp) and math.isfinite(grad_norm)):
-                    self.checkpoints.wait()
-                    raise UserError(
-                        f"training diverged at step {step}: next-token loss {reduced.loss_ntp}, "
-                        f"gradient norm {grad_norm}; earlier checkpoints are in {self.directory}"
-                    )
+                self._warn_of_skipped(step, reduced, grad_norm)
                 self.scheduler.step(increment=1)
                 if writer is not None:
                     seconds = time.perf_counter() - started
@@ -175,13 +180,35 @@ class _Run:
                 consumed = self.progress.consumed_samples + config.training.global_batch_size
                 self.progress = Progress(step, consumed)
                 self.checkpoints.poll()
-                if step % config.checkpoint.save_interval == 0 or step == config.training.steps:
+                signal = stop.asked()
+                diverged = run_step.skipped_in_a_row > config.training.max_skipped_steps
+                due = step % config.checkpoint.save_interval == 0 or step == config.training.steps
+                if due or signal is not None or diverged:
                     self._save()
+                if diverged:
+                    self.checkpoints.wait()
+                    raise UserError(
+                        f"training diverged: {run_step.skipped_in_a_row} optimizer steps in a row, "
+                        f"up to step {step - 1}, had no finite loss and gradient; the weights as "
+                        f"they were before are saved in {self.directory}"
+                    )
             self.checkpoints.wait()
         finally:
             self.checkpoints.abandon()
             if writer is not None:
                 writer.close()
+
+        return signal
+
+    def _warn_of_skipped(self, step: int, reduced: ReducedMetrics, grad_norm: float) -> None:
+        if reduced.skipped_steps and self.first_rank:
+            first = self.progress.consumed_samples
+            logger.warning(
+                "step %d: %d optimizer step(s) skipped, as the loss (next-token: %s) or the norm "
+                "of its gradient (%s) is not finite; the batch is samples %d to %d",
+                *(step, reduced.skipped_steps, reduced.loss_ntp, grad_norm),
+                *(first, first + self.config.training.global_batch_size - 1),
+            )
 
     def _say_plan(self) -> None:
         """How the pipeline will run, where there is one."""
@@ -211,6 +238,7 @@ class _Run:
         if self.config.optimizer.overlap_param_gather:
             # Else only the next forward pass would gather what the other ranks have updated.
             self.wrapped.start_param_sync(force_sync=True)
+        compat.prime_optimizer(self.optimizer)  # if every step so far was skipped
         self.checkpoints.save(self.progress, self.model, self.optimizer, self.scheduler)
 
     def _writer(self) -> MetricsWriter:

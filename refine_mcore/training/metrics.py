@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -22,7 +23,8 @@ from refine_mcore.step.metrics import StepFigures
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics(StepFigures):
-    """One line of `metrics.jsonl`. ReFINE's fields are null in a next-token step."""
+    """One line of `metrics.jsonl`. ReFINE's fields are null in a next-token step, and so is what is
+    not finite in a step that was skipped."""
 
     # Completed steps before this one: the first step of a run is 0.
     step: int
@@ -83,8 +85,11 @@ class MetricsWriter:
 
     def write(self, metrics: StepMetrics) -> None:
         """Records and shows one finished step."""
-        record = {"step": metrics.step} | asdict(metrics)  # the step comes first
-        self._file.write(json.dumps(record) + "\n")
+        record = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in ({"step": metrics.step} | asdict(metrics)).items()  # the step first
+        }
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in record.items():

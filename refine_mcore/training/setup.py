@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from refine_mcore import platform
 from refine_mcore.config import Config
 from refine_mcore.conversion.description import find_checkpoint, read_description
 from refine_mcore.errors import UserError
@@ -25,10 +24,13 @@ from refine_mcore.training.step import SLICED_MODES
 
 def training_source(config: Config) -> Path | None:
     """The training checkpoint to go on from: the run's own newest, else `checkpoint.load`; None for
-    a run that begins."""
+    a run that begins.
+
+    One rank calls this for all: a network file system may show each node another newest one.
+    """
     own = latest_checkpoint(Path(config.run.directory) / "checkpoints")
     load = config.checkpoint.load
-    return own or (None if load is None else Path(load))
+    return own or (None if load is None else find_checkpoint(Path(load)))
 
 
 def resolve_architecture(config: Config, source: Path | None = None) -> Architecture:
@@ -55,14 +57,12 @@ def resolve_architecture(config: Config, source: Path | None = None) -> Architec
 
 
 def check_supported(config: Config) -> None:
-    """Raise UserError for options that do not run together, or not in this environment."""
+    """Raise UserError for options that do not run together."""
     if runs_in_slices(config) and config.refine.mode not in SLICED_MODES:
         raise UserError(
             f"refine.mode {config.refine.mode} runs on whole texts: it needs parallel.pipeline 1, "
             "parallel.slices 1 and no training.recompute, or take refine.mode fused or ntp"
         )
-    if config.parallel.pipeline > 1:
-        platform.let_messages_overlap()
 
 
 def runs_in_slices(config: Config) -> bool:

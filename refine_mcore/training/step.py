@@ -3,12 +3,14 @@ in slices, the pipeline engine, and Megatron's optimizer."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from torch.profiler import record_function
@@ -47,14 +49,16 @@ class TrainStep:
     ) -> None:
         self._model, self._optimizer, self._engine = model, optimizer, engine
         self._config, self._seed, self._groups = config, seed, pg_collection
+        # Optimizer steps skipped since the last one that was taken.
+        self.skipped_in_a_row = 0
 
     def __call__(
         self, batches: Sequence[TextBatch], step: int, mode: str | None = None
     ) -> tuple[ReducedMetrics, float]:
         """Train on this rank's micro-batches of batch `step`; `mode` overrides the configured one.
 
-        Returns the step's metrics over all ranks and the gradient norm before clipping (of the last
-        optimizer step).
+        Returns the step's metrics over all ranks and the gradient norm before clipping, of the last
+        optimizer step or of the first that was skipped.
         """
         module: FastWeightModel = self._model.module
         context = StepContext(module, self._config, Randomness(self._seed, step), self._groups.dp)
@@ -64,8 +68,13 @@ class TrainStep:
             self._optimizer.zero_grad()
             run()
             with record_function("refine/optimizer"):
-                _, norm, _ = self._optimizer.step()
-            grad_norm, steps = float(norm or 0.0), steps + 1
+                norm = step_if_finite(self._optimizer)
+            if math.isfinite(norm):
+                self.skipped_in_a_row = 0
+            else:
+                self.skipped_in_a_row += 1
+                metrics.skipped_steps += 1
+            grad_norm, steps = norm if math.isfinite(grad_norm) else grad_norm, steps + 1
         return metrics.reduce(self._groups, steps), grad_norm
 
     def _optimizer_steps(
@@ -82,6 +91,19 @@ class TrainStep:
         else:
             rolls_out = [SLICED_MODES[mode]] * len(batches)
             yield partial(self._engine.forward_backward, context, batches, rolls_out, metrics)
+
+
+def step_if_finite(optimizer: Any) -> float:
+    """Megatron's optimizer step, unless the gradient's norm over all ranks, which is returned, is
+    not finite: then weights, moments and Adam's count of steps stay as they are."""
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if math.isfinite(norm):
+        for part in optimizer.chained_optimizers:
+            if part.config.clip_grad > 0.0 and (parameters := part.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+        optimizer.step_with_ready_grads()
+    return norm
 
 
 def forward_backward(

@@ -4,6 +4,8 @@ by hand or by the Slurm script."""
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +14,14 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launcher import MAIN_JOB, Finished, reserved_port, run_nodes, run_programs
+from tests.distributed.launcher import (
+    MAIN_JOB,
+    TORCHRUN,
+    Finished,
+    reserved_port,
+    run_nodes,
+    run_programs,
+)
 from tests.training.jobs import ROOT, metrics, run_job, write_config
 
 SLURM = ROOT / "examples" / "slurm"
@@ -74,17 +83,88 @@ def test_two_nodes_give_the_run_of_one_process(
     one_process: list[dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    for agent in launch(config, tmp_path):
+    agents = launch(config, tmp_path)
+    for agent in agents:
         assert agent.code == 0, agent.output
+    # Rank 0 alone says what there is to know.
+    logged = re.findall(r"(?m)\[rank (\d)\] INFO (.*)$", "".join(agent.output for agent in agents))
+    assert {rank for rank, _ in logged} == {"0"}
+    said = [text for _, text in logged]
+    assert (
+        len([t for t in said if re.fullmatch(r"\d+ windows of 64 tokens from 1 of 1 .*", t)]) == 1
+    )
+    assert said.count("chunk_delta_rule on cpu: torch") == 1
     for one, found in zip(one_process, metrics(tmp_path / "run"), strict=True):
         assert {key: found[key] for key in HASHES} == {key: one[key] for key in HASHES}
         for key in ("loss_ntp", "loss_policy", "reward_mean", "entropy_mean", "grad_norm", "lr"):
             assert found[key] == (None if one[key] is None else pytest.approx(one[key], abs=1e-5))
 
 
-@pytest.mark.parametrize("script", sorted(SLURM.iterdir()), ids=lambda script: script.name)
+# Stands for torchrun and its ranks: they end well once they have got the signal.
+AGENT = """
+import signal, subprocess, sys
+
+rank = "import os, signal; signal.pthread_sigmask(signal.SIG_BLOCK, {wanted}); " + (
+    "os.write(1, b'up '); os.write(1, b'%d ' % signal.sigwait({wanted}))"
+)
+command = [sys.executable, "-c", rank.replace("{wanted}", "{signal.SIGTERM, signal.SIGUSR1}")]
+ranks = [subprocess.Popen(command) for _ in range(2)]
+sys.exit(sum(rank.wait() for rank in ranks) + CODE)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("code", [0, 3])
+def test_signals_reach_the_ranks_and_not_torchrun(sent: signal.Signals, code: int) -> None:
+    agent = (sys.executable, "-c", AGENT.replace("CODE", str(code)))
+    job = subprocess.Popen(
+        ["bash", SLURM / "ranks_first.sh", *agent], stdout=subprocess.PIPE, text=True
+    )
+    assert job.stdout is not None
+    assert job.stdout.read(6) == "up up "
+    job.send_signal(sent)
+    output, _ = job.communicate(timeout=30)
+    assert output.split() == [str(int(sent))] * 2
+    assert job.returncode == code
+
+
+@pytest.mark.slow
+def test_job_that_slurm_signals_saves_and_ends_well(config: Path, tmp_path: Path) -> None:
+    """Two ranks under torchrun under the script that Slurm starts; the second step sends SIGUSR1 to
+    it, as Slurm does before the time limit."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import os, runpy, signal, sys
+import psutil
+
+if __name__ == "__main__":
+    from refine_mcore.training.step import TrainStep
+    call = TrainStep.__call__
+
+    def step(self, batches, number, mode=None):
+        if number == 1 and os.environ["RANK"] == "0":
+            os.kill(psutil.Process().parent().ppid(), signal.SIGUSR1)
+        return call(self, batches, number, mode)
+
+    TrainStep.__call__ = step
+    sys.argv.pop(0)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    )
+    job = (program, MAIN_JOB, "--config", config, f"run.directory={tmp_path / 'run'}")
+    script = ("bash", SLURM / "ranks_first.sh", *TORCHRUN, "--standalone", "--nproc-per-node", 2)
+    [agent] = run_programs([(*script, *job, "training.steps=500")], timeout=150)
+    assert agent.code == 0, agent.output
+    done = len(metrics(tmp_path / "run"))
+    assert done in (2, 3)  # a signal takes its time
+    assert f"SIGUSR1: ended with {done} of 500 steps done and saved" in agent.output
+
+
+@pytest.mark.parametrize("script", sorted(SLURM.glob("*.sbatch")), ids=lambda script: script.name)
 def test_slurm_scripts_are_sound(script: Path) -> None:
-    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    for part in (script, SLURM / "ranks_first.sh"):
+        assert subprocess.run(["bash", "-n", part]).returncode == 0
     refused = subprocess.run(["bash", script], capture_output=True, text=True)
     assert refused.returncode != 0
     assert "usage: sbatch" in refused.stderr
