@@ -1,5 +1,6 @@
 """Run a function on several gloo ranks from within a test."""
 
+import gc
 import os
 import time
 import traceback
@@ -70,6 +71,7 @@ def _run_rank(
     torch.set_num_threads(1)
     torch.manual_seed(0)
     platform.initialize()
+    gc.freeze()  # what is imported stays: the collection at the end of a layout need not look at it
     platform.init_distributed(timeout_s=COLLECTIVE_TIMEOUT_SECONDS)
     try:
         fn(*args)
