@@ -2,7 +2,8 @@
 weight gradient, and the weights some steps later.
 
 The one-rank reference is Megatron's own schedule over whole texts (step_modes.py), made here and
-handed to the ranks as a file; layouts with a pipeline run the engine over three slices.
+handed to the ranks as a file; layouts with a pipeline run the engine over three slices. Texts
+cross chunks of the delta rules and states kept on the tape, which lie closer than in a real run.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from refine_mcore.training.optimizer import (
 from refine_mcore.training.setup import build_engine
 from refine_mcore.training.step import TrainStep
 from tests.distributed.harness import run_distributed
+from tests.models.zoo import short_chunks
 
 TEXTS, LENGTH = 4, 41
 REFINE = RefineConfig(
@@ -111,6 +113,7 @@ TWO_PHASE_FAMILIES = ("gated-deltanet", "lact")
 class Run:
     """Some training steps of a family at a layout, on the same texts whatever the layout."""
 
+    @short_chunks()
     def __init__(
         self, family: str, layout: Layout, dtype: str, steps: int, refine: RefineConfig = REFINE
     ) -> None:

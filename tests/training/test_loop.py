@@ -24,6 +24,7 @@ from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
 from refine_mcore.training.setup import training_model
 from tests.conversion.helpers import WEIGHTS, copy_model, files, to_checkpoint, to_hf
 from tests.distributed.harness import run_distributed
+from tests.models.zoo import short_chunks
 from tests.training.jobs import STEPS, column, run_job, write_config
 
 FAMILIES = ("tiny-deltanet", "tiny-gated-deltanet", "tiny-lact")
@@ -230,6 +231,7 @@ def test_two_ranks_give_the_run_of_one(config: Path, plain_run: Path, tmp_path: 
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@short_chunks()  # and the one rank in whole ones: a text lies in one
 def _run_on_two_ranks(config: Path, directory: Path) -> None:
     for layout, overrides in LAYOUTS.items():
         _run(load_config(config, [f"run.directory={directory / layout}", *overrides]))

@@ -21,6 +21,7 @@ from refine_mcore.training.prefix_copy import prefix_copy
 from refine_mcore.training.step_modes import StepMode, Work, fused, ntp, two_phase
 from tests.models.zoo import FAMILIES, NAMES, assert_same_gradients, gradients, random_tokens
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
 ModelOf = Callable[[str], FastWeightModel]
 LENGTHS = (22, 15, 22, 19)  # valid tokens of each text; the rest is padding
 CONFIG = RefineConfig(num_chunks=3, rollout_tokens=5, margin_left=2, margin_right=5)
