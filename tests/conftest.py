@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,12 @@ def single_rank() -> Iterator[ProcessGroupCollection]:
     platform.init_distributed(timeout_s=60)
     yield platform.initialize_model_parallel(seed=0)
     platform.shutdown()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collection at the end of every layout need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ from tools.benchmark_step import main
 
 
 def test_modes_of_the_step_on_whole_texts(tmp_path: Path, capsys: Any, single_rank: Any) -> None:
-    config = load_config(write_config(tmp_path), [])
+    config = load_config(write_config(tmp_path), ["training.global_batch_size=2"])
     modes = list(whole_texts.MODES)
     report = whole_texts.measure(config, modes, rounds=2)
     for mode in modes:

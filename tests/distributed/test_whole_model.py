@@ -25,6 +25,7 @@ from refine_mcore.step.refine_loss import TextBatch, branch_states, ntp_loss, te
 from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_layouts import FAMILIES
+from tests.models.zoo import short_chunks
 
 # Odd numbers of tokens in all: no two ranks share them evenly.
 TEXTS, LENGTH = 3, 41
@@ -88,6 +89,7 @@ def _assert_same(found: Tensor, expected: Tensor, case: str) -> None:
     assert norm > 0, case
 
 
+@short_chunks()
 def _results(family: str, layout: Layout) -> dict[str, Tensor]:
     """Of a text with branches that decode and are scored from its states: what they give, and the
     gradients of the sum of all losses."""

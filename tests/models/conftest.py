@@ -6,8 +6,7 @@ import pytest
 
 from refine_mcore import platform
 from refine_mcore.models.fast_weight_model import FastWeightModel
-from refine_mcore.models.transformer_config import FastWeightConfig
-from tests.models.zoo import make_model
+from tests.models.zoo import make_model, short_chunks
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +31,8 @@ def model_of(process_groups) -> Callable[[str], FastWeightModel]:
     return get
 
 
-@pytest.fixture
-def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Delta-rule chunks of 4 tokens instead of 64, and a state kept at every second one, so that
-    short texts have several."""
-    monkeypatch.setattr("refine_mcore.models.delta_rule_mixer.KERNEL_CHUNK", 4)
-    # a property takes precedence over what each configuration holds
-    interval = property(lambda config: 8, lambda config, value: None)
-    monkeypatch.setattr(FastWeightConfig, "tape_interval", interval)
+@pytest.fixture(name="short_chunks")
+def _short_chunks() -> Iterator[None]:
+    """As zoo.py has them, for a test."""
+    with short_chunks():
+        yield

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.state import FastWeightState
-from refine_mcore.models.transformer_config import FastWeightConfig
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.scoring import score
 from tests.models.zoo import (
@@ -28,6 +27,7 @@ from tests.models.zoo import (
     contents,
     gradients,
     random_tokens,
+    short_chunks,
     weights_like,
 )
 
@@ -106,20 +106,16 @@ def test_tape_holds_the_state_of_every_prefix(
 
 
 @pytest.mark.parametrize("interval", [64, 128])
-def test_tape_over_whole_chunks_of_the_kernel(
-    model_of: ModelOf, monkeypatch: pytest.MonkeyPatch, interval: int
-) -> None:
-    monkeypatch.setattr("refine_mcore.models.delta_rule_mixer.KERNEL_CHUNK", 64)
-    kept = property(lambda config: interval, lambda config, value: None)
-    monkeypatch.setattr(FastWeightConfig, "tape_interval", kept)
+def test_tape_over_whole_chunks_of_the_kernel(model_of: ModelOf, interval: int) -> None:
     tokens = random_tokens(1, 150)
     positions = [1, 63, 64, 65, 127, 128, 150]
     for name in ("delta_net", "gated_delta_net"):
         model = model_of(name)
-        on_tape = model(tokens, record=True).tape.at([0] * len(positions), positions)
-        for stream, position in enumerate(positions):
-            alone = model(tokens[:, :position], output_states=True).states
-            assert_same(contents(model, on_tape, stream), contents(model, alone, 0))
+        with short_chunks(64, interval):
+            on_tape = model(tokens, record=True).tape.at([0] * len(positions), positions)
+            for stream, position in enumerate(positions):
+                alone = model(tokens[:, :position], output_states=True).states
+                assert_same(contents(model, on_tape, stream), contents(model, alone, 0))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,9 +6,11 @@ windows are a few tokens, so that short texts and branches cross them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.lact_state import LaCTState, open_chunk_length
 from refine_mcore.models.state import FastWeightState
-from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.models.transformer_config import FastWeightConfig, transformer_config
 
 VOCAB = 23
 
@@ -124,6 +126,19 @@ def make_model(name: str, pg_collection: Any) -> FastWeightModel:
             if parameter_name.endswith("lr_proj_bias"):
                 parameter += 4.0
     return model
+
+
+@contextmanager
+def short_chunks(chunk: int = 4, interval: int = 8) -> Iterator[None]:
+    """Delta-rule chunks of a few tokens instead of 64, and a state kept at every second one, so
+    that short texts have several. Also a decorator, for what runs on spawned ranks."""
+    # a property takes precedence over what each configuration holds
+    kept = property(lambda config: interval, lambda config, value: None)
+    with (
+        mock.patch("refine_mcore.models.delta_rule_mixer.KERNEL_CHUNK", chunk),
+        mock.patch.object(FastWeightConfig, "tape_interval", kept),
+    ):
+        yield
 
 
 def random_tokens(*shape: int, seed: int = 0) -> Tensor:

@@ -1,5 +1,5 @@
 """The small models' world of one rank, as the model tests have it."""
 
-from tests.models.conftest import process_groups, short_chunks
+from tests.models.conftest import _short_chunks, process_groups
 
-__all__ = ["process_groups", "short_chunks"]
+__all__ = ["process_groups", "_short_chunks"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from refine_mcore.pipeline.cut import Cut
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.pipeline.slices import default_slices, slice_spans
 from refine_mcore.rollout.branches import Randomness
+from refine_mcore.rollout.decode import draw_tokens
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
@@ -129,6 +131,22 @@ def test_next_token_steps_in_slices(name: str, process_groups: Any) -> None:
     whole = bench.whole(ntp, batches)
     for recompute in (False, True):
         assert_same_outcome(bench.sliced([False, False], batches, 3, recompute), whole)
+
+
+def test_drift_is_what_decoding_and_scoring_disagree_by(
+    process_groups: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In slices as over whole texts (training/test_step_modes.py)."""
+    errors = cycle((0.5, -0.5))
+
+    def off(*arguments: Any) -> tuple[Tensor, Tensor]:
+        tokens, log_probs = draw_tokens(*arguments)
+        return tokens, log_probs + next(errors)
+
+    monkeypatch.setattr("refine_mcore.pipeline.head.draw_tokens", off)
+    bench = Bench("delta_net", process_groups)
+    outcome = bench.sliced([True, True], make_batches(1, 2), slices=3)
+    assert outcome.metrics.log_prob_drift == pytest.approx(0.5)
 
 
 def test_slices_end_with_chunks_and_leave_no_token_out() -> None:

@@ -96,8 +96,8 @@ def test_a_mix_stays_near_the_time_to_fill_and_drain() -> None:
 
 def test_a_cluster_is_planned_in_seconds() -> None:
     started = time.process_time()
-    plan = make_plan(Shape(64, 512, 4, rollout_tokens=5))
-    assert time.process_time() - started < 60  # takes a few, the rest is for slow machines
+    plan = make_plan(Shape(64, 256, 4, rollout_tokens=5))
+    assert time.process_time() - started < 30  # takes a few, the rest is for slow machines
     assert max(plan.timeline.held) <= 66
 
 

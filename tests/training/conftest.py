@@ -1,5 +1,5 @@
 """The small models and their world of one rank, as the model tests have them."""
 
-from tests.models.conftest import model_of, process_groups
+from tests.models.conftest import _short_chunks, model_of, process_groups
 
-__all__ = ["model_of", "process_groups"]
+__all__ = ["_short_chunks", "model_of", "process_groups"]

@@ -15,7 +15,7 @@ TOKENIZER = ROOT / "examples" / "data" / "tokenizer.model"
 CORPUS = ROOT / "examples" / "data" / "public_domain.jsonl"
 STEPS = 4
 # Metrics that depend on the clock and not on the run.
-_TIMES = ("tokens_per_second", "step_seconds")
+TIMES = ("tokens_per_second", "step_seconds")
 
 
 def write_config(directory: Path) -> Path:
@@ -55,7 +55,7 @@ def run_job(config: Path, run: Path, *overrides: str) -> list[dict[str, Any]]:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The steps that `run` has recorded, without the metrics that tell time."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in s.items() if key not in _TIMES} for s in steps]
+    return [{key: value for key, value in s.items() if key not in TIMES} for s in steps]
 
 
 def column(steps: list[dict[str, Any]], key: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.rollout.branches import Randomness
+from refine_mcore.rollout.decode import draw_tokens
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import ReducedMetrics, StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
@@ -19,6 +21,7 @@ from refine_mcore.training.prefix_copy import prefix_copy
 from refine_mcore.training.step_modes import StepMode, Work, fused, ntp, two_phase
 from tests.models.zoo import FAMILIES, NAMES, assert_same_gradients, gradients, random_tokens
 
+pytestmark = pytest.mark.usefixtures("short_chunks")
 ModelOf = Callable[[str], FastWeightModel]
 LENGTHS = (22, 15, 22, 19)  # valid tokens of each text; the rest is padding
 CONFIG = RefineConfig(num_chunks=3, rollout_tokens=5, margin_left=2, margin_right=5)
@@ -212,6 +215,22 @@ def test_micro_batches_do_not_show(name: str, mode: StepMode, model_of: ModelOf)
     whole = Step(mode, model_of(name), make_batches(4))
     for sizes in ((2, 2), (1, 1, 1, 1), (3, 1)):
         assert_same_step(Step(mode, model_of(name), make_batches(*sizes)), whole)
+
+
+@pytest.mark.parametrize("mode", [fused, two_phase, prefix_copy])
+def test_drift_is_what_decoding_and_scoring_disagree_by(
+    mode: StepMode, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean absolute difference: of log-probs that decoding has off by 1/2, up and down."""
+    errors = cycle((0.5, -0.5))
+
+    def off(*arguments: Any) -> tuple[Tensor, Tensor]:
+        tokens, log_probs = draw_tokens(*arguments)
+        return tokens, log_probs + next(errors)
+
+    monkeypatch.setattr("refine_mcore.rollout.decode.draw_tokens", off)
+    step = Step(mode, model_of("delta_net"), make_batches(1, 3))
+    assert step.metrics.log_prob_drift == pytest.approx(0.5)
 
 
 def test_draws_follow_seed_and_sample(model_of: ModelOf) -> None:
