@@ -93,6 +93,7 @@ class Observed:
     shown: str = ""
     logged: str = ""
     files: set[str] = field(default_factory=set)
+    checkpoints: list[str] = field(default_factory=list)
 
     def column(self, name: str) -> list[Any]:
         """One metric over the steps."""
@@ -123,6 +124,7 @@ def observe(
     seen.shown, seen.logged = shown.getvalue(), logged.getvalue()
     if directory.is_dir():
         seen.files = {path.name for path in directory.iterdir()}
+        seen.checkpoints = sorted(path.name for path in directory.glob("checkpoints/iter_*"))
     if "metrics.jsonl" in seen.files:
         lines = (directory / "metrics.jsonl").read_text().splitlines()
         seen.metrics = [json.loads(line) for line in lines]

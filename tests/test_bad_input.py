@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from examples.pretrain_refine import main as pretrain
 from refine_mcore.errors import cli
 from tests.conversion.helpers import to_checkpoint
-from tests.training.jobs import ROOT, run_job, write_config
+from tests.training.jobs import ROOT, run_job, write_config, write_letters
 from tools.score import main as score
 
 Refused = Callable[..., str]
@@ -69,7 +69,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 def the_sentence(stderr: str) -> str:
     """All that was said but for the log, which must be one line."""
-    stderr = re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO .*\n", "", stderr)
+    stderr = re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?:INFO|WARNING) .*\n", "", stderr)
     assert stderr.startswith("error: ") and stderr.endswith("\n")
     assert stderr.count("\n") == 1, stderr
     return stderr.removeprefix("error: ").rstrip("\n")
@@ -101,7 +101,9 @@ def refused_job(refused: Refused, config: Path, tmp_path: Path) -> Refused:
         (["model.overrides.mixer.heads=3"], "model override 'mixer.heads': no such field"),
         (["model.overrides.mixer.num_heads=5"], "must be a positive whole number"),
         (["model.overrides.hidden_size=wide"], "hidden_size must be a whole number, got 'wide'"),
-        (["model.overrides.vocab_size=50"], "is outside the model's vocabulary of 50"),
+        (["model.overrides.vocab_size=50"], "has 2048 pieces, the model a vocabulary of 50"),
+        (["data.paths=[]"], "data.paths must name at least one file"),
+        (["data.tokenizer=null"], "data.tokenizer must name the model's SentencePiece file"),
         (["data.sequence_length=60000"], "no document is as long as data.sequence_length"),
         (["data.paths=[no.txt]"], "cannot read no.txt: No such file or directory"),
         (["data.tokenizer=no.model"], "tokenizer no.model does not exist"),
@@ -214,9 +216,7 @@ def test_spoiled_checkpoints(
     complaint: str,
 ) -> None:
     checkpoint = spoiled(converted, tmp_path / "spoiled", spoil)
-    text = tmp_path / "text.txt"
-    text.write_text("\1\2" * 300)
-    overrides = (f"model.checkpoint={checkpoint}", f"data.paths=[{text}]")
+    overrides = (f"model.checkpoint={checkpoint}", *write_letters(tmp_path))
     message = refused_job(*overrides, *OF_ITS_CHECKPOINT)
     assert complaint in message and str(checkpoint) in message
 
@@ -241,18 +241,19 @@ def test_checkpoints_of_another_kind(
     assert "of shape [32], the model needs [64]" in refused_job(*start, wider)
     assert "lacks the tensor decoder.layers.2." in refused_job(*start, deeper)
     weights_only = f"{converted} holds weights only"
-    text = tmp_path / "text.txt"
-    text.write_text("\1\2" * 300)
+    letters = write_letters(tmp_path)
+    allowed = "checkpoint.allow_other_data=true"
     assert "holds another model than the run asks for" in refused_job(
         f"checkpoint.load={checkpoint}",
         f"model.checkpoint={converted}",
-        f"data.paths=[{text}]",
+        *letters,
+        allowed,
         *OF_ITS_CHECKPOINT,
     )
     assert weights_only in refused_job(
         f"checkpoint.load={converted}",
         f"model.checkpoint={converted}",
-        f"data.paths=[{text}]",
+        *letters,
         *OF_ITS_CHECKPOINT,
     )
     for other in ("training.dtype=bfloat16", "optimizer.use_distributed_optimizer=true"):

@@ -237,7 +237,7 @@ def test_malformed_overrides(write):
             ["lr_warmup_steps (9)", "optimizer.lr_decay_steps (9)"],
         ),
         (["parallel.sequence_parallel=true"], ["parallel.sequence_parallel", "parallel.tensor"]),
-        (["data.paths=[]"], ["data.paths"]),
+        (["checkpoint.keep_every=10"], ["checkpoint.keep_every", "checkpoint.keep_last"]),
     ],
 )
 def test_impossible_combinations(write, overrides, keys):

@@ -108,6 +108,7 @@ def weights_drawn(seen: Observed) -> float:
 OFF_POLICY = ("refine.mode=two_phase", "refine.mini_batch_size=1", "optimizer.lr=3e-2")
 WIDE = ("refine.margin_left=1", "refine.margin_right=4")
 STEPS = ("training.steps=3",)
+EVERY_STEP = (*STEPS, "checkpoint.save_interval=1")
 # A preset without overrides, as the checkpoint has it.
 DEMO = ("model.preset=demo-deltanet", "model.overrides={}")
 
@@ -136,6 +137,15 @@ TABLE: list[tuple[str, Seen]] = [
     ),
     ("data.paths", Seen("[$text]", first_texts, ANOTHER)),
     ("data.tokenizer", Seen("$tokenizer", first_texts, ANOTHER)),
+    (
+        "data.unused_vocabulary",
+        Seen(
+            "0",
+            lambda s: "data.unused_vocabulary allows 0" in s.refused,
+            True,
+            ("model.overrides.vocab_size=2050",),
+        ),
+    ),
     ("data.sequence_length", Seen("72", lambda s: s.batches[0][0].tokens.shape[1])),
     ("data.seed", Seen("5", first_texts, ANOTHER)),
     ("refine.mode", Seen("ntp", lambda s: s.column("reward_mean"), [None])),
@@ -237,8 +247,31 @@ TABLE: list[tuple[str, Seen]] = [
     ("checkpoint.save_interval", Seen("2", lambda s: s.saves, [2, 3], STEPS)),
     ("checkpoint.async_save", Seen("true", lambda s: s.published, [False], saves=True)),
     (
+        "checkpoint.keep_last",
+        Seen("1", lambda s: s.checkpoints, ["iter_0000003"], EVERY_STEP, saves=True),
+    ),
+    (
+        "checkpoint.keep_every",
+        Seen(
+            "2",
+            lambda s: s.checkpoints,
+            ["iter_0000002", "iter_0000003"],
+            (*EVERY_STEP, "checkpoint.keep_last=1"),
+            saves=True,
+        ),
+    ),
+    (
         "checkpoint.resume",
         Seen("never", lambda s: "resume is never" in s.refused, True, ("run.directory=$begun",)),
+    ),
+    (
+        "checkpoint.allow_other_data",
+        Seen(
+            "true",
+            lambda s: s.column("step"),
+            [1],
+            (*DEMO, "training.steps=2", "checkpoint.load=$checkpoint", "data.seed=5"),
+        ),
     ),
     ("run.directory", Seen("$elsewhere", lambda s: str(built(s).directory))),
     ("run.tensorboard", Seen("true", lambda s: "tensorboard" in s.files)),

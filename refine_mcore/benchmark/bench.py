@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from refine_mcore import platform
-from refine_mcore.config import Config, data_parallel_layout
+from refine_mcore.config import Config, data_parallel_layout, require_data
 from refine_mcore.data import batch_iterator, build_dataset, load_tokenizer
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.rollout.branches import Randomness
@@ -31,6 +31,8 @@ class Bench:
         self.groups = platform.initialize_model_parallel(
             parallel.tensor, parallel.pipeline, training.seed
         )
+        require_data(config)
+        assert config.data.tokenizer is not None
         vocab = resolve_architecture(config).vocab_size
         dataset = build_dataset(config.data, load_tokenizer(config.data.tokenizer), vocab)
         self.before_model = resident_bytes()

@@ -5,7 +5,7 @@ one-sentence `UserError`.
 cannot say alone.
 """
 
-from refine_mcore.config.checks import data_parallel_layout, validate
+from refine_mcore.config.checks import data_parallel_layout, require_data, validate
 from refine_mcore.config.loader import config_from_dict, load_config, save_config, to_dict
 from refine_mcore.config.run_directory import prepare_run_directory
 from refine_mcore.config.schema import (
@@ -34,6 +34,7 @@ __all__ = [
     "data_parallel_layout",
     "load_config",
     "prepare_run_directory",
+    "require_data",
     "save_config",
     "to_dict",
     "validate",

@@ -14,6 +14,14 @@ def validate(config: Config, source: str) -> None:
             raise UserError(f"{source}: {problem}")
 
 
+def require_data(config: Config) -> None:
+    """Raises UserError unless the configuration names documents and a tokenizer."""
+    if not config.data.paths:
+        raise UserError("data.paths must name at least one file of documents")
+    if config.data.tokenizer is None:
+        raise UserError("data.tokenizer must name the model's SentencePiece file")
+
+
 def data_parallel_layout(config: Config, world_size: int) -> tuple[int, int]:
     """(data-parallel size, micro-batches per rank and step) on `world_size` ranks.
 
@@ -47,8 +55,8 @@ def _check_required(config: Config) -> str | None:
     model, load = config.model, config.checkpoint.load
     if model.preset is None and model.checkpoint is None and load is None:
         return "model.preset or model.checkpoint must be given"
-    if not config.data.paths:
-        return "data.paths must name at least one file"
+    if config.checkpoint.keep_every is not None and config.checkpoint.keep_last is None:
+        return "checkpoint.keep_every says what to keep beside checkpoint.keep_last, which is null"
     return None
 
 

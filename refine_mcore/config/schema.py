@@ -58,9 +58,13 @@ class DataConfig:
     """Long documents. Relative paths start at the working directory."""
 
     # Text files: `.jsonl` with a `text` field in every line, or `.txt` holding one document each.
-    paths: tuple[str, ...] = ("examples/data/public_domain.jsonl",)
-    # SentencePiece model file.
-    tokenizer: str = "examples/data/tokenizer.model"
+    # Training needs one at least.
+    paths: tuple[str, ...] = ()
+    # SentencePiece model file, the one the model was made with. Training needs it.
+    tokenizer: str | None = None
+    # Rows that the model's vocabulary may have beyond the tokenizer's pieces: vocabularies are
+    # padded to round sizes.
+    unused_vocabulary: NonNegativeInt = 512
     # Tokens per window; a window lies within one document.
     sequence_length: PositiveInt = 16384
     # Seed of the order of the windows (each epoch has its own order).
@@ -215,8 +219,14 @@ class CheckpointConfig:
     save_interval: PositiveInt = 50
     # Write checkpoints in the background while training goes on.
     async_save: bool = False
+    # Newest checkpoints to keep; null: all.
+    keep_last: PositiveInt | None = None
+    # Keep those of every so many steps too, whatever keep_last says; null: none for that.
+    keep_every: PositiveInt | None = None
     # auto: go on from RUN's own last checkpoint if there is one. never: RUN must be new or empty.
     resume: Literal["auto", "never"] = "auto"
+    # Go on although the checkpoint was trained on other files, windows, seeds or batches.
+    allow_other_data: bool = False
 
 
 @dataclass(frozen=True)

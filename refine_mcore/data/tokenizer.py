@@ -11,7 +11,7 @@ from refine_mcore.errors import UserError
 class Tokenizer(Protocol):
     """What the project uses of Megatron's tokenizers."""
 
-    # Number of pieces; ids are below it.
+    # Number of pieces; all ids are below it.
     vocab_size: int
 
     def text_to_ids(self, text: str) -> list[int]:

@@ -29,12 +29,14 @@ logger = logging.getLogger(__name__)
 class LongDocumentWindows(Dataset[Tensor]):
     """Shuffled windows without end: sample i is of epoch i // len(self), each with its own order.
 
-    `windows` is [N, S] integers with N >= 1. Indexing yields int64 token ids [S].
+    `windows` is [N, S] integers with N >= 1; `origin` tells a user where they come from. Indexing
+    yields int64 token ids [S].
     """
 
-    def __init__(self, windows: npt.NDArray[np.int32], seed: int) -> None:
+    def __init__(self, windows: npt.NDArray[np.int32], seed: int, origin: str = "") -> None:
         assert windows.ndim == 2 and len(windows) > 0
         self._windows = windows
+        self.origin = origin
         self._seed = seed
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
@@ -59,11 +61,28 @@ class LongDocumentWindows(Dataset[Tensor]):
 def build_dataset(config: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> LongDocumentWindows:
     """The windows of `config.sequence_length` tokens in the documents of `config.paths`.
 
-    `vocab_size` is the model's. Raises UserError for unreadable documents, a token id the model has
-    no embedding for, and text too short for a single window.
+    `vocab_size` is the model's. Raises UserError for unreadable documents, a tokenizer that is not
+    the model's by its size, and text too short for a single window.
     """
-    windows = _cut_documents(config.paths, tokenizer, config.sequence_length, vocab_size)
-    return LongDocumentWindows(windows, config.seed)
+    _check_vocabulary(config, tokenizer.vocab_size, vocab_size)
+    windows, origin = _cut_documents(config.paths, tokenizer, config.sequence_length)
+    logger.info("%s", origin)
+    return LongDocumentWindows(windows, config.seed, origin)
+
+
+def _check_vocabulary(config: DataConfig, pieces: int, vocab_size: int) -> None:
+    unused = vocab_size - pieces
+    if unused < 0 or unused > config.unused_vocabulary:
+        raise UserError(
+            f"data.tokenizer {config.tokenizer} is not the model's: it has {pieces} pieces, the "
+            f"model a vocabulary of {vocab_size}"
+            + (
+                f" and data.unused_vocabulary allows {config.unused_vocabulary} more than there "
+                "are pieces"
+                if unused > 0
+                else ""
+            )
+        )
 
 
 def batch_iterator(
@@ -95,17 +114,12 @@ def batch_iterator(
 
 
 def _cut_documents(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, length: int, vocab_size: int
-) -> npt.NDArray[np.int32]:
-    """All windows [N, length] of all documents, in the order of the files."""
+    paths: Sequence[str | Path], tokenizer: Tokenizer, length: int
+) -> tuple[npt.NDArray[np.int32], str]:
+    """All windows [N, length] of all documents, in the order of the files, and what they are."""
     pieces, documents, longest, longest_origin = [], 0, 0, "no document"
     for document in read_documents(paths):
         ids = np.asarray(tokenizer.text_to_ids(document.text), dtype=np.int32)
-        if ids.size and ids.max() >= vocab_size:
-            raise UserError(
-                f"{document.origin}: token id {ids.max()} is outside the model's vocabulary of "
-                f"{vocab_size} (the tokenizer has {tokenizer.vocab_size} pieces)"
-            )
         count = len(ids) // length
         pieces.append(ids[: count * length].reshape(count, length))
         documents += 1
@@ -119,5 +133,7 @@ def _cut_documents(
         )
     windows = np.concatenate(pieces)
     used = sum(map(bool, map(len, pieces)))
-    logger.info("%d windows of %d tokens from %d of %d documents", *windows.shape, used, documents)
-    return windows
+    return windows, (
+        f"{len(windows)} windows of {length} tokens from {used} of {documents} documents"
+        + (f", {documents - used} are too short" if used < documents else "")
+    )

@@ -16,7 +16,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +37,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from refine_mcore import compat
+from refine_mcore.config import CheckpointConfig
 from refine_mcore.conversion.description import (
     copy_description,
     find_checkpoint,
@@ -50,20 +50,13 @@ from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.sharding import sharded_tensors
 from refine_mcore.training.optimizer_state import load_optimizer_state, sharded_optimizer_state
+from refine_mcore.training.progress import Progress
 
 T = TypeVar("T")
 
 _LATEST = "latest_checkpointed_iteration.txt"
 # What a run's own configuration says of each group of parameters, whatever the checkpoint says.
 _GROUP_OPTIONS = ("max_lr", "min_lr", "betas", "eps")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is: batches done and samples consumed."""
-
-    step: int = 0
-    consumed_samples: int = 0
 
 
 def load_weights(model: FastWeightModel, checkpoint: Path) -> None:
@@ -110,10 +103,9 @@ class CheckpointWriter:
     is one on rank 0, which ends the job.
     """
 
-    def __init__(self, directory: Path, description: Path, in_background: bool) -> None:
+    def __init__(self, directory: Path, description: Path, config: CheckpointConfig) -> None:
         """Checkpoints go into `directory`, each with the contents of `description`."""
-        self._directory, self._description = directory, description
-        self._in_background = in_background
+        self._directory, self._description, self._config = directory, description, config
         self._queue = AsyncCallsQueue()
         self._step = 0  # of the checkpoint being written, or written last
 
@@ -125,8 +117,9 @@ class CheckpointWriter:
         self._step = progress.step
         on_first_rank(self._prepare)
         with self._naming_failures():
+            state = _training_state(model, optimizer, scheduler, is_loading=False)
             request = dist_checkpointing.save(
-                _training_state(progress, model, optimizer, scheduler, is_loading=False),
+                state | {"progress": progress.to_dict()},
                 str(self._partial),
                 # what data-parallel ranks have in common, each writes a part of
                 FullyParallelSaveStrategyWrapper(
@@ -136,7 +129,7 @@ class CheckpointWriter:
             )
             request.add_finalize_fn(lambda: on_first_rank(self._publish))
             self._queue.schedule_async_request(request)
-        if not self._in_background:
+        if not self._config.async_save:
             self.wait()
 
     def poll(self) -> None:
@@ -184,6 +177,22 @@ class CheckpointWriter:
             marker = self._directory / f".{_LATEST}.partial"
             marker.write_text(f"{self._step}\n")
             os.replace(marker, self._directory / _LATEST)
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        """All but the `keep_last` newest checkpoints and those of every `keep_every` steps."""
+        last, every = self._config.keep_last, self._config.keep_every
+        if last is None:
+            return
+        steps = {
+            int(path.name.removeprefix("iter_")): path for path in _checkpoints(self._directory)
+        }
+        for step in sorted(steps)[:-last]:
+            if step < self._step and (every is None or step % every):
+                # one being removed is no checkpoint any more
+                doomed = steps[step].with_name(f".{steps[step].name}.partial")
+                steps[step].rename(doomed)
+                shutil.rmtree(doomed)
 
     @contextmanager
     def _naming_failures(self) -> Iterator[None]:
@@ -194,6 +203,11 @@ class CheckpointWriter:
             if dist.get_rank() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise UserError(f"cannot write checkpoint {self._final}: {_reason(error)}") from error
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    """All complete checkpoints of a run's checkpoint directory."""
+    return [path for path in directory.glob("iter_*") if path.name[5:].isdecimal()]
 
 
 def _reason(error: OSError | CheckpointException) -> str:
@@ -239,16 +253,14 @@ def on_first_rank(action: Callable[[], T]) -> T:
     return value
 
 
-def load_training(
-    checkpoint: Path, model: FastWeightModel, optimizer: Any, scheduler: Any
-) -> Progress:
-    """Restore weights, optimizer state and place in the schedule; returns where the run was.
+def load_training(checkpoint: Path, model: FastWeightModel, optimizer: Any, scheduler: Any) -> None:
+    """Restore weights, optimizer state and place in the schedule.
 
     Learning rates and the optimizer's other options stay those of the present configuration.
     """
     directory = find_checkpoint(checkpoint)
     _check_architecture(model.config.arch, directory)
-    template = _training_state(Progress(), model, optimizer, scheduler, is_loading=True)
+    template = _training_state(model, optimizer, scheduler, is_loading=True)
     _check_optimizer(template["optimizer"], directory)
     state = _load(model, template, directory)
     model.load_state_dict(state["model"])
@@ -257,7 +269,6 @@ def load_training(
     for group, own in zip(optimizer.param_groups, options, strict=True):
         group.update(own)
     scheduler.load_state_dict(state["scheduler"])
-    return Progress(**state["progress"])
 
 
 def _check_architecture(architecture: Architecture, directory: Path) -> None:
@@ -305,14 +316,13 @@ def _check_optimizer(template: dict[str, Any], directory: Path) -> None:
 
 
 def _training_state(
-    progress: Progress, model: FastWeightModel, optimizer: Any, scheduler: Any, is_loading: bool
+    model: FastWeightModel, optimizer: Any, scheduler: Any, *, is_loading: bool
 ) -> dict[str, Any]:
     weights = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
     return {
         "model": weights,
         "optimizer": sharded_optimizer_state(optimizer, weights, is_loading=is_loading),
         "scheduler": scheduler.state_dict(),
-        "progress": {"step": progress.step, "consumed_samples": progress.consumed_samples},
     }
 
 

@@ -17,6 +17,7 @@ from refine_mcore.config import (
     Config,
     data_parallel_layout,
     prepare_run_directory,
+    require_data,
     save_config,
 )
 from refine_mcore.data import (
@@ -33,7 +34,6 @@ from refine_mcore.step.metrics import ReducedMetrics
 from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.checkpointing import (
     CheckpointWriter,
-    Progress,
     keep_description,
     latest_checkpoint,
     load_main_weights,
@@ -42,6 +42,7 @@ from refine_mcore.training.checkpointing import (
 )
 from refine_mcore.training.metrics import MetricsWriter, StepMetrics, short_hash
 from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
+from refine_mcore.training.progress import Progress, progress_of
 from refine_mcore.training.setup import (
     build_engine,
     check_supported,
@@ -55,10 +56,13 @@ from refine_mcore.training.stop import StopRequests
 
 logger = logging.getLogger(__name__)
 
+MANY_EPOCHS = 10  # more are said at the start
+
 
 def train(config: Config) -> None:
     """Run the whole training described by `config` on the ranks that were started."""
     check_supported(config)
+    require_data(config)
     if config.training.dtype == "float64" and config.optimizer.clip_grad:
         raise UserError(
             "training.dtype float64 needs optimizer.clip_grad 0: Megatron clips float32 gradients"
@@ -66,18 +70,25 @@ def train(config: Config) -> None:
     platform.initialize()
     # Ranks meet first: one that fails before would keep those of other nodes waiting for it.
     with platform.distributed(config.parallel.timeout):
-        source = on_first_rank(lambda: training_source(config))
-        architecture = resolve_architecture(config, source)
-        check_layout(
-            architecture,
-            config.parallel.tensor,
-            config.parallel.pipeline,
-            config.parallel.layers_per_stage,
-        )
-        _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)
-        _Run(config, source, dataset, tokenizer, num_micro_batches).train()
+        build_run(config).train()
+
+
+def build_run(config: Config) -> _Run:
+    """The run that `config` describes, before its next step, on ranks that have met."""
+    source = on_first_rank(lambda: training_source(config))
+    architecture = resolve_architecture(config, source)
+    check_layout(
+        architecture,
+        config.parallel.tensor,
+        config.parallel.pipeline,
+        config.parallel.layers_per_stage,
+    )
+    _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
+    assert config.data.tokenizer is not None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    progress = on_first_rank(lambda: progress_of(config, source))
+    dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)
+    return _Run(config, source, progress, dataset, tokenizer, num_micro_batches)
 
 
 class _Run:
@@ -85,11 +96,13 @@ class _Run:
         self,
         config: Config,
         source: Path | None,
+        progress: Progress,
         dataset: LongDocumentWindows,
         tokenizer: Tokenizer,
         num_micro_batches: int,
     ) -> None:
-        self.config, self.dataset, self.tokenizer = config, dataset, tokenizer
+        self.config, self.progress = config, progress
+        self.dataset, self.tokenizer = dataset, tokenizer
         self.num_micro_batches = num_micro_batches
         self.first_rank = dist.get_rank() == 0
         self.directory = Path(config.run.directory)
@@ -103,26 +116,24 @@ class _Run:
             self.wrapped, config, getattr(torch, config.training.dtype)
         )
         self.engine = build_engine(config, self.wrapped, self.groups)
-        self.progress = self._begin() if source is None else self._go_on(source)
+        self._begin() if source is None else self._go_on(source)
         start = config.model.checkpoint
         origin = source or (None if start is None else Path(start))
         on_first_rank(lambda: save_config(config, self.directory / "config.yaml"))
         description = self.directory / "description"
         on_first_rank(lambda: keep_description(description, self.model.config.arch, origin))
         self.checkpoints = CheckpointWriter(
-            self.directory / "checkpoints", description, config.checkpoint.async_save
+            self.directory / "checkpoints", description, config.checkpoint
         )
 
-    def _begin(self) -> Progress:
+    def _begin(self) -> None:
         start = self.config.model.checkpoint
         if start is not None and self.config.training.dtype == "bfloat16":
             load_main_weights(self.model, self.optimizer, Path(start))
-        return Progress()
 
-    def _go_on(self, source: Path) -> Progress:
-        progress = load_training(source, self.model, self.optimizer, self.scheduler)
-        self._say(f"resumed from {source} at step {progress.step}")
-        return progress
+    def _go_on(self, source: Path) -> None:
+        load_training(source, self.model, self.optimizer, self.scheduler)
+        self._say(f"resumed from {source} at step {self.progress.step}")
 
     def train(self) -> None:
         """All remaining steps, then what was learnt and where it lies."""
@@ -161,6 +172,7 @@ class _Run:
             self.engine,
         )
         self._say_plan()
+        self._warn_of_epochs()
         batches = self._batches()
         writer = self._writer() if self.first_rank else None
         signal = None
@@ -177,8 +189,7 @@ class _Run:
                     seconds = time.perf_counter() - started
                     writer.write(self._step_metrics(step, reduced, grad_norm, lr, seconds))
                 step += 1
-                consumed = self.progress.consumed_samples + config.training.global_batch_size
-                self.progress = Progress(step, consumed)
+                self.progress = self.progress.after(config.training.global_batch_size)
                 self.checkpoints.poll()
                 signal = stop.asked()
                 diverged = run_step.skipped_in_a_row > config.training.max_skipped_steps
@@ -208,6 +219,15 @@ class _Run:
                 "of its gradient (%s) is not finite; the batch is samples %d to %d",
                 *(step, reduced.skipped_steps, reduced.loss_ntp, grad_norm),
                 *(first, first + self.config.training.global_batch_size - 1),
+            )
+
+    def _warn_of_epochs(self) -> None:
+        samples = self.config.training.steps * self.config.training.global_batch_size
+        epochs = samples / len(self.dataset)
+        if epochs > MANY_EPOCHS and self.first_rank:
+            logger.warning(
+                "the run's %d samples are %.0f epochs of its data: %s",
+                *(samples, epochs, self.dataset.origin),
             )
 
     def _say_plan(self) -> None:

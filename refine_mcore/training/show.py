@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 
 from refine_mcore.config import Config
@@ -50,7 +52,12 @@ def show_rollouts(
     ids = tokens[0].tolist()
 
     def words(tokens: list[int]) -> str:
-        return tokenizer.ids_to_text(tokens).replace("\n", "⏎")
+        """With the numbers of those that are no pieces: a vocabulary may have rows beyond them."""
+        parts = []
+        for known, run in groupby(tokens, lambda token: token < tokenizer.vocab_size):
+            some = list(run)
+            parts.append(tokenizer.ids_to_text(some) if known else "".join(f"<{t}>" for t in some))
+        return "".join(parts).replace("\n", "⏎")
 
     lines = []
     for position, rollout in zip(branches.position, rollouts.tolist(), strict=True):

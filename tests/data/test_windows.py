@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ def test_windows_lie_in_one_document_and_remainders_are_dropped(tmp_path):
     assert sorted(contents(dataset)) == ["abcd", "efgh", "klmn", "qrst"]
     assert (len(dataset), dataset.sequence_length) == (4, 4)
     assert dataset[0].dtype == torch.int64 and dataset[0].shape == (4,)
+    assert dataset.origin == "4 windows of 4 tokens from 3 of 5 documents, 2 are too short"
 
 
 def test_text_too_short_names_file_and_lengths(tmp_path):
@@ -62,15 +64,20 @@ def test_text_too_short_names_file_and_lengths(tmp_path):
     )
 
 
-def test_vocabulary_smaller_than_the_token_ids(tmp_path):
+def test_tokenizer_of_another_model(tmp_path):
+    """By its size; vocabularies may be padded, by so many rows and no more."""
     config = write_corpus(tmp_path / "a.jsonl", ["abcd", "wxyz"])
-    assert len(build_dataset(config, CodePoints(), vocab_size=ord("z") + 1)) == 2
-    with pytest.raises(UserError) as error:
-        build_dataset(config, CodePoints(), vocab_size=ord("z"))
-    assert str(error.value) == (
-        f"{tmp_path}/a.jsonl:2: token id 122 is outside the model's vocabulary of 122 "
-        "(the tokenizer has 128 pieces)"
-    )
+    config = replace(config, tokenizer="some.model", unused_vocabulary=3)
+    for fits in (128, 131):
+        assert len(build_dataset(config, CodePoints(), vocab_size=fits)) == 2
+    refusal = "data.tokenizer some.model is not the model's: it has 128 pieces, the model a "
+    for vocab_size, rest in (
+        (127, "vocabulary of 127"),
+        (132, "vocabulary of 132 and data.unused_vocabulary allows 3 more than there are pieces"),
+    ):
+        with pytest.raises(UserError) as error:
+            build_dataset(config, CodePoints(), vocab_size=vocab_size)
+        assert str(error.value) == refusal + rest
 
 
 @given(count=st.integers(1, 40), seed=st.integers(0, 5))

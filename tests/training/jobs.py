@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from sentencepiece import SentencePieceTrainer
 
 from examples.pretrain_refine import main
 
@@ -44,6 +45,21 @@ def write_config(directory: Path) -> Path:
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def write_letters(directory: Path) -> tuple[str, str]:
+    """The settings of a text and a tokenizer of few pieces, for models of a small vocabulary."""
+    text, model = directory / "letters.txt", directory / "letters.model"
+    text.write_text("".join("abcdefg"[i * i % 7] for i in range(400)))
+    with model.open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["abcdefg"]),
+            model_writer=file,
+            model_type="char",
+            vocab_size=11,  # with unknown, begin, end and space
+            minloglevel=2,
+        )
+    return f"data.paths=[{text}]", f"data.tokenizer={model}"
 
 
 def run_job(config: Path, run: Path, *overrides: str) -> list[dict[str, Any]]:

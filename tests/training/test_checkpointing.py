@@ -18,21 +18,20 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from refine_mcore.config import data_parallel_layout, load_config
+from refine_mcore.config import load_config
 from refine_mcore.conversion.description import find_checkpoint, read_description
 from refine_mcore.conversion.torch_dist import CheckpointReader, read_metadata
-from refine_mcore.data import build_dataset, load_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
-from refine_mcore.training.checkpointing import CheckpointWriter, Progress, load_weights
-from refine_mcore.training.loop import _Run
-from refine_mcore.training.setup import training_source
+from refine_mcore.training.checkpointing import CheckpointWriter, load_weights
+from refine_mcore.training.loop import build_run
+from refine_mcore.training.progress import Progress
 from refine_mcore.training.step import TrainStep
 from tests.conversion.helpers import WEIGHTS, copy_model, files, to_checkpoint, to_hf
 from tests.distributed.harness import run_distributed
-from tests.training.jobs import STEPS, column, metrics, run_job, write_config
+from tests.training.jobs import STEPS, column, metrics, run_job, write_config, write_letters
 
 MARKER = "latest_checkpointed_iteration.txt"
 EVERY_STEP = "checkpoint.save_interval=1"
@@ -184,11 +183,11 @@ def test_resuming_takes_the_learning_rate_and_length_of_its_configuration(
 
 def test_resuming_with_another_batch_size_skips_no_text(config, stopped_run, monkeypatch) -> None:
     """Samples consumed are counted: 2 steps of 4 texts and one of 2, so the next is the 10th."""
-    smaller = "training.global_batch_size=2"
+    smaller = ("training.global_batch_size=2", "checkpoint.allow_other_data=true")
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         with pytest.raises(KeyboardInterrupt):
-            run_job(config, stopped_run, EVERY_STEP, smaller)
+            run_job(config, stopped_run, EVERY_STEP, *smaller)
     seen: list[int] = []
     step = TrainStep.__call__
 
@@ -197,7 +196,7 @@ def test_resuming_with_another_batch_size_skips_no_text(config, stopped_run, mon
         return step(self, batches, number, mode)
 
     monkeypatch.setattr(TrainStep, "__call__", spy)
-    run_job(config, stopped_run, smaller)
+    run_job(config, stopped_run, *smaller)
     assert seen == [10, 11]
 
 
@@ -264,11 +263,8 @@ def test_original_is_not_needed_once_training_runs(golden, config, tmp_path, mon
     in its own directory or another."""
     original = copy_model(golden, "gated_deltanet", tmp_path / "original")
     imported = to_checkpoint(original, tmp_path / "imported")
-    # The reference has a vocabulary of 97: text of single bytes, whose ids come first.
-    text = tmp_path / "text.txt"
-    text.write_text("".join(chr(1 + i * i % 7) for i in range(400)))
     before_step(monkeypatch, lambda number: shutil.rmtree(imported, ignore_errors=True))
-    options = (*OF_ITS_CHECKPOINT, f"data.paths=[{text}]", *NO_LEARNING)
+    options = (*OF_ITS_CHECKPOINT, *write_letters(tmp_path), *NO_LEARNING)
     begun = (f"model.checkpoint={imported}", *options)
     run_job(config, tmp_path / "run", *begun)
     assert not imported.exists()
@@ -445,11 +441,7 @@ def optimizer_option(sharded: bool) -> str:
 
 def run_here(config: Path, run: Path, *overrides: str) -> None:
     """The job on the ranks that run already."""
-    settings = load_config(config, [f"run.directory={run}", *overrides])
-    tokenizer = load_tokenizer(settings.data.tokenizer)
-    dataset = build_dataset(settings.data, tokenizer, 2048)
-    _, micro_batches = data_parallel_layout(settings, dist.get_world_size())
-    _Run(settings, training_source(settings), dataset, tokenizer, micro_batches).train()
+    build_run(load_config(config, [f"run.directory={run}", *overrides])).train()
 
 
 def assert_same_metrics(

@@ -15,14 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refine_mcore import platform
-from refine_mcore.config import Config, data_parallel_layout, load_config
-from refine_mcore.data import build_dataset, load_tokenizer
+from refine_mcore.config import Config, load_config
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
-from refine_mcore.training.loop import _Run
+from refine_mcore.training.loop import build_run
 from refine_mcore.training.metrics import StepMetrics
 from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
 from refine_mcore.training.setup import training_model
@@ -279,24 +278,17 @@ def _run_on_two_ranks(config: Path, directory: Path) -> None:
 
 
 def _run(config: Config) -> None:
-    _built(config).train()
+    build_run(config).train()
 
 
 def _movements(config: Config) -> dict[str, Tensor]:
     """How far a run moves each of the weights that its optimizer holds."""
-    run = _built(config)
+    run = build_run(config)
     held = {name: getattr(p, "main_param", p) for name, p in run.model.named_parameters()}
     before = {name: weight.detach().clone() for name, weight in held.items()}
     assert {weight.dtype for weight in before.values()} == {torch.float32}
     run.train()
     return {name: weight.detach() - before[name] for name, weight in held.items()}
-
-
-def _built(config: Config) -> _Run:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    dataset = build_dataset(config.data, tokenizer, 2048)
-    _, micro_batches = data_parallel_layout(config, dist.get_world_size())
-    return _Run(config, None, dataset, tokenizer, micro_batches)
 
 
 def _initial_weights(config: Config) -> dict[str, Tensor]:
