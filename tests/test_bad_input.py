@@ -117,8 +117,19 @@ def refused_job(refused: Refused, config: Path, tmp_path: Path) -> Refused:
         (["parallel.layers_per_stage=[1, 1]"], "names 2 stages, parallel.pipeline is 1"),
         (["parallel.layers_per_stage=[3]"], "adds up to 3 layers, the model has 2"),
         (["parallel.slices=999999"], "exceeds data.sequence_length"),
-        (["training.recompute=full", "refine.mode=two_phase"], "two_phase runs on whole texts"),
-        (["parallel.slices=2", "refine.mode=prefix_copy"], "prefix_copy runs on whole texts"),
+        (
+            ["parallel.slices=2", "refine.mode=prefix_copy"],
+            "prefix_copy, the reference, runs on whole texts",
+        ),
+        (["refine.rollout_fraction=0"], "rollout_fraction must be greater than 0 and at most 1"),
+        (
+            ["refine.rollout_fraction=0.3"],
+            "each rank has 2 in an optimizer step, so it takes multiples of 1/2, such as 0.5",
+        ),
+        (
+            ["refine.rollout_fraction=0.5", "refine.mode=two_phase", "refine.mini_batch_size=2"],
+            "each rank has 1 in an optimizer step, so it takes multiples of 1/1, such as 1",
+        ),
         (["optimizer.overlap_param_gather=true"], "needs optimizer.use_distributed_optimizer"),
         (["checkpoint.load=no/checkpoint"], "checkpoint no/checkpoint does not exist"),
         (["model.checkpoint=no/checkpoint"], "checkpoint no/checkpoint does not exist"),

@@ -175,6 +175,10 @@ TABLE: list[tuple[str, Seen]] = [
     ("refine.aggregation", changed("seq-mean-token-sum", "grad_norm")),
     ("refine.ntp_weight", changed("0.5", "grad_norm")),
     ("refine.policy_weight", changed("0.5", "grad_norm")),
+    (
+        "refine.rollout_fraction",
+        Seen("0.5", lambda s: len(s.passes), ANOTHER),
+    ),
     ("refine.mini_batch_size", changed("1", "loss_policy", "refine.mode=two_phase")),
     ("optimizer.lr", optimizer("0.5", "lr")),
     ("optimizer.lr", schedule("0.5", "max_lr")),

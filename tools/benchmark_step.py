@@ -2,7 +2,8 @@
 same thing.
 
     python tools/benchmark_step.py --config examples/configs/bench_deltanet.yaml \\
-        --modes ntp,fused,two_phase,prefix_copy --json OUT.json [--rounds 3] [dotted.key=value ...]
+        --modes ntp,fused,two_phase,prefix_copy --json OUT.json [--rounds 3] \\
+        [--sequence-lengths 512,1024,2048] [dotted.key=value ...]
 
     torchrun --nproc-per-node 2 tools/benchmark_step.py --json OUT.json \\
         --config examples/configs/bench_pipeline.yaml
@@ -11,10 +12,14 @@ Whole training steps are timed (forward, backward, optimizer), the modes taking 
 round; `prefix_copy` runs in one round only. A ratio is the median over rounds of (seconds of the
 mode / seconds of the base in that round); its spread is (lowest, highest).
 
-On one rank the base is `ntp`, the next-token step. `parts` are seconds of one profiled step. Peak
-memory is that of a process of its own per mode: on a CPU the resident memory above what the process
-held before the model was built, on a GPU what the allocator handed out. `gradient_difference` is
-|g - g_fused| / |g_fused| of one step on the first 1024 tokens, in the precision of the run.
+On one rank the base is `ntp`, the next-token step. `fused/selective` is the mode `fused` with
+`training.recompute=selective`, `fused/full` that with full recomputation in `parallel.slices`.
+`parts` are the passes of the step whose seconds are reported, and add up to them. Peak memory is
+that of a process of its own per mode: on a CPU the resident memory above what the process held
+before the model was built, on a GPU what the allocator handed out. `gradient_difference` is
+|g - g_fused| / |g_fused| of one step on the first 1024 tokens, in the precision of the run. With
+several `--sequence-lengths` each is measured for itself, and the table is the curve over them.
+Interrupted, it writes what it has measured.
 
 With `parallel.pipeline` above 1 the base is `1f1b`, the next-token step by Megatron's own schedule;
 `ntp` and `fused` run in slices. Beside each stands what its plan predicts
@@ -26,6 +31,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +49,40 @@ def main(argv: list[str]) -> None:
     from refine_mcore.benchmark import pipeline, whole_texts
     from refine_mcore.benchmark.report import write_report
 
+    lengths = _lengths(arguments.sequence_lengths, config)
+    measure: Callable[[], Any]
     if arguments.memory_of is not None:
-        mode = arguments.memory_of
-        print(_in_process_group(config, lambda: whole_texts.peak_memory(config, mode)))
+        measure = partial(whole_texts.peak_memory, _of(config, lengths[0]), arguments.memory_of)
+        print(_in_process_group(config, measure))
         return
-    benchmark = pipeline if config.parallel.pipeline > 1 else whole_texts
-    modes = _modes(arguments.modes, benchmark.MODES)
+    in_pipeline = config.parallel.pipeline > 1
+    default = pipeline.MODES if in_pipeline else whole_texts.MODES
+    modes = _modes(arguments.modes, default, () if in_pipeline else whole_texts.RECOMPUTED)
     if arguments.rounds < 1:
         raise UserError(f"--rounds must be at least 1, not {arguments.rounds}")
     output = Path(arguments.json)
     if not output.parent.is_dir():
         raise UserError(f"{output.parent} is no directory to write {output.name} to")
-    memory = {}
-    if benchmark is whole_texts:
-        memory = {mode: _memory_in_own_process(argv, mode) for mode in modes}
-    report = _in_process_group(config, lambda: benchmark.measure(config, modes, arguments.rounds))
-    for mode, peak in memory.items():
-        report["modes"][mode]["peak_memory_bytes"] = peak
-    if os.environ.get("RANK", "0") == "0":
-        write_report(output, report, config)
-        benchmark.print_table(report)
+    if in_pipeline:
+        measure = partial(pipeline.measure, config, modes, arguments.rounds)
+        report = _in_process_group(config, measure)
+        if os.environ.get("RANK", "0") == "0":
+            write_report(output, report, config)
+            pipeline.print_table(report)
+        return
+    reports: list[dict[str, Any]] = []
+    for length in lengths:
+        measure = partial(whole_texts.measure, _of(config, length), modes, arguments.rounds)
+        memory = {mode: _memory_in_own_process(argv, mode, length) for mode in modes}
+        measured = {"sequence_length": length} | _in_process_group(config, measure)
+        for mode, row in measured["modes"].items():
+            row["peak_memory_bytes"] = memory[mode]
+        reports.append(measured)
+        write_report(output, reports[0] if len(lengths) == 1 else {"curve": reports}, config)
+    if len(lengths) == 1:
+        whole_texts.print_table(reports[0])
+    else:
+        whole_texts.print_curve(reports)
 
 
 def _check_runs_here(config: Config) -> None:
@@ -70,27 +91,38 @@ def _check_runs_here(config: Config) -> None:
 
     platform.let_messages_overlap(config.parallel.pipeline)
 
-    from refine_mcore.training.setup import check_supported, runs_in_slices
+    from refine_mcore.training.setup import check_supported
 
     check_supported(config)
-    if config.parallel.pipeline == 1 and (
-        config.parallel.tensor > 1
-        or int(os.environ.get("WORLD_SIZE", "1")) > 1
-        or runs_in_slices(config)
-    ):
+    several = config.parallel.tensor > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if config.parallel.pipeline == 1 and (several or config.training.recompute is not None):
         raise UserError(
-            "benchmark_step.py measures whole texts on one rank, or a pipeline: with "
-            "parallel.pipeline 1 it takes one rank, parallel.slices 1 and no training.recompute"
+            "benchmark_step.py measures one rank, or a pipeline: with parallel.pipeline 1 it takes "
+            "one rank, and recomputation by mode, as --modes ntp,fused,fused/full"
         )
 
 
-def _modes(chosen: str | None, known: tuple[str, ...]) -> list[str]:
-    modes = list(known) if chosen is None else chosen.split(",")
+def _of(config: Config, length: int) -> Config:
+    return replace(config, data=replace(config.data, sequence_length=length))
+
+
+def _lengths(text: str | None, config: Config) -> list[int]:
+    if text is None:
+        return [config.data.sequence_length]
+    lengths = [int(part) for part in text.split(",") if part.isdecimal()]
+    if len(lengths) != len(text.split(",")) or min(lengths) < 1:
+        raise UserError(f"--sequence-lengths must be whole numbers above 0, not {text!r}")
+    return lengths
+
+
+def _modes(chosen: str | None, default: tuple[str, ...], others: tuple[str, ...]) -> list[str]:
+    modes = list(default) if chosen is None else chosen.split(",")
+    known = (*default, *others)
     unknown = [mode for mode in modes if mode not in known]
     if unknown:
         raise UserError(f"--modes: unknown mode {unknown[0]!r}, known: {', '.join(known)}")
-    if known[0] not in modes:
-        raise UserError(f"--modes must include {known[0]}: every figure is a ratio to it")
+    if default[0] not in modes:
+        raise UserError(f"--modes must include {default[0]}: every figure is a ratio to it")
     return modes
 
 
@@ -102,6 +134,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--modes", help="separated by commas; default: all")
     parser.add_argument("--json", required=True)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequence-lengths", help="separated by commas; default: the configured")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     return parser.parse_args(argv)
@@ -115,10 +148,10 @@ def _in_process_group(config: Config, measure: Callable[[], Any]) -> Any:
         return measure()
 
 
-def _memory_in_own_process(argv: list[str], mode: str) -> int:
-    done = subprocess.run(
-        [sys.executable, __file__, *argv, f"--memory-of={mode}"], capture_output=True, text=True
-    )
+def _memory_in_own_process(argv: list[str], mode: str, length: int) -> int:
+    options = [f"--sequence-lengths={length}", f"--memory-of={mode}"]
+    command = [sys.executable, __file__, *argv, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"measuring the memory of {mode} failed: {done.stderr.strip()[-300:]}")
     return int(done.stdout.split()[-1])

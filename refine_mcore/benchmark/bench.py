@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from refine_mcore import platform
 from refine_mcore.config import Config, data_parallel_layout, require_data
 from refine_mcore.data import batch_iterator, build_dataset, load_tokenizer
-from refine_mcore.pipeline.engine import PipelineEngine
+from refine_mcore.pipeline.engine import PASS_NAMES, PipelineEngine
+from refine_mcore.pipeline.passes import Pass
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.refine_loss import TextBatch
@@ -88,15 +90,46 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def profiled_parts(run: Callable[[], Any]) -> dict[str, tuple[float, int]]:
-    """Seconds on the host and number of calls of the named parts of one run."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-    return {
-        event.key.removeprefix("refine/"): (event.cpu_time_total / 1e6, event.count)
-        for event in profile.key_averages()
-        if event.key.startswith("refine/")
-    }
+def pass_seconds(bench: Bench, mode: str) -> dict[str, float]:
+    """`seconds` of one step of a mode, and what its passes and the rest of it take of them.
+
+    On a GPU passes are timed by events, which nothing waits for before the end of the step.
+    """
+    marks: list[tuple[str, _Mark, _Mark]] = []
+
+    @contextmanager
+    def observed(item: Pass) -> Iterator[None]:
+        start = _Mark()
+        yield
+        marks.append((PASS_NAMES[item.op], start, _Mark()))
+
+    engine = bench.engine
+    before, engine.observe = engine.observe, observed
+    try:
+        total = seconds(partial(bench.run_step, bench.batches, 0, mode))
+    finally:
+        engine.observe = before
+    spent = {name: 0.0 for name, _, _ in marks}
+    for name, start, stop in marks:
+        spent[name] += stop.since(start)
+    return {"seconds": total, **spent, "rest": total - sum(spent.values())}
+
+
+class _Mark:
+    """A point in the work of the device."""
+
+    def __init__(self) -> None:
+        self._event = None
+        if platform.device().type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+        self._time = time.perf_counter()
+
+    def since(self, earlier: _Mark) -> float:
+        """In seconds; the work up to here must be done."""
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        return earlier._event.elapsed_time(self._event) / 1e3
 
 
 def resident_bytes() -> int:

@@ -21,6 +21,7 @@ from refine_mcore.benchmark.bench import Bench, seconds
 from refine_mcore.benchmark.megatron_1f1b import megatron_1f1b
 from refine_mcore.config import Config
 from refine_mcore.pipeline.engine import PipelineEngine
+from refine_mcore.pipeline.micro_batch import MicroBatch
 from refine_mcore.pipeline.passes import Costs, Pass, Shape
 from refine_mcore.pipeline.simulator import simulate
 from refine_mcore.step.metrics import StepAccumulator
@@ -102,23 +103,26 @@ def _gradient_difference(bench: Bench, mode: str) -> float:
     return float((squares[0] / squares[1]).sqrt())
 
 
-def _gradient(bench: Bench, engine: PipelineEngine | None, rolls_out: bool) -> torch.Tensor:
-    assert engine is not None, "a pipeline runs on the engine"
+def _gradient(bench: Bench, engine: PipelineEngine, rolls_out: bool) -> torch.Tensor:
     bench.zero_gradients()
-    kinds = [rolls_out] * len(bench.batches)
-    engine.forward_backward(bench.context, bench.batches, kinds, StepAccumulator())
+    _forward_backward(bench, engine, rolls_out)
     return bench.gradient()
+
+
+def _forward_backward(bench: Bench, engine: PipelineEngine, rolls_out: bool) -> None:
+    work = [MicroBatch(batch, rolls_out) for batch in bench.batches]
+    weight = bench.config.refine.ntp_weight if rolls_out else 1.0
+    engine.forward_backward(bench.context, work, weight, StepAccumulator())
 
 
 def _predict(bench: Bench, mode: str) -> dict[str, Any]:
     """Step time and bubble of a mode's plan at the measured costs of its passes, in seconds."""
     engine = bench.one_slice if mode == "1f1b" else bench.engine
-    assert engine is not None
     kinds = [mode == "fused"] * len(bench.batches)
     spent: dict[Pass, float] = {}
     engine.observe = partial(_timed, spent)
     bench.zero_gradients()
-    engine.forward_backward(bench.context, bench.batches, kinds, StepAccumulator())
+    _forward_backward(bench, engine, mode == "fused")
     dist.barrier()
     outside = seconds(bench.optimizer.step)
     plan = engine.plan(bench.config.refine, bench.config.data.sequence_length, kinds)

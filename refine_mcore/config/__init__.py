@@ -5,7 +5,12 @@ one-sentence `UserError`.
 cannot say alone.
 """
 
-from refine_mcore.config.checks import data_parallel_layout, require_data, validate
+from refine_mcore.config.checks import (
+    data_parallel_layout,
+    require_data,
+    rollout_micro_batches,
+    validate,
+)
 from refine_mcore.config.loader import config_from_dict, load_config, save_config, to_dict
 from refine_mcore.config.run_directory import prepare_run_directory
 from refine_mcore.config.schema import (
@@ -35,6 +40,7 @@ __all__ = [
     "load_config",
     "prepare_run_directory",
     "require_data",
+    "rollout_micro_batches",
     "save_config",
     "to_dict",
     "validate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from refine_mcore.config.schema import Config
+from refine_mcore.config.schema import Config, RefineConfig
 from refine_mcore.errors import UserError
 
 
@@ -48,7 +48,25 @@ def data_parallel_layout(config: Config, world_size: int) -> tuple[int, int]:
                 f"ranks ({training.micro_batch_size} x {data_parallel}), such as "
                 f"{-(-size // per_pass) * per_pass}"
             )
+    if config.refine.mode != "ntp":
+        rollout_micro_batches(config.refine, list(batches.values())[-1] // per_pass)
     return data_parallel, training.global_batch_size // per_pass
+
+
+def rollout_micro_batches(config: RefineConfig, micro_batches: int) -> int:
+    """How many of the micro-batches that a rank has in an optimizer step roll out.
+
+    Raises UserError unless `rollout_fraction` comes to a whole number of them: else which texts
+    roll out would depend on the layout.
+    """
+    rolling = round(config.rollout_fraction * micro_batches)
+    if rolling < 1 or abs(rolling - config.rollout_fraction * micro_batches) > 1e-6:
+        raise UserError(
+            f"refine.rollout_fraction ({config.rollout_fraction:g}) must come to whole "
+            f"micro-batches: each rank has {micro_batches} in an optimizer step, so it takes "
+            f"multiples of 1/{micro_batches}, such as {max(1, rolling) / micro_batches:g}"
+        )
+    return rolling
 
 
 def _check_required(config: Config) -> str | None:

@@ -27,6 +27,7 @@ NonNegativeInt = Annotated[int, Limit(lambda x: x >= 0, "at least 0")]
 PositiveFloat = Annotated[float, Limit(lambda x: x > 0, "greater than 0")]
 NonNegativeFloat = Annotated[float, Limit(lambda x: x >= 0, "at least 0")]
 Fraction = Annotated[float, Limit(lambda x: 0 <= x < 1, "at least 0 and below 1")]
+Share = Annotated[float, Limit(lambda x: 0 < x <= 1, "greater than 0 and at most 1")]
 AboveOne = Annotated[float, Limit(lambda x: x > 1, "greater than 1")]
 
 
@@ -127,6 +128,10 @@ class RefineConfig:
     # Total loss = ntp_weight * NTP + policy_weight * policy (lambda_SFT, lambda_RL).
     ntp_weight: NonNegativeFloat = 1.0
     policy_weight: NonNegativeFloat = 0.2
+
+    # Share of the texts of each optimizer step that roll out; the others train on the next-token
+    # loss alone. It must come to whole micro-batches on every rank.
+    rollout_fraction: Share = 1.0
 
     # Sequences per optimizer step in two_phase (other modes take the whole batch); null:
     # global_batch_size.

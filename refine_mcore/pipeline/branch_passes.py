@@ -34,7 +34,8 @@ class BranchPasses:
     """From the states of all streams (rollouts of branches) on, with their gradients.
 
     The first stage reads tokens, the others the hidden states of the stage before. On the last one,
-    which has the `head`, `prefix_hidden` [streams, h] emits the first tokens.
+    which has the `head`, `prefix_hidden` [streams, h] emits the first tokens. `tokens` [streams, k]
+    are those of stored rollouts, on the first stage.
     """
 
     def __init__(
@@ -44,13 +45,19 @@ class BranchPasses:
         shape: RolloutShape,
         states: Sequence[FastWeightState],
         prefix_hidden: Tensor | None,
+        tokens: Tensor | None,
     ) -> None:
         self._model, self._head, self._shape = model, head, shape
         self._states, self._decoding = states, states
         self._prefix_hidden = prefix_hidden
-        self._tokens: list[Tensor] = []
+        self._tokens: list[Tensor] = [] if tokens is None else [*tokens.unbind(1)]
         self._scored_input: Tensor | None = None
         self._scored: Root | None = None
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """[streams, k] of all rollouts that have been made, on the first stage."""
+        return torch.stack(self._tokens, 1) if self._model.pre_process else None
 
     def draw_first_tokens(self) -> Tensor:
         """[streams], on the last stage."""
@@ -72,22 +79,24 @@ class BranchPasses:
         return out.hidden if self._head is None else self._draw(out.hidden[:, 0])
 
     def score(self, message: Tensor | None) -> Tensor | None:
-        """All tokens at once, with gradients: hidden states for the next stage. The last one
-        makes the policy loss of them."""
+        """All tokens at once, if they are trained on with gradients: hidden states for the next
+        stage. The last one makes the policy loss of them."""
         self._decoding = []
         hidden = self._take(message)
         self._scored_input = None if hidden is None else hidden.requires_grad_()
-        first = self._model.pre_process
-        tokens = torch.stack(self._tokens, 1) if first else self._unread(self._shape.tokens)
+        tokens = self.tokens
         self._model.set_input_tensor(hidden)
-        out = self._model(tokens, self._states)
-        if self._head is None:
-            self._scored = get_gradient_edge(out.hidden), None
-            return out.hidden.detach()
-        assert self._prefix_hidden is not None
-        loss = self._head.policy(out.hidden, self._prefix_hidden)
-        self._scored = get_gradient_edge(loss), torch.ones_like(loss)
-        return None
+        out = self._model(
+            self._unread(self._shape.tokens) if tokens is None else tokens, self._states
+        )
+        output, gradient = out.hidden, None
+        if self._head is not None:
+            assert self._prefix_hidden is not None
+            output = self._head.score(out.hidden, self._prefix_hidden)
+            gradient = None if output is None else torch.ones_like(output)
+        if output is not None and output.requires_grad:
+            self._scored = get_gradient_edge(output), gradient
+        return None if self._head is not None else out.hidden.detach()
 
     def backward(self, gradient: Tensor | None) -> Tensor | None:
         """Gradients of the states and of `prefix_hidden`, from that of what `score` handed on;

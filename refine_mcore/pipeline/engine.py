@@ -1,10 +1,11 @@
-"""Runs the plan of a step: this stage's instructions, one after the other.
+"""Runs the plan of an optimizer step, or of its rollouts: this stage's instructions, one after the
+other.
 
 The plan (`plan.py`) says what to run and which messages to exchange in which order, `stage.py` what
 a pass does, `channels.py` how a message travels. Gradients gather in Megatron's
 DistributedDataParallel: only the stage's very last backward runs outside `no_sync`, and
-`finalize_model_grads` follows it, as in Megatron's own schedules. A step on one stage is the same
-without messages.
+`finalize_model_grads` follows it, as in Megatron's own schedules. One stage and one slice is the
+plain case: the same passes, without messages.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.profiler import record_function
@@ -21,9 +23,10 @@ from torch.profiler import record_function
 from refine_mcore.config import RefineConfig
 from refine_mcore.pipeline.branch_passes import RolloutShape
 from refine_mcore.pipeline.channels import Channels
-from refine_mcore.pipeline.head import Denominators, Head
+from refine_mcore.pipeline.head import Head, Objective
 from refine_mcore.pipeline.instructions import Action
-from refine_mcore.pipeline.passes import Costs, Pass, Shape
+from refine_mcore.pipeline.micro_batch import MicroBatch, StoredRollouts
+from refine_mcore.pipeline.passes import Costs, Pass, Phase, Shape
 from refine_mcore.pipeline.plan import Plan, make_plan
 from refine_mcore.pipeline.slices import default_slices, slice_spans
 from refine_mcore.pipeline.stage import StageWork
@@ -31,22 +34,22 @@ from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
 
-_NAMES = {"F": "forward", "D": "decode", "S": "score", "W": "backward"}
+PASS_NAMES = {"F": "forward", "D": "decode", "S": "score", "W": "backward"}
 
 _cached_plan = functools.lru_cache(maxsize=8)(make_plan)
 
 
 def _annotate(item: Pass) -> AbstractContextManager[object]:
     """Names a pass in profiles."""
-    return record_function(f"refine/{_NAMES[item.op]}")
+    return record_function(f"refine/{PASS_NAMES[item.op]}")
 
 
 class PipelineEngine:
-    """Forward and backward of an optimizer step over slices of the sequence, on this stage.
+    """Rollouts, forward and backward over slices of the sequence, on this stage.
 
     Args:
         wrapped: this stage's part of the model.
-        slices: of every text; None for as many as the plan gains from.
+        slices: of every text; None for as many as the plan gains from, which on one stage is one.
         recompute: keep no activations between a slice's forward and its backward.
         timeout_s: how long to wait for another stage.
     """
@@ -56,9 +59,9 @@ class PipelineEngine:
         wrapped: DistributedDataParallel,
         pg_collection: Any,
         *,
-        slices: int | None,
-        recompute: bool,
-        timeout_s: float,
+        slices: int | None = None,
+        recompute: bool = False,
+        timeout_s: float = 600.0,
     ) -> None:
         self._wrapped, self._slices, self._recompute = wrapped, slices, recompute
         self._stage, self._stages = pg_collection.pp.rank(), pg_collection.pp.size()
@@ -70,24 +73,43 @@ class PipelineEngine:
             working = (pg_collection.tp, pg_collection.intra_dp_cp)
             self._channels = Channels(pg_collection.pp, working, timeout_s)
 
+    @torch.no_grad()
+    def roll_out(
+        self, context: StepContext, batches: Sequence[TextBatch], metrics: StepAccumulator
+    ) -> list[StoredRollouts]:
+        """Rollouts and rewards of all micro-batches, without gradients, to train on later: what
+        this stage stores of each. `metrics` fills on the last stage."""
+        work = [MicroBatch(batch, rolls_out=True) for batch in batches]
+        return [item.take_rollouts() for item in self._run(context, work, "rollout", None, metrics)]
+
     def forward_backward(
         self,
         context: StepContext,
-        batches: Sequence[TextBatch],
-        rolls_out: Sequence[bool],
+        work: Sequence[MicroBatch],
+        ntp_weight: float,
         metrics: StepAccumulator,
     ) -> None:
-        """Losses and gradients of all micro-batches; those that `rolls_out` names train on the
-        ReFINE loss, the others on the next-token loss alone. `metrics` fills on the last stage."""
-        works = self._works(context, batches, rolls_out, metrics)
-        self._follow(self.plan(context.config, batches[0].tokens.shape[1], rolls_out), works)
+        """Losses and gradients of an optimizer step. `metrics` fills on the last stage."""
+        objective = Objective(
+            ntp_weight,
+            context.global_targets([item.texts for item in work]),
+            context.policy_denominator([item.texts for item in work if item.rolls_out]),
+        )
+        phase: Phase = "train" if any(item.stored for item in work) else "fused"
+        self._run(context, work, phase, objective, metrics)
         finalize = self._wrapped.config.finalize_model_grads_func
         assert finalize is not None, "wrap_data_parallel sets it"
         with record_function("refine/reduce gradients"):
             finalize([self._wrapped], None)
 
-    def plan(self, config: RefineConfig, length: int, rolls_out: Sequence[bool]) -> Plan:
-        """The plan of a step on texts of `length` tokens, with an entry of `rolls_out` for each
+    def plan(
+        self,
+        config: RefineConfig,
+        length: int,
+        rolls_out: Sequence[bool],
+        phase: Phase = "fused",
+    ) -> Plan:
+        """The plan for texts of `length` tokens, with an entry of `rolls_out` for each
         micro-batch."""
         k = config.rollout_tokens if any(rolls_out) else 0
         shape = Shape(
@@ -97,6 +119,7 @@ class PipelineEngine:
             rollout_tokens=k,
             ntp_only=frozenset(m for m, rolls in enumerate(rolls_out) if not rolls),
             decode_passes=max(0, k - 1),
+            phase=phase,
         )
         # recomputing runs every forward once more
         costs = Costs(backward=Costs.backward + Costs.forward) if self._recompute else Costs()
@@ -111,30 +134,30 @@ class PipelineEngine:
             )
         return slice_spans(length, slices, architecture)
 
-    def _works(
+    def _run(
         self,
         context: StepContext,
-        batches: Sequence[TextBatch],
-        rolls_out: Sequence[bool],
+        work: Sequence[MicroBatch],
+        phase: Phase,
+        objective: Objective | None,
         metrics: StepAccumulator,
     ) -> list[StageWork]:
-        config = context.config
-        spans = self._spans(batches[0].tokens.shape[1], len(batches))
-        rolling = [batch for batch, rolls in zip(batches, rolls_out, strict=True) if rolls]
-        denominators = Denominators(
-            context.global_targets(batches), context.policy_denominator(rolling)
-        )
+        """All passes of a phase on this stage."""
+        config, length = context.config, work[0].texts.tokens.shape[1]
+        spans = self._spans(length, len(work))
         shape = RolloutShape(config.num_chunks, config.rollouts_per_position, config.rollout_tokens)
-        works = []
-        for batch, rolls in zip(batches, rolls_out, strict=True):
+        keeps_graph = phase != "rollout" and not self._recompute
+        on_stage = []
+        for item in work:
             head = None
             if self._stage == self._stages - 1:
-                head = Head(context, batch, rolls, denominators, metrics)
-            rollouts = shape if rolls else None
-            works.append(StageWork(self._wrapped, batch, spans, rollouts, head, self._recompute))
-        return works
+                head = Head(context, item, objective, metrics)
+            on_stage.append(StageWork(self._wrapped, item, spans, shape, head, keeps_graph))
+        rolls_out = [item.rolls_out for item in work]
+        self._follow(self.plan(config, length, rolls_out, phase), on_stage)
+        return on_stage
 
-    def _follow(self, plan: Plan, works: list[StageWork]) -> None:
+    def _follow(self, plan: Plan, works: Sequence[StageWork]) -> None:
         """Execute this stage's instructions."""
         instructions = plan.instructions[self._stage]
         last = next(i.item for i in reversed(instructions) if i.action is Action.RUN)

@@ -1,9 +1,6 @@
 """What the last stage makes of one micro-batch's final hidden states: losses, positions, tokens,
-rewards.
-
-It is the same step as `training/step_modes.py` describes for whole texts, from the same parts
-(`step/refine_loss.py`), taken apart at the points where the pipeline goes on elsewhere.
-"""
+rewards. The parts are those of `step/refine_loss.py`, at the points where the passes of the plan
+need them."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 
 from refine_mcore.models.fast_weight_model import ModelOutput
+from refine_mcore.pipeline.micro_batch import MicroBatch
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import draw_tokens
 from refine_mcore.rollout.scoring import score_hidden
@@ -20,7 +18,7 @@ from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator, WorkMetrics
 from refine_mcore.step.refine_loss import (
     Rollouts,
-    TextBatch,
+    ScoredRollouts,
     TextPass,
     choose_branches,
     ntp_loss,
@@ -32,64 +30,74 @@ from refine_mcore.step.refine_loss import (
 
 
 @dataclass(frozen=True)
+class Objective:
+    """How the losses of an optimizer step are weighted, and what they are divided by over all
+    micro-batches and ranks."""
+
+    ntp_weight: float
+    targets: Tensor
+    rollouts: float
+
+
+@dataclass(frozen=True)
 class _BranchContext:
-    """What the rollouts of a micro-batch need of its texts: where they leave them, the texts'
-    entropies [B, S], the hidden states [R n, k, d] that follow each branch."""
+    """What new rollouts need of their texts: where they leave them, the texts' entropies [B, S],
+    the hidden states [R n, k, d] that follow each branch."""
 
     branches: Branches
     entropy: Tensor
     following: Tensor
 
 
-@dataclass(frozen=True)
-class Denominators:
-    """What the losses of one optimizer step are divided by, over all micro-batches and ranks."""
-
-    targets: Tensor
-    rollouts: float
-
-
 @dataclass
 class Head:
-    """One micro-batch's objective; reports to `metrics`. `rolls_out` is False for a micro-batch
-    that trains on the next-token loss alone."""
+    """One micro-batch at the end of the model; reports to `metrics`. Without an `objective` there
+    are no losses: its rollouts are only made and rewarded."""
 
     context: StepContext
-    batch: TextBatch
-    rolls_out: bool
-    denominators: Denominators
+    micro_batch: MicroBatch
+    objective: Objective | None
     metrics: StepAccumulator
+    # The rollouts to train on: stored ones, else those that `score` has rewarded.
+    scored: ScoredRollouts | None = None
     _entropy: list[Tensor] = field(default_factory=list)
     _hidden: list[Tensor] = field(default_factory=list)
     _tokens: list[Tensor] = field(default_factory=list)
     _log_probs: list[Tensor] = field(default_factory=list)
     _branched: _BranchContext | None = None
 
+    def __post_init__(self) -> None:
+        if self.micro_batch.stored is not None:
+            self.scored = self.micro_batch.stored.scored
+
+    def read(self, out: ModelOutput, start: int, *, again: bool) -> Tensor | None:
+        """The weighted next-token loss of a slice from token `start` on. What rollouts and the log
+        need is kept, but not where the slice is read `again`, for its backward."""
+        texts, new_rollouts = self.micro_batch.texts, self._makes_rollouts and not again
+        text = predict(self.context.model, out, texts, with_entropy=new_rollouts, start=start)
+        if new_rollouts:
+            self._keep(text)
+        if self.objective is None:
+            return None
+        loss = ntp_loss(text, texts, self.objective.targets)
+        if not again:
+            self.metrics.add(WorkMetrics({"loss_ntp": loss.detach()}))
+        return self.objective.ntp_weight * loss
+
     @property
-    def ntp_weight(self) -> float:
-        """Of this micro-batch's next-token loss."""
-        return self.context.config.ntp_weight if self.rolls_out else 1.0
+    def _makes_rollouts(self) -> bool:
+        return self.micro_batch.rolls_out and self.micro_batch.stored is None
 
-    def read(self, out: ModelOutput, start: int, *, again: bool) -> tuple[TextPass, Tensor]:
-        """What a slice from token `start` on predicts, and its part of the next-token loss; read
-        again for its backward, without the entropies."""
-        with_entropy = self.rolls_out and not again
-        text = predict(self.context.model, out, self.batch, with_entropy=with_entropy, start=start)
-        return text, ntp_loss(text, self.batch, self.denominators.targets)
-
-    def report(self, text: TextPass, loss: Tensor) -> None:
-        """Keep of a slice, read for the first time, what the rollouts and the log need."""
-        self.metrics.add(WorkMetrics({"loss_ntp": loss.detach()}))
-        if self.rolls_out:
-            assert text.entropy is not None
-            self._entropy.append(text.entropy)
-            self._hidden.append(text.hidden.detach())
+    def _keep(self, text: TextPass) -> None:
+        assert text.entropy is not None
+        self._entropy.append(text.entropy)
+        self._hidden.append(text.hidden.detach())
 
     def choose_branches(self) -> Branches:
-        """Where rollouts leave the texts, once all slices have been read."""
-        context, config = self.context, self.context.config
+        """Where new rollouts leave the texts, once all slices have been read."""
+        context, config, texts = self.context, self.context.config, self.micro_batch.texts
         entropy, hidden = torch.cat(self._entropy, dim=1), torch.cat(self._hidden, dim=1)
-        branches = choose_branches(context.model, entropy, self.batch, config, context.randomness)
+        branches = choose_branches(context.model, entropy, texts, config, context.randomness)
         streams = branches.fork(config.rollouts_per_position)
         following = streams.rows_after(hidden, config.rollout_tokens)
         self._branched = _BranchContext(branches, entropy, following)
@@ -103,7 +111,7 @@ class Head:
         with torch.no_grad():
             logits = context.model.logits(hidden[:, None])[:, 0]
         keys = context.randomness.token_keys(
-            self.batch.sample_index,
+            self.micro_batch.texts.sample_index,
             self._branched.branches,
             config.rollouts_per_position,
             len(self._tokens),
@@ -113,19 +121,27 @@ class Head:
         self._log_probs.append(log_probs)
         return tokens
 
-    def policy(self, hidden: Tensor, prefix_hidden: Tensor) -> Tensor:
-        """The policy loss, weighted, of the rollouts whose hidden states are [R n, k, d] and whose
-        first tokens `prefix_hidden` [R n, d] emits."""
-        context, config, branched = self.context, self.context.config, self._branched
-        assert branched is not None
-        rollouts = Rollouts(
-            branched.branches, torch.stack(self._tokens, 1), torch.stack(self._log_probs, 1)
-        )
+    def score(self, hidden: Tensor, prefix_hidden: Tensor) -> Tensor | None:
+        """The weighted policy loss of the rollouts whose hidden states are [R n, k, d] and whose
+        first tokens `prefix_hidden` [R n, d] emits; new ones are rewarded first."""
+        context, config = self.context, self.context.config
+        rollouts = self._made() if self.scored is None else self.scored.rollouts
         scores = score_hidden(
             context.model, hidden, prefix_hidden, rollouts.tokens, config.rollout_temperature
         )
-        scored = reward_rollouts(branched.following, self.batch, rollouts, scores, config)
-        loss, sums = policy_loss(scores.log_probs, scored, config, self.denominators.rollouts)
-        described = rollout_metrics(self.batch, branched.entropy, scored)
-        self.metrics.add(WorkMetrics(sums | described.sums, described.texts))
+        if self.scored is None:
+            branched, texts = self._branched, self.micro_batch.texts
+            assert branched is not None
+            self.scored = reward_rollouts(branched.following, texts, rollouts, scores, config)
+            self.metrics.add(rollout_metrics(texts, branched.entropy, self.scored))
+        if self.objective is None:
+            return None
+        loss, sums = policy_loss(scores.log_probs, self.scored, config, self.objective.rollouts)
+        self.metrics.add(WorkMetrics(sums))
         return config.policy_weight * loss
+
+    def _made(self) -> Rollouts:
+        """The rollouts whose tokens have been drawn."""
+        assert self._branched is not None
+        tokens, log_probs = torch.stack(self._tokens, 1), torch.stack(self._log_probs, 1)
+        return Rollouts(self._branched.branches, tokens, log_probs)

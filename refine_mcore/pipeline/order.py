@@ -92,6 +92,8 @@ class _Run:
         self.up[-1].room = endless
         self.down[0].waiting.extend(item for item in self.ticks if item.op == "F")
         self.held = 0  # at the first stage, which holds a micro-batch longest
+        # per stage the micro-batches whose texts have been read to their end
+        self.read: list[set[int]] = [set() for _ in stages]
         self.running: list[Pass | None] = [None for _ in stages]
         self.forward_is_next = [True for _ in stages]
         self.result: list[list[Pass]] = [[] for _ in stages]
@@ -116,7 +118,7 @@ class _Run:
         """Start the pass that the rules choose; None where none is possible."""
         last = self.shape.stages - 1
         branches, down, up = self.branches[stage], self.down[stage], self.up[stage]
-        if branches.waiting and (stage == last or self.branches[stage + 1].room):
+        if self._may_branch(stage) and (stage == last or self.branches[stage + 1].room):
             lane, following, source = branches, self.branches, stage - 1
         else:
             forward = bool(down.waiting) and (stage == last or self.down[stage + 1].room > 0)
@@ -137,11 +139,19 @@ class _Run:
             following[target].room -= 1
         if 0 <= source <= last:
             awake.append(source)
+        if item.op == "F" and item.slice == self.shape.slices - 1:
+            self.read[stage].add(item.microbatch)
         if stage == 0 and item.op == "F" and item.slice == 0:
             self.held += 1
         self.running[stage] = item
         self.result[stage].append(item)
         return item
+
+    def _may_branch(self, stage: int) -> bool:
+        """Whether a D or S waits here, and the text has been read that it leaves: an S on stored
+        rollouts comes down the stages by itself and may overtake the text."""
+        waiting = self.branches[stage].waiting
+        return bool(waiting) and waiting[0].microbatch in self.read[stage]
 
     def _finish(self, stage: int, awake: deque[int]) -> None:
         """Hand on what the stage's pass produced and wake whom that may let start."""
@@ -150,19 +160,22 @@ class _Run:
         self.running[stage] = None
         awake.append(stage)
         last = self.shape.stages - 1
+        if stage == 0 and self.shape.ends(item):
+            self.held -= 1
         if item.op == "W":
             if stage > 0:
                 self.up[stage - 1].waiting.append(item)
                 awake.append(stage - 1)
-            elif item.slice == 0:
-                self.held -= 1
-        elif stage < last:
+            return
+        if stage < last:
             (self.down if item.op == "F" else self.branches)[stage + 1].waiting.append(item)
             awake.append(stage + 1)
-        elif (following := self.shape.after_last_stage(item)) is not None:
-            if following.op == "W":
-                passes = self.shape.passes(item.microbatch)
-                self.up[last].waiting.extend(passes[-self.shape.slices :])
-            else:
-                self.branches[0].waiting.append(following)
-                awake.append(0)
+        if (following := self.shape.follows(stage, item)) is None:
+            return
+        target, first = following
+        if first.op == "W":
+            passes = self.shape.passes(item.microbatch)
+            self.up[target].waiting.extend(passes[-self.shape.slices :])
+        else:
+            self.branches[target].waiting.append(first)
+            awake.append(target)

@@ -1,24 +1,29 @@
-"""What a pipelined step consists of: its passes, what each costs, which messages they exchange.
+"""What a step consists of: its passes, what each costs, which messages they exchange.
 
-A fast-weight layer needs of the earlier text only its state, so the pipeline runs over slices of
-the sequence. On every stage a micro-batch is, in this order,
+A fast-weight layer needs of the earlier text only its state, so a step runs over slices of the
+sequence; one stage and one slice is the plain case. On every stage a micro-batch is, in this order,
 
     F(0) .. F(n-1)   forward of each slice, the state carried on within the stage
     D(0) .. D(d-1)   decode passes, all branches of the micro-batch together    (rollouts only)
     S                scoring forward of the branches                            (rollouts only)
     W(n-1) .. W(0)   backward of each slice; W(n-1) begins with the branches' backward
 
+in the phase `fused`. The paper's regime has two: `rollout`, without gradients, ends with S, whose
+rewards are stored; `train` on stored rollouts has no D.
+
 F, D and S travel down the stages, W travels up. From the last stage to the first goes a *token*
 message: after F(n-1) the sampled positions and first tokens, which D(0) consumes, and after each
-D(j) its tokens, which D(j+1), at the end S, consumes (without any D, S consumes the first). No W
-starts before S has left the last stage, because advantages need the rewards of all branches. The
-paper has no pipeline.
+D(j) its tokens, which D(j+1), at the end S, consumes (without any D, S consumes the first; in
+`train` every stage knows positions and tokens, and there is none). No W starts before S has left
+the last stage, because advantages need the rewards of all branches. The paper has no pipeline.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from refine_mcore.errors import UserError
+
+Phase = Literal["fused", "rollout", "train"]
 
 
 class Pass(NamedTuple):
@@ -55,6 +60,8 @@ class Shape:
         in_flight: most micro-batches whose activations a stage may hold; 0 means stages + 2.
         decode_passes: of a micro-batch that rolls out; None means k. A run needs k - 1: the
             first token comes from the text's own logits.
+        phase: what becomes of the rollouts, see the head of the file. In `rollout` every
+            micro-batch rolls out.
 
     Raises:
         UserError: a size is out of range.
@@ -67,8 +74,11 @@ class Shape:
     ntp_only: frozenset[int] = field(default_factory=frozenset)
     in_flight: int = 0
     decode_passes: int | None = None
+    phase: Phase = "fused"
 
     def __post_init__(self) -> None:
+        if self.phase not in get_args(Phase):
+            raise UserError(f"phase must be one of {', '.join(get_args(Phase))}, not {self.phase}")
         for name in ("stages", "microbatches", "slices"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -88,6 +98,8 @@ class Shape:
                 f"decode_passes must be from 0 to the {self.rollout_tokens} rollout tokens, "
                 f"not {self.decode_passes}"
             )
+        if self.phase == "rollout" and not all(map(self.rolls_out, range(self.microbatches))):
+            raise UserError("in the phase rollout every micro-batch rolls out")
         if self.in_flight == 0:
             object.__setattr__(self, "in_flight", self.stages + 2)
 
@@ -101,23 +113,37 @@ class Shape:
         backward = [Pass("W", microbatch, i, 0) for i in reversed(range(self.slices))]
         if not self.rolls_out(microbatch):
             return forward + backward
-        decode = [Pass("D", microbatch, last, j) for j in range(self.decode_passes or 0)]
-        return forward + decode + [Pass("S", microbatch, last, 0)] + backward
+        decodes = 0 if self.phase == "train" else self.decode_passes or 0
+        decode = [Pass("D", microbatch, last, j) for j in range(decodes)]
+        branches = [*decode, Pass("S", microbatch, last, 0)]
+        return forward + branches + (backward if self.phase != "rollout" else [])
 
-    def after_last_stage(self, item: Pass) -> Pass | None:
-        """The pass that `item`, run on the last stage, makes possible there or on the first stage:
-        D and S on the first, the first W on the last. None: `item` makes none possible.
+    def ends(self, item: Pass) -> bool:
+        """Whether `item` is the last pass of its micro-batch on a stage, which then keeps nothing
+        of it."""
+        return item.op == "S" if self.phase == "rollout" else item.op == "W" and item.slice == 0
+
+    def follows(self, stage: int, item: Pass) -> tuple[int, Pass] | None:
+        """(stage, pass) that `item`, run on `stage`, makes possible, beside the same pass on the
+        neighbouring stage: the first W on the last stage, D and S on the first. None: none.
         """
         op, microbatch, position, step = item
         last = self.slices - 1
         if op == "W" or (op == "F" and position < last):
             return None
-        if op == "S" or not self.rolls_out(microbatch):
-            return Pass("W", microbatch, last, 0)
-        done = 0 if op == "F" else step + 1
-        if done < (self.decode_passes or 0):
-            return Pass("D", microbatch, last, done)
-        return Pass("S", microbatch, last, 0)
+        of_text = op == "F" and self.rolls_out(microbatch)
+        if of_text and self.phase == "train":
+            return (0, Pass("S", microbatch, last, 0)) if stage == 0 else None
+        if stage < self.stages - 1:
+            return None
+        if of_text or op == "D":
+            done = 0 if op == "F" else step + 1
+            if done < (self.decode_passes or 0):
+                return 0, Pass("D", microbatch, last, done)
+            return 0, Pass("S", microbatch, last, 0)
+        if self.phase == "rollout":
+            return None
+        return stage, Pass("W", microbatch, last, 0)
 
     def message(self, stage: int, item: Pass) -> Message | None:
         """What `item`, run on `stage`, sends to another stage. None: nothing."""
@@ -125,10 +151,10 @@ class Shape:
             return Message("backward", stage - 1, item) if stage > 0 else None
         if stage < self.stages - 1:
             return Message("forward" if item.op == "F" else "branches", stage + 1, item)
-        following = self.after_last_stage(item)
-        if stage == 0 or following is None or following.op == "W":
+        following = self.follows(stage, item)
+        if following is None or following[0] == stage:
             return None
-        return Message("token", 0, following)
+        return Message("token", *following)
 
     def input_channel(self, stage: int, item: Pass) -> str | None:
         """The channel by which `item` on `stage` gets its input. None: from its own stage."""
@@ -136,7 +162,9 @@ class Shape:
             return "backward" if stage < self.stages - 1 else None
         if stage > 0:
             return "forward" if item.op == "F" else "branches"
-        return "token" if item.op != "F" and self.stages > 1 else None
+        if item.op == "F" or self.phase == "train" or self.stages == 1:
+            return None
+        return "token"
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,11 @@ def describe(plan: Plan) -> str:
 
 def _title(shape: Shape) -> str:
     rollouts = sum(map(shape.rolls_out, range(shape.microbatches)))
-    kind = (
-        f"{shape.rollout_tokens} rollout tokens in {rollouts} of them" if rollouts else "NTP only"
-    )
+    kind = "NTP only"
+    if rollouts:
+        stored = "stored " if shape.phase == "train" else ""
+        kind = f"{shape.rollout_tokens} {stored}rollout tokens in {rollouts} of them"
+        kind += ", no backward" if shape.phase == "rollout" else ""
     return (
         f"{shape.stages} stages, {shape.microbatches} micro-batches, {shape.slices} slices, {kind}"
     )
@@ -143,6 +145,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--slices", default="auto", help="a number, or auto (the default)")
     parser.add_argument("--rollout-tokens", type=int, default=5, help="0: NTP only")
     parser.add_argument("--ntp-only", default="", help="micro-batches that do not roll out: 1,3")
+    parser.add_argument("--phase", default="fused", help="fused (the default), rollout or train")
     parser.add_argument("--in-flight", type=int, help="most micro-batches held; stages + 2")
     for cost in fields(Costs):
         name = cost.name.replace("_", "-")
@@ -174,6 +177,7 @@ def _plan_of(arguments: argparse.Namespace) -> Plan:
         rollout_tokens=arguments.rollout_tokens,
         ntp_only=frozenset(_numbers(arguments.ntp_only, "--ntp-only")),
         in_flight=arguments.in_flight or 0,
+        phase=arguments.phase,
     )
     costs = Costs(**{f.name: getattr(arguments, f"{f.name}_cost") for f in fields(Costs)})
     return choose_slices(shape, costs) if automatic else make_plan(shape, costs)

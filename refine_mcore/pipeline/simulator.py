@@ -21,7 +21,7 @@ class Timeline:
     """A simulated step: per stage (start, end, pass) in order, and the figures.
 
     `busy` is per stage the time spent in passes, `held` the most micro-batches whose activations
-    the stage keeps at a time, from the start of their first F to the end of their last W.
+    the stage keeps at a time, from the start of their first F to the end of their last pass.
     """
 
     passes: list[list[tuple[float, float, Pass]]]
@@ -53,17 +53,17 @@ def simulate(shape: Shape, costs: Costs, instructions: list[list[Instruction]]) 
         passes=passes,
         step_time=max(run.clock),
         busy=[sum(table[item] for _, _, item in of_stage) for of_stage in passes],
-        held=[_most_held([item for _, _, item in of_stage]) for of_stage in passes],
+        held=[_most_held(shape, [item for _, _, item in of_stage]) for of_stage in passes],
     )
 
 
-def _most_held(order: list[Pass]) -> int:
+def _most_held(shape: Shape, order: list[Pass]) -> int:
     held = most = 0
-    for op, _, position, _ in order:
-        if position == 0 and op == "F":
+    for item in order:
+        if item.op == "F" and item.slice == 0:
             held += 1
             most = max(most, held)
-        elif position == 0 and op == "W":
+        elif shape.ends(item):
             held -= 1
     return most
 

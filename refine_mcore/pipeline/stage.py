@@ -5,6 +5,9 @@ returns those it hands on. The graph is cut at slice borders and where branches 
 W(i) is one autograd call over slice i: its output, the states it handed on, the states and hidden
 states that branches took from it. The gradients are those of the uncut step.
 
+Branches leave the slices once their positions are known: those of stored rollouts at once, new ones
+after the last slice, until when every slice keeps its tape.
+
 With recomputation F keeps no graph: a slice's activations are made again, all layers of the stage
 at once, just before its backward. So at most one slice's activations are alive, beside what the
 tapes of a micro-batch hold until its branches have left.
@@ -16,6 +19,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -23,15 +27,15 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from refine_mcore.models.fast_weight_model import FastWeightModel, ModelOutput
-from refine_mcore.models.state import FastWeightState, inverse, take_streams
+from refine_mcore.models.state import inverse, take_streams
 from refine_mcore.pipeline.branch_passes import BranchPasses, RolloutShape
 from refine_mcore.pipeline.channels import TensorSpec
 from refine_mcore.pipeline.cut import Cut, Root, run_backward
 from refine_mcore.pipeline.head import Head
+from refine_mcore.pipeline.micro_batch import MicroBatch, StoredRollouts
 from refine_mcore.pipeline.passes import Pass
 from refine_mcore.platform import to_device
 from refine_mcore.rollout.branches import Branches
-from refine_mcore.step.refine_loss import TextBatch, TextPass
 
 Span = tuple[int, int]
 
@@ -42,7 +46,7 @@ class _Slice:
 
     `hidden` is the input, None on the first stage; `incoming` hands in the states before. `root` is
     where the backward of the output begins, its gradient None if the next stage sends it. `out`
-    lives until the branches have left.
+    lives until the branches have left, which took what `branched` hands on.
     """
 
     start: int
@@ -52,7 +56,6 @@ class _Slice:
     root: Root | None = None
     out: ModelOutput | None = None
     outgoing: Cut | None = None
-    branches: Branches | None = None
     branched: Cut | None = None
 
     def backward(self, gradient: Tensor | None) -> None:
@@ -69,27 +72,34 @@ class StageWork:
 
     Args:
         wrapped: this stage's part of the model.
-        batch: the texts; every stage has them.
+        micro_batch: what to do; every stage has the texts.
         spans: [start, stop) of each slice.
-        rollouts: None for a micro-batch that trains on the next-token loss alone.
+        rollouts: of a micro-batch that rolls out.
         head: the objective, on the last stage.
-        recompute: see the head of the file.
+        keeps_graph: False where there is no backward, or where slices are read again for it.
     """
 
     def __init__(
         self,
         wrapped: DistributedDataParallel,
-        batch: TextBatch,
+        micro_batch: MicroBatch,
         spans: Sequence[Span],
-        rollouts: RolloutShape | None,
+        rollouts: RolloutShape,
         head: Head | None,
-        recompute: bool,
+        keeps_graph: bool,
     ) -> None:
-        self._wrapped, self._batch, self._spans = wrapped, batch, spans
+        self._wrapped, self._spans = wrapped, spans
+        self._batch, self._stored = micro_batch.texts, micro_batch.stored
         self._model: FastWeightModel = wrapped.module
-        self._rollouts, self._head, self._recompute = rollouts, head, recompute
+        self._rollouts = rollouts if micro_batch.rolls_out else None
+        self._head, self._keeps_graph = head, keeps_graph
         self._slices: dict[int, _Slice] = {}
+        # Where branches leave, once that is known, and the rows of those that leave each slice.
+        self._branched_at: Branches | None = None
+        self._leaving: dict[int, list[int]] = {}
         self._branches: BranchPasses | None = None
+        if self._stored is not None:
+            self._branch_at(self._stored.branches)
 
     def run(self, item: Pass, message: Sequence[Tensor], *, last_backward: bool) -> list[Tensor]:
         """Run a pass on the tensors of its message (none if it comes from this stage); returns
@@ -99,6 +109,14 @@ class StageWork:
         if item.op == "W":
             return self._backward(item.slice, message, last_backward)
         return self._branch_pass(item, *message)
+
+    def take_rollouts(self) -> StoredRollouts:
+        """What this stage stores of the rollouts that it has scored; all else is let go."""
+        assert self._branches is not None and self._branched_at is not None
+        scored = None if self._head is None else self._head.scored
+        stored = StoredRollouts(self._branched_at, self._branches.tokens, scored)
+        self._slices, self._branches = {}, None
+        return stored
 
     def input_specs(self, item: Pass) -> list[TensorSpec]:
         """What the message of a pass on this stage holds."""
@@ -112,7 +130,8 @@ class StageWork:
         if item.op == "W":
             return [text, self._hidden_spec(streams, shape.tokens)][: 1 + (item.slice == last)]
         begins = item.step == 0 and (item.op == "D" or shape.decode_passes == 0)
-        positions = [TensorSpec((texts, shape.positions), torch.long)] if begins else []
+        tell_positions = begins and self._stored is None
+        positions = [TensorSpec((texts, shape.positions), torch.long)] * tell_positions
         if self._model.pre_process:
             return [TensorSpec((streams,), torch.long), *positions]
         return [self._hidden_spec(streams, 1 if item.op == "D" else shape.tokens), *positions]
@@ -125,21 +144,20 @@ class StageWork:
         before = self._slices[index - 1].outgoing if index else None
         hidden = None if hidden is None else hidden.requires_grad_()
         piece = self._slices[index] = _Slice(*self._spans[index], hidden, before)
-        with torch.set_grad_enabled(not self._recompute):
-            out, text, loss = self._read(piece, record=self._rollouts is not None)
-        piece.out = None if self._rollouts is None else out
+        new_rollouts = self._rollouts is not None and self._stored is None
+        with torch.set_grad_enabled(self._keeps_graph):
+            out = self._read(piece, record=new_rollouts or index in self._leaving)
+            if new_rollouts:
+                piece.out = out
+            else:
+                self._branch_off(index, out)
         if self._head is None:
             return [out.hidden.detach()]
-        assert text is not None and loss is not None
-        self._head.report(text, loss)
-        all_read = index == len(self._spans) - 1
-        return self._begin_rollouts() if self._rollouts is not None and all_read else []
+        return self._begin_rollouts() if new_rollouts and index == len(self._spans) - 1 else []
 
-    def _read(
-        self, piece: _Slice, record: bool
-    ) -> tuple[ModelOutput, TextPass | None, Tensor | None]:
-        """Forward over a slice, on the last stage with what it predicts and its next-token loss;
-        with gradients enabled all but its branches is ready for its backward."""
+    def _read(self, piece: _Slice, *, record: bool, again: bool = False) -> ModelOutput:
+        """Forward over a slice, on the last stage with its part of the next-token loss; with
+        gradients enabled all but its branches is ready for its backward."""
         self._model.set_input_tensor(piece.hidden)
         out = self._model(
             self._batch.tokens[:, piece.start : piece.stop],
@@ -148,54 +166,71 @@ class StageWork:
             output_states=piece.stop < self._spans[-1][1],
             record=record,
         )
-        text, loss, output, gradient = None, None, out.hidden, None
+        output: Tensor | None = out.hidden
         if self._head is not None:
-            again = self._recompute and torch.is_grad_enabled()
-            text, loss = self._head.read(out, piece.start, again=again)
-            output, gradient = loss, torch.full_like(loss, self._head.ntp_weight)
-        if torch.is_grad_enabled():
-            piece.root = get_gradient_edge(output), gradient
+            output = self._head.read(out, piece.start, again=again)
+        if output is not None and torch.is_grad_enabled():
+            own = None if self._head is None else torch.ones_like(output)
+            piece.root = get_gradient_edge(output), own
         if out.states is not None:
             piece.outgoing = _cut_or_reconnect(piece.outgoing, out.states)
-        return out, text, loss
+        return out
 
     def _begin_rollouts(self) -> list[Tensor]:
         """On the last stage, after the last slice: first tokens and positions."""
         assert self._head is not None
         branches = self._head.choose_branches()
-        tokens = self._leave_at(branches).draw_first_tokens()
+        self._branch_at(branches)
+        tokens = self._leave().draw_first_tokens()
         positions = to_device(branches.position, tokens.device)
         return [tokens, positions.reshape(self._batch.tokens.shape[0], -1)]
 
     def _branch_pass(
         self, item: Pass, message: Tensor | None = None, positions: Tensor | None = None
     ) -> list[Tensor]:
-        branches = self._branches
-        if branches is None:
-            assert positions is not None
-            branches = self._leave_at(Branches.at(positions.tolist()))
+        if positions is not None and self._branched_at is None:
+            self._branch_at(Branches.at(positions.tolist()))
+        branches = self._branches or self._leave()
         run = branches.decode if item.op == "D" else branches.score
         handed_on = run(message), positions if self._head is None else None
         return [x for x in handed_on if x is not None]
 
-    def _leave_at(self, branches: Branches) -> BranchPasses:
-        """Read the states of all branches from their slices, which then keep no outputs."""
-        assert self._rollouts is not None
+    def _branch_at(self, branches: Branches) -> None:
+        """Branches leave here: those read already hand on what they take."""
+        self._branched_at = branches
         stops = [stop for _, stop in self._spans]
-        rows_of: dict[int, list[int]] = {}
         for row, position in enumerate(branches.position):
             # the slice that holds the last token of the prefix
-            rows_of.setdefault(bisect_left(stops, position), []).append(row)
-        handed = []
-        for index, rows in rows_of.items():
-            piece = self._slices[index]
-            piece.branches = branches.select(rows)
-            with torch.set_grad_enabled(not self._recompute):
-                handed.append(self._branch_off(piece, piece.out))
-        for piece in self._slices.values():
+            self._leaving.setdefault(bisect_left(stops, position), []).append(row)
+        for index, piece in self._slices.items():
+            with torch.set_grad_enabled(self._keeps_graph):
+                self._branch_off(index, piece.out)
             piece.out = None
-        back = inverse([row for rows in rows_of.values() for row in rows])
+
+    def _branch_off(self, index: int, out: ModelOutput | None) -> None:
+        """Cut off what the branches that leave a slice take from it: per layer their states, and
+        on the last stage the hidden states that emit their first tokens."""
+        if index not in self._leaving:
+            return
+        assert out is not None and out.tape is not None and self._branched_at is not None
+        piece, branches = self._slices[index], self._branched_at.select(self._leaving[index])
+        states = out.tape.at(branches.batch_index, branches.position)
+        hidden = None
+        if self._head is not None:
+            inside = tuple(position - piece.start for position in branches.position)
+            hidden = Branches(branches.batch_index, inside).rows_before(out.hidden)
+        piece.branched = _cut_or_reconnect(piece.branched, (states, hidden))
+
+    def _leave(self) -> BranchPasses:
+        """All branches together, ready for their passes."""
+        assert self._rollouts is not None
+        back = inverse([row for rows in self._leaving.values() for row in rows])
         streams = [row for row in back for _ in range(self._rollouts.rollouts)]
+        handed: list[Any] = []
+        for index in self._leaving:
+            cut = self._slices[index].branched
+            assert cut is not None
+            handed.append(cut.handed)
         states = [
             type(parts[0]).join(parts).select(streams)
             for parts in zip(*(of_slice for of_slice, _ in handed), strict=True)
@@ -203,38 +238,23 @@ class StageWork:
         prefix_hidden = None
         if self._head is not None:
             prefix_hidden = take_streams(torch.cat([hidden for _, hidden in handed]), streams)
+        tokens = None if self._stored is None else self._stored.tokens
         self._branches = BranchPasses(
-            self._model, self._head, self._rollouts, states, prefix_hidden
+            self._model, self._head, self._rollouts, states, prefix_hidden, tokens
         )
         return self._branches
 
-    def _branch_off(
-        self, piece: _Slice, out: ModelOutput | None
-    ) -> tuple[list[FastWeightState], Tensor]:
-        """Cut off what the branches that leave a slice take from it: per layer their states, and
-        on the last stage the hidden states that emit their first tokens."""
-        assert out is not None and out.tape is not None and piece.branches is not None
-        branches = piece.branches
-        states = out.tape.at(branches.batch_index, branches.position)
-        hidden = None
-        if self._head is not None:
-            inside = tuple(position - piece.start for position in branches.position)
-            hidden = Branches(branches.batch_index, inside).rows_before(out.hidden)
-        piece.branched = _cut_or_reconnect(piece.branched, (states, hidden))
-        return piece.branched.handed
-
     def _backward(self, index: int, message: Sequence[Tensor], last_backward: bool) -> list[Tensor]:
         """W: on the last slice first the backward of the branches, in the same message."""
-        piece, of_branches = self._slices.pop(index), None
+        piece, of_branches = self._slices[index], None
         gradient, branch_gradient = [*message, None, None][:2]
         if self._branches is not None:
             with self._wrapped.no_sync():
                 of_branches = self._branches.backward(branch_gradient)
             self._branches = None
-        if self._recompute:
-            out, _, _ = self._read(piece, record=piece.branched is not None)
-            if piece.branched is not None:
-                self._branch_off(piece, out)
+        if not self._keeps_graph:
+            self._branch_off(index, self._read(piece, record=index in self._leaving, again=True))
+        del self._slices[index]
         with nullcontext() if last_backward else self._wrapped.no_sync():
             piece.backward(gradient)
         of_text = None if piece.hidden is None else piece.hidden.grad

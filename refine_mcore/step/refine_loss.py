@@ -1,5 +1,5 @@
-"""The parts a ReFINE step is made of: text pass, rollouts, rewards, losses.
-`training/step_modes.py` puts them in order for whole texts, `pipeline/head.py` for slices.
+"""The parts a ReFINE step is made of: text pass, rollouts, rewards, losses. `pipeline/head.py` puts
+them in order.
 
 Losses are sums over the global number of valid targets, handed in as denominators, so that
 micro-batches and ranks add up to the same loss at every layout.

@@ -29,6 +29,7 @@ from refine_mcore.data import (
 )
 from refine_mcore.errors import UserError
 from refine_mcore.models.transformer_config import check_layout
+from refine_mcore.pipeline.modes import parts_of_step
 from refine_mcore.pipeline.plan import describe
 from refine_mcore.step.metrics import ReducedMetrics
 from refine_mcore.step.refine_loss import TextBatch
@@ -47,11 +48,12 @@ from refine_mcore.training.setup import (
     build_engine,
     check_supported,
     resolve_architecture,
+    runs_in_slices,
     training_model,
     training_source,
 )
 from refine_mcore.training.show import show_rollouts
-from refine_mcore.training.step import SLICED_MODES, TrainStep
+from refine_mcore.training.step import TrainStep
 from refine_mcore.training.stop import StopRequests
 
 logger = logging.getLogger(__name__)
@@ -231,12 +233,15 @@ class _Run:
             )
 
     def _say_plan(self) -> None:
-        """How the pipeline will run, where there is one."""
-        if self.engine is None:
-            return
+        """What the step consists of, where that is more than whole texts on one stage."""
         config = self.config
-        kinds = [SLICED_MODES[config.refine.mode]] * self.num_micro_batches
-        self._say(describe(self.engine.plan(config.refine, config.data.sequence_length, kinds)))
+        if not runs_in_slices(config):
+            return
+        sequences = config.training.micro_batch_size * self.groups.dp.size()
+        mode, length = config.refine.mode, config.data.sequence_length
+        parts = parts_of_step(mode, config.refine, self.num_micro_batches, sequences)
+        for phase, rolls_out in dict.fromkeys((part.phase, part.rolls_out) for part in parts):
+            self._say(describe(self.engine.plan(config.refine, length, rolls_out, phase)))
 
     def _batches(self) -> Iterator[TextBatch]:
         device = platform.device()

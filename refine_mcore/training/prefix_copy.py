@@ -10,17 +10,20 @@ those of the `fused` mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import BranchScores, rollout_log_probs
 from refine_mcore.step.context import StepContext
-from refine_mcore.step.metrics import WorkMetrics
+from refine_mcore.step.metrics import StepAccumulator, WorkMetrics
 from refine_mcore.step.refine_loss import (
     Rollouts,
     ScoredRollouts,
@@ -32,11 +35,38 @@ from refine_mcore.step.refine_loss import (
     rollout_metrics,
     text_pass,
 )
-from refine_mcore.training.step_modes import Work
+
+# Loss and metrics of one of Megatron's micro-batches.
+Work = Callable[[], tuple[Tensor, WorkMetrics]]
 
 
-def prefix_copy(context: StepContext, batches: Sequence[TextBatch]) -> Iterator[list[Work]]:
-    """One optimizer step on the ReFINE loss: a work item per text and one per branch."""
+def prefix_copy(
+    model: DistributedDataParallel,
+    context: StepContext,
+    batches: Sequence[TextBatch],
+    metrics: StepAccumulator,
+) -> None:
+    """Forward and backward of one optimizer step on the ReFINE loss, by Megatron's own schedule: a
+    micro-batch per text and one per branch. Gradients are summed over them and over ranks."""
+
+    def forward_step(items: Iterator[Work], model: Any) -> tuple[Tensor, Any]:
+        loss, reported = next(items)()
+        metrics.add(reported)
+        no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
+        return loss, lambda loss: (loss, no_tokens, {})
+
+    work = _work(context, batches)
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(work),
+        model=[model],
+        num_microbatches=len(work),
+        seq_length=1,
+        micro_batch_size=1,
+    )
+
+
+def _work(context: StepContext, batches: Sequence[TextBatch]) -> list[Work]:
     targets = context.global_targets(batches)
     denominator = context.policy_denominator(batches)
     items: list[Work] = []
@@ -48,7 +78,7 @@ def prefix_copy(context: StepContext, batches: Sequence[TextBatch]) -> Iterator[
             partial(_train_on_branch, context, batch, scored, row, denominator)
             for row in range(len(scored.rollouts.branches))
         ]
-    yield items
+    return items
 
 
 def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, WorkMetrics]:

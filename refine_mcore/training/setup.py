@@ -19,7 +19,6 @@ from refine_mcore.models.presets import preset
 from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.training.checkpointing import latest_checkpoint, load_weights
-from refine_mcore.training.step import SLICED_MODES
 
 
 def training_source(config: Config) -> Path | None:
@@ -58,15 +57,16 @@ def resolve_architecture(config: Config, source: Path | None = None) -> Architec
 
 def check_supported(config: Config) -> None:
     """Raise UserError for options that do not run together."""
-    if runs_in_slices(config) and config.refine.mode not in SLICED_MODES:
+    if config.refine.mode == "prefix_copy" and runs_in_slices(config):
         raise UserError(
-            f"refine.mode {config.refine.mode} runs on whole texts: it needs parallel.pipeline 1, "
-            "parallel.slices 1 and no training.recompute, or take refine.mode fused or ntp"
+            "refine.mode prefix_copy, the reference, runs on whole texts: it needs "
+            "parallel.pipeline 1, parallel.slices 1 and no training.recompute; all other modes "
+            "take these"
         )
 
 
 def runs_in_slices(config: Config) -> bool:
-    """Whether the pipeline engine runs the steps."""
+    """Whether a step is more than the plain case of one stage and one slice."""
     return (
         config.parallel.pipeline > 1
         or (config.parallel.slices or 1) > 1
@@ -76,10 +76,8 @@ def runs_in_slices(config: Config) -> bool:
 
 def build_engine(
     config: Config, wrapped: DistributedDataParallel, pg_collection: Any
-) -> PipelineEngine | None:
-    """What runs a step in slices; None where it runs on whole texts. Every rank calls it."""
-    if not runs_in_slices(config):
-        return None
+) -> PipelineEngine:
+    """What runs the passes of a step. Every rank calls it."""
     return PipelineEngine(
         wrapped,
         pg_collection,

@@ -1,5 +1,5 @@
-"""One training step: a batch through its mode, each optimizer step through Megatron's schedule or,
-in slices, the pipeline engine, and Megatron's optimizer."""
+"""One training step: the parts of its mode, one after the other, each through the engine, and
+Megatron's optimizer after those that train."""
 
 from __future__ import annotations
 
@@ -8,31 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
 from torch.profiler import record_function
 
 from refine_mcore.config import RefineConfig
-from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.pipeline.engine import PipelineEngine
+from refine_mcore.pipeline.micro_batch import MicroBatch, StoredRollouts
+from refine_mcore.pipeline.modes import parts_of_step
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import ReducedMetrics, StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.prefix_copy import prefix_copy
-from refine_mcore.training.step_modes import StepMode, Work, fused, ntp, two_phase
-
-STEP_MODES: dict[str, StepMode] = {
-    "ntp": ntp,
-    "fused": fused,
-    "two_phase": two_phase,
-    "prefix_copy": prefix_copy,
-}
-# Those that the pipeline engine runs, and whether their micro-batches roll out.
-SLICED_MODES = {"ntp": False, "fused": True}
 
 
 class TrainStep:
@@ -45,7 +33,7 @@ class TrainStep:
         config: RefineConfig,
         seed: int,
         pg_collection: Any,
-        engine: PipelineEngine | None = None,
+        engine: PipelineEngine,
     ) -> None:
         self._model, self._optimizer, self._engine = model, optimizer, engine
         self._config, self._seed, self._groups = config, seed, pg_collection
@@ -60,10 +48,10 @@ class TrainStep:
         Returns the step's metrics over all ranks and the gradient norm before clipping, of the last
         optimizer step or of the first that was skipped.
         """
-        module: FastWeightModel = self._model.module
-        context = StepContext(module, self._config, Randomness(self._seed, step), self._groups.dp)
+        randomness = Randomness(self._seed, step)
+        context = StepContext(self._model.module, self._config, randomness, self._groups.dp)
         metrics, grad_norm, steps = StepAccumulator(), 0.0, 0
-        for run in self._optimizer_steps(mode or self._config.mode, context, batches, metrics):
+        for run in self.optimizer_steps(mode or self._config.mode, context, batches, metrics):
             self._model.zero_grad_buffer()
             self._optimizer.zero_grad()
             run()
@@ -77,7 +65,7 @@ class TrainStep:
             grad_norm, steps = norm if math.isfinite(grad_norm) else grad_norm, steps + 1
         return metrics.reduce(self._groups, steps), grad_norm
 
-    def _optimizer_steps(
+    def optimizer_steps(
         self,
         mode: str,
         context: StepContext,
@@ -85,12 +73,22 @@ class TrainStep:
         metrics: StepAccumulator,
     ) -> Iterator[Callable[[], None]]:
         """The forward and backward of each optimizer step that the batch is trained with."""
-        if self._engine is None:
-            for work in STEP_MODES[mode](context, batches):
-                yield partial(forward_backward, self._model, work, metrics)
-        else:
-            rolls_out = [SLICED_MODES[mode]] * len(batches)
-            yield partial(self._engine.forward_backward, context, batches, rolls_out, metrics)
+        if mode == "prefix_copy":
+            yield partial(prefix_copy, self._model, context, batches, metrics)
+            return
+        sequences = batches[0].tokens.shape[0] * self._groups.dp.size()
+        stored: dict[int, StoredRollouts] = {}
+        for part in parts_of_step(mode, context.config, len(batches), sequences):
+            if part.phase == "rollout":
+                texts = [batches[index] for index in part.micro_batches]
+                rollouts = self._engine.roll_out(context, texts, metrics)
+                stored = dict(zip(part.micro_batches, rollouts, strict=True))
+                continue
+            work = [
+                MicroBatch(batches[index], rolls_out, stored.pop(index, None))
+                for index, rolls_out in zip(part.micro_batches, part.rolls_out, strict=True)
+            ]
+            yield partial(self._engine.forward_backward, context, work, part.ntp_weight, metrics)
 
 
 def step_if_finite(optimizer: Any) -> float:
@@ -104,25 +102,3 @@ def step_if_finite(optimizer: Any) -> float:
                 clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
         optimizer.step_with_ready_grads()
     return norm
-
-
-def forward_backward(
-    model: DistributedDataParallel, work: list[Work], metrics: StepAccumulator
-) -> None:
-    """Forward and backward of all work items by Megatron's schedule; gradients are summed over
-    ranks and items."""
-
-    def forward_step(items: Iterator[Work], model: Any) -> tuple[Tensor, Any]:
-        loss, reported = next(items)()
-        metrics.add(reported)
-        no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
-        return loss, lambda loss: (loss, no_tokens, {})
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(work),
-        model=[model],
-        num_microbatches=len(work),
-        seq_length=1,
-        micro_batch_size=1,
-    )

@@ -28,7 +28,50 @@ def test_modes_of_the_step_on_whole_texts(tmp_path: Path, capsys: Any, single_ra
     assert rows["ntp"]["ratio_to_ntp"] == 1.0 and rows["ntp"]["gradient_difference"] is None
     assert rows["two_phase"]["gradient_difference"] < 1e-5
     assert 0 < rows["prefix_copy"]["gradient_difference"] < 1e-4
-    assert {"text forward", "decode", "score"} <= rows["fused"]["parts"].keys()
+    for mode, row in rows.items():
+        passes = {"ntp": {"forward", "backward"}, "prefix_copy": set()}.get(
+            mode, {"forward", "decode", "score", "backward"}
+        )
+        assert row["parts"].keys() == passes | {"rest"}
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds"])
+        assert all(spent > 0 for spent in row["parts"].values())
+
+
+def test_recomputation_beside_the_plain_step(tmp_path: Path, single_rank: Any) -> None:
+    overrides = ["training.global_batch_size=2", "parallel.slices=4"]
+    config = load_config(write_config(tmp_path), overrides)
+    rows = whole_texts.measure(config, ["ntp", "fused", "fused/full"], rounds=1)["modes"]
+    assert rows["fused/full"]["gradient_difference"] < 1e-5
+    assert rows["fused"]["gradient_difference"] is None
+
+
+def test_what_was_measured_before_an_interruption_is_kept(
+    tmp_path: Path, single_rank: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(write_config(tmp_path), ["training.global_batch_size=2"])
+    calls, measured = [], whole_texts.pass_seconds
+
+    def interrupted(*arguments: Any) -> dict[str, float]:
+        calls.append(arguments)
+        if len(calls) == 6:  # two first steps, one round, half of the next
+            raise KeyboardInterrupt
+        return measured(*arguments)
+
+    monkeypatch.setattr(whole_texts, "pass_seconds", interrupted)
+    rows = whole_texts.measure(config, ["ntp", "fused"], rounds=5)["modes"]
+    assert [row["rounds"] for row in rows.values()] == [2, 1]
+
+
+def test_the_curve_over_lengths(tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "out.json"
+    options = ["--json", str(output), "--modes", "ntp,fused", "--rounds", "1"]
+    lengths = ["--sequence-lengths", "48,64"]
+    main(["--config", str(write_config(tmp_path)), *options, *lengths])
+    curve = json.loads(output.read_text())["curve"]
+    assert [point["sequence_length"] for point in curve] == [48, 64]
+    assert all(point["modes"]["fused"]["peak_memory_bytes"] > 1e6 for point in curve)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in shown[2:]] == ["48", "64"]
 
 
 def test_the_command_on_one_rank(tmp_path: Path, capsys: Any) -> None:
@@ -54,8 +97,9 @@ def test_the_command_on_one_rank(tmp_path: Path, capsys: Any) -> None:
             ["model.preset=null", "model.overrides={}", "checkpoint.load=nowhere"],
             "model.preset or model.checkpoint must be given",
         ),
-        (["parallel.tensor=2"], "whole texts on one rank, or a pipeline"),
-        (["parallel.slices=2"], "whole texts on one rank, or a pipeline"),
+        (["parallel.tensor=2"], "measures one rank, or a pipeline"),
+        (["training.recompute=full"], "recomputation by mode, as --modes ntp,fused,fused/full"),
+        (["--sequence-lengths", "64,no"], "must be whole numbers above 0, not '64,no'"),
         (["--json", "nowhere/out.json"], "nowhere is no directory to write out.json to"),
     ],
 )

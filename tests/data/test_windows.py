@@ -13,9 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refine_mcore.config import DataConfig
-from refine_mcore.data import LongDocumentWindows, batch_iterator, build_dataset
+from refine_mcore.config import DataConfig, load_config
+from refine_mcore.data import (
+    LongDocumentWindows,
+    batch_iterator,
+    build_dataset,
+    load_tokenizer,
+)
 from refine_mcore.errors import UserError
+from refine_mcore.training.setup import resolve_architecture
+from tests.training.jobs import ROOT
 
 
 class CodePoints:
@@ -142,3 +149,15 @@ def test_batches_have_the_promised_shapes():
     }
     assert batch["mask"].all()
     assert batch["sample_index"].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yaml")))
+def test_shipped_configurations_fit_their_tokenizers(path, monkeypatch):
+    """Those that name one; all have a text as long as their windows."""
+    monkeypatch.chdir(ROOT)
+    config = load_config(path)
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        assert len(build_dataset(config.data, tokenizer, resolve_architecture(config).vocab_size))
+    else:
+        assert path.name.startswith("pretrain_") and not config.data.paths

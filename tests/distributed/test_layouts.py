@@ -1,14 +1,15 @@
 """Training steps at every layout against one rank: losses, rewards, positions, rollouts, every
 weight gradient, and the weights some steps later.
 
-The one-rank reference is Megatron's own schedule over whole texts (step_modes.py), made here and
-handed to the ranks as a file; layouts with a pipeline run the engine over three slices. Texts
-cross chunks of the delta rules and states kept on the tape, which lie closer than in a real run.
+The one-rank reference reads whole texts, which training/test_step_modes.py compares with prefix
+copies and definitions; it is made here and handed to the ranks as a file. Layouts with a pipeline
+run over three slices. Texts cross chunks of the delta rules and states kept on the tape, which lie
+closer than in a real run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,8 +107,20 @@ def _families() -> dict[str, Architecture]:
 
 
 FAMILIES = _families()
-TWO_PHASE = replace(REFINE, mode="two_phase", mini_batch_size=2)
-TWO_PHASE_FAMILIES = ("gated-deltanet", "lact")
+MODE_FAMILIES = ("gated-deltanet", "lact")
+# Modes beside the fused one, with texts one by one, in two optimizer steps or four.
+MODES = {
+    "two_phase": replace(REFINE, mode="two_phase", mini_batch_size=2),
+    "two_phase, four steps": replace(REFINE, mode="two_phase", mini_batch_size=1),
+    "two_phase, half": replace(REFINE, mode="two_phase", mini_batch_size=2, rollout_fraction=0.5),
+    "fused, half": replace(REFINE, rollout_fraction=0.5),
+    "ntp": replace(REFINE, mode="ntp"),
+}
+MODE_LAYOUTS = {
+    "two_phase": ("DP2", "TP2+SP", "PP2", "PP2+recompute"),
+    "two_phase, four steps": ("PP2",),
+    "fused, half": ("DP2", "PP2"),
+}
 
 
 class Run:
@@ -115,8 +128,9 @@ class Run:
 
     @short_chunks()
     def __init__(
-        self, family: str, layout: Layout, dtype: str, steps: int, refine: RefineConfig = REFINE
+        self, family: str, layout: Layout, dtype: str, steps: int, mode: str | None = None
     ) -> None:
+        refine = REFINE if mode is None else MODES[mode]
         self.config = replace(_config(layout, dtype, FAMILIES[family].num_layers), refine=refine)
         parallel = self.config.parallel
         groups = platform.initialize_model_parallel(parallel.tensor, parallel.pipeline)
@@ -127,7 +141,7 @@ class Run:
         train = TrainStep(wrapped, optimizer, self.config.refine, 1, groups, engine)
         self.results: dict[str, Tensor] = {}
         for step in range(steps):
-            metrics, _ = train(_texts(step, groups.dp), step)
+            metrics, _ = train(_texts(step, groups.dp, 2 if mode is None else 1), step)
             self._keep(f"metric.{step}.", vars(metrics))
             if step == 0:
                 self._keep("gradient.", full_tensors(self.model, main_gradient))
@@ -166,14 +180,14 @@ def _config(layout: Layout, dtype: str, layers: int) -> Config:
     return replace(config, parallel=layout.parallel(layers))
 
 
-def _texts(step: int, dp_group: dist.ProcessGroup) -> list[TextBatch]:
-    """This rank's share of a step's texts, two at a time without data parallelism, else one."""
+def _texts(step: int, dp_group: dist.ProcessGroup, at_a_time: int) -> list[TextBatch]:
+    """This rank's share of a step's texts, one at a time with data parallelism."""
     tokens = torch.randint(61, (TEXTS, LENGTH), generator=torch.Generator().manual_seed(step))
     mine = torch.arange(dp_group.rank(), TEXTS, dp_group.size())
     mask = torch.ones(1, LENGTH, dtype=torch.bool)
     return [
         TextBatch(tokens[index], mask.expand(len(index), -1), index)
-        for index in mine.split(2 // dp_group.size())
+        for index in mine.split(1 if dp_group.size() > 1 else at_a_time)
     ]
 
 
@@ -220,13 +234,18 @@ def _load(reference: Path, family: str, name: str) -> dict[str, Tensor]:
     return torch.load(reference / f"{family}-{name}.pt", weights_only=True)
 
 
-def _two_phases(reference: Path) -> None:
-    for family in TWO_PHASE_FAMILIES:
-        expected = _load(reference, family, "two_phase")
-        for name in ("DP2", "TP2+SP"):
-            run = Run(family, TWO_RANKS[name], "float64", 1, TWO_PHASE)
-            if dist.get_rank() == 0:
-                _compare(f"{family} {name} two_phase", run, expected, 1e-9)
+def _modes(
+    layouts: dict[str, Layout], of_mode: dict[str, Sequence[str]], steps: int, reference: Path
+) -> None:
+    for mode, names in of_mode.items():
+        for family in MODE_FAMILIES if steps == 1 else FAMILIES:
+            expected = _load(reference, family, f"{mode}-{steps}")
+            for name in names:
+                if layouts[name].tensor > 2 and family == "hybrid":
+                    continue  # two key/value heads
+                run = Run(family, layouts[name], "float64", steps, mode)
+                if dist.get_rank() == 0:
+                    _compare(f"{family} {name} {mode}", run, expected, 1e-9)
 
 
 def _single_precision(layouts: dict[str, Layout], reference: Path) -> None:
@@ -256,9 +275,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for dtype in ("float64", "float32"):
                 run = Run(family, Layout(), dtype, 1)
                 torch.save(run.results, directory / f"{family}-{dtype}-1.pt")
-        for family in TWO_PHASE_FAMILIES:
-            run = Run(family, Layout(), "float64", 1, TWO_PHASE)
-            torch.save(run.results, directory / f"{family}-two_phase.pt")
+        for family in MODE_FAMILIES:
+            for mode in MODE_LAYOUTS:
+                run = Run(family, Layout(), "float64", 1, mode)
+                torch.save(run.results, directory / f"{family}-{mode}-1.pt")
     return directory
 
 
@@ -270,6 +290,9 @@ def five_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for family in FAMILIES:
             run = Run(family, Layout(), "float64", 5)
             torch.save(run.results, directory / f"{family}-float64-5.pt")
+            for mode in MODES:
+                run = Run(family, Layout(), "float64", 2, mode)
+                torch.save(run.results, directory / f"{family}-{mode}-2.pt")
     return directory
 
 
@@ -288,8 +311,22 @@ def test_five_steps_equal_one_rank(
     run_distributed(_all_layouts, ranks, layouts, 5, five_steps, timeout=3500)
 
 
-def test_two_phases_equal_one_rank(reference: Path) -> None:
-    run_distributed(_two_phases, 2, reference)
+def test_modes_equal_one_rank(reference: Path) -> None:
+    """The weights after the last optimizer step of a batch too."""
+    run_distributed(_modes, 2, TWO_RANKS, MODE_LAYOUTS, 1, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ranks, layouts", [(2, TWO_RANKS), (4, FOUR_RANKS | MORE_OF_FOUR_RANKS)])
+def test_all_modes_equal_one_rank(five_steps: Path, ranks: int, layouts: dict[str, Layout]) -> None:
+    """Two batches each; a single text cannot be shared by two ranks."""
+    one_by_one = ("two_phase, four steps", "two_phase, half")
+    of_mode = {
+        mode: [name for name in layouts if "DP2" not in name or mode not in one_by_one]
+        for mode in MODES
+    }
+    run_distributed(_modes, ranks, layouts, of_mode, 2, five_steps, timeout=3500)
 
 
 @pytest.mark.timeout(900)

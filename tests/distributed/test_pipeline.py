@@ -23,6 +23,7 @@ from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.pipeline import slices as slicing
 from refine_mcore.pipeline.engine import PipelineEngine
+from refine_mcore.pipeline.micro_batch import MicroBatch
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import ReducedMetrics, StepAccumulator
@@ -80,11 +81,16 @@ class _Stage:
         )
 
     def sliced(
-        self, batches: list[TextBatch], rolls_out: list[bool], slices: int | None
+        self,
+        batches: list[TextBatch],
+        rolls_out: list[bool],
+        slices: int | None,
+        ntp_weight: float = 1.0,
     ) -> tuple[ReducedMetrics, Gradients]:
         engine = self.engine(slices)
+        work = [MicroBatch(*item) for item in zip(batches, rolls_out, strict=True)]
         return self.step(
-            lambda metrics: engine.forward_backward(self.context, batches, rolls_out, metrics)
+            lambda metrics: engine.forward_backward(self.context, work, ntp_weight, metrics)
         )
 
 
@@ -145,12 +151,7 @@ def _check_the_number_of_slices_is_chosen() -> None:
 
 
 def _policy_gradient(stage: _Stage, batches: list[TextBatch]) -> Any:
-    context = stage.context
-    stage.context = replace(context, config=replace(REFINE, ntp_weight=0.0))
-    try:
-        return stage.sliced(batches, [True] * len(batches), 1)[1]
-    finally:
-        stage.context = context
+    return stage.sliced(batches, [True] * len(batches), 1, ntp_weight=0.0)[1]
 
 
 def _overlaps() -> None:

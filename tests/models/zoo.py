@@ -6,6 +6,7 @@ windows are a few tokens, so that short texts and branches cross them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +14,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
+from refine_mcore.config import OptimizerConfig
 from refine_mcore.models.architecture import (
     Architecture,
     AttentionOptions,
@@ -30,6 +33,7 @@ from refine_mcore.models.initialization import initialize
 from refine_mcore.models.lact_state import LaCTState, open_chunk_length
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.models.transformer_config import FastWeightConfig, transformer_config
+from refine_mcore.training.optimizer import wrap_data_parallel
 
 VOCAB = 23
 
@@ -126,6 +130,12 @@ def make_model(name: str, pg_collection: Any) -> FastWeightModel:
             if parameter_name.endswith("lr_proj_bias"):
                 parameter += 4.0
     return model
+
+
+@functools.cache  # each wrapping adds its hooks
+def wrapped(model: FastWeightModel) -> DistributedDataParallel:
+    """The model under Megatron's data parallelism, where gradients gather."""
+    return wrap_data_parallel(model, OptimizerConfig(), model.pg_collection)
 
 
 @contextmanager

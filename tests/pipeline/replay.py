@@ -18,7 +18,7 @@ def replay(plan: dict[str, Any]) -> tuple[float, list[int]]:
     stages = [
         [(p["op"], p["microbatch"], p["slice"], p["step"]) for p in s] for s in plan["stages"]
     ]
-    last, n = len(stages) - 1, plan["shape"]["slices"]
+    last, n, phase = len(stages) - 1, plan["shape"]["slices"], plan["shape"]["phase"]
     rolling = {(s, key[1]) for s, order in enumerate(stages) for key in order if key[0] == "S"}
     ends: dict[tuple[int, Key], float] = {}  # when the output of a pass is handed over
     reached = [[0.0] for _ in stages]  # when a stage is free for its i-th pass
@@ -29,6 +29,8 @@ def replay(plan: dict[str, Any]) -> tuple[float, list[int]]:
         text_done: tuple[int, Key] = (last, ("F", m, n - 1, 0))
         if op == "F":
             return [(stage - 1, key)] * (stage > 0) + [(stage, ("F", m, i - 1, 0))] * (i > 0)
+        if op == "S" and phase == "train":
+            return [(stage, ("F", m, n - 1, 0))] + [(stage - 1, key)] * (stage > 0)
         if op in "DS" and stage > 0:
             return [(stage - 1, key)]
         if op == "D":
@@ -91,15 +93,15 @@ def replay(plan: dict[str, Any]) -> tuple[float, list[int]]:
                 reached[s].append(handed)
                 moved = True
     assert all(len(r) == len(o) + 1 for r, o in zip(reached, stages, strict=True)), "stuck"
-    return max(r[-1] for r in reached), [_held(order) for order in stages]
+    return max(r[-1] for r in reached), [_held(order, phase) for order in stages]
 
 
-def _held(order: list[Key]) -> int:
+def _held(order: list[Key], phase: str) -> int:
     alive, most = set(), 0
     for op, m, i, _ in order:
         if op == "F":
             alive.add(m)
         most = max(most, len(alive))
-        if op == "W" and i == 0:
+        if (op == "S") if phase == "rollout" else (op == "W" and i == 0):
             alive.remove(m)
     return most

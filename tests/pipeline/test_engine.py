@@ -1,4 +1,7 @@
-"""The engine on one stage: slices, recomputation and mixed micro-batches against the whole step."""
+"""The engine on one stage: slices and recomputation against the step in one slice, in every mode.
+
+What the step in one slice computes is tested in training/test_step_modes.py.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,7 @@ from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.optimizer import wrap_data_parallel
-from refine_mcore.training.step import forward_backward
-from refine_mcore.training.step_modes import StepMode, fused, ntp
+from refine_mcore.training.step import TrainStep
 from tests.models.zoo import ARCHITECTURES, NAMES, assert_same_gradients, make_model, random_tokens
 
 pytestmark = pytest.mark.usefixtures("short_chunks")
@@ -60,25 +62,26 @@ class Bench:
         self.wrapped = wrap_data_parallel(self.model, OptimizerConfig(), groups)
         self.context = StepContext(self.model, config, Randomness(1, 2), groups.dp)
 
-    def whole(self, mode: StepMode, batches: Sequence[TextBatch]) -> Outcome:
-        self.wrapped.zero_grad_buffer()
-        (work,) = mode(self.context, batches)
-        return self._outcome(lambda metrics: forward_backward(self.wrapped, work, metrics))
-
-    def sliced(
+    def step(
         self,
-        rolls_out: Sequence[bool],
+        mode: str,
         batches: Sequence[TextBatch],
-        slices: int,
+        slices: int = 1,
         recompute: bool = False,
+        **options: Any,
     ) -> Outcome:
+        """All optimizer steps of a mode, without moving the weights between them."""
+        config = replace(self.context.config, **options)
+        engine = PipelineEngine(self.wrapped, self.groups, slices=slices, recompute=recompute)
+        train = TrainStep(self.wrapped, None, config, 1, self.groups, engine)
         self.wrapped.zero_grad_buffer()
-        engine = PipelineEngine(
-            self.wrapped, self.groups, slices=slices, recompute=recompute, timeout_s=60
-        )
-        return self._outcome(
-            lambda metrics: engine.forward_backward(self.context, batches, rolls_out, metrics)
-        )
+
+        def run(metrics: StepAccumulator) -> None:
+            context = replace(self.context, config=config)
+            for backward in train.optimizer_steps(mode, context, batches, metrics):
+                backward()
+
+        return self._outcome(run)
 
     def _outcome(self, run: Any) -> Outcome:
         return Outcome(self.model, run, self.groups)
@@ -99,10 +102,22 @@ def assert_same_outcome(actual: Outcome, expected: Outcome) -> None:
 def test_slices_do_not_show(name: str, process_groups: Any) -> None:
     config = replace(CONFIG, rollouts_per_position=1 + NAMES.index(name) % 2)
     bench, batches = Bench(name, process_groups, config), make_batches(2, 2)
-    whole = bench.whole(fused, batches)
-    for slices in (1, 2, 5, LENGTH):
-        assert_same_outcome(bench.sliced([True, True], batches, slices), whole)
-    assert_same_outcome(bench.sliced([True, True], batches, 3, recompute=True), whole)
+    whole = bench.step("fused", batches)
+    for slices in (2, 5, LENGTH):
+        assert_same_outcome(bench.step("fused", batches, slices), whole)
+    assert_same_outcome(bench.step("fused", batches, 3, recompute=True), whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slices_do_not_show_in_two_phases(name: str, process_groups: Any) -> None:
+    """Nor in a mix of texts that roll out and texts that do not."""
+    config = replace(CONFIG, rollouts_per_position=1 + NAMES.index(name) % 2, mini_batch_size=2)
+    bench, batches = Bench(name, process_groups, config), make_batches(1, 1, 1, 1)
+    for fraction in (1.0, 0.5):
+        whole = bench.step("two_phase", batches, rollout_fraction=fraction)
+        for slices, recompute in ((1, True), (3, False), (4, True)):
+            sliced = bench.step("two_phase", batches, slices, recompute, rollout_fraction=fraction)
+            assert_same_outcome(sliced, whole)
 
 
 @pytest.mark.parametrize(
@@ -120,17 +135,18 @@ def test_options_mean_the_same_in_slices(
     name: str, options: dict[str, Any], process_groups: Any
 ) -> None:
     bench, batches = Bench(name, process_groups, replace(CONFIG, **options)), make_batches(1, 1)
-    whole = bench.whole(fused, batches)
-    for recompute in (False, True):
-        assert_same_outcome(bench.sliced([True, True], batches, 4, recompute), whole)
+    for mode in ("fused", "two_phase"):
+        whole = bench.step(mode, batches)
+        for recompute in (False, True):
+            assert_same_outcome(bench.step(mode, batches, 4, recompute), whole)
 
 
 @pytest.mark.parametrize("name", ["gated_delta_net", "lact-full_rank"])
 def test_next_token_steps_in_slices(name: str, process_groups: Any) -> None:
     bench, batches = Bench(name, process_groups), make_batches(2, 1)
-    whole = bench.whole(ntp, batches)
+    whole = bench.step("ntp", batches)
     for recompute in (False, True):
-        assert_same_outcome(bench.sliced([False, False], batches, 3, recompute), whole)
+        assert_same_outcome(bench.step("ntp", batches, 3, recompute), whole)
 
 
 def test_drift_is_what_decoding_and_scoring_disagree_by(
@@ -145,7 +161,7 @@ def test_drift_is_what_decoding_and_scoring_disagree_by(
 
     monkeypatch.setattr("refine_mcore.pipeline.head.draw_tokens", off)
     bench = Bench("delta_net", process_groups)
-    outcome = bench.sliced([True, True], make_batches(1, 2), slices=3)
+    outcome = bench.step("fused", make_batches(1, 2), slices=3)
     assert outcome.metrics.log_prob_drift == pytest.approx(0.5)
 
 

@@ -3,28 +3,33 @@
 import json
 import time
 from collections import Counter
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_mcore.errors import UserError
-from refine_mcore.pipeline.passes import Costs, Shape
+from refine_mcore.pipeline.passes import Costs, Phase, Shape
 from refine_mcore.pipeline.plan import choose_slices, make_plan, to_json
 from tests.pipeline.replay import replay
 
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    microbatches, rollout_tokens = draw(st.integers(1, 12)), draw(st.integers(0, 6))
+    phase = draw(st.sampled_from(get_args(Phase)))
+    all_roll_out = phase == "rollout"
+    microbatches, rollout_tokens = draw(st.integers(1, 12)), draw(st.integers(all_roll_out, 6))
+    ntp_only = st.frozensets(st.integers(0, microbatches - 1))
     return Shape(
         stages=draw(st.integers(1, 9)),
         microbatches=microbatches,
         slices=draw(st.integers(1, 9)),
         rollout_tokens=rollout_tokens,
-        ntp_only=draw(st.frozensets(st.integers(0, microbatches - 1))),
+        ntp_only=frozenset() if all_roll_out else draw(ntp_only),
         in_flight=draw(st.integers(0, 12)),
         decode_passes=draw(st.none() | st.integers(0, rollout_tokens)),
+        phase=phase,
     )
 
 
@@ -42,8 +47,10 @@ def test_every_plan_holds_and_replays(shape: Shape, costs: Costs) -> None:
         assert set(count.values()) == {1}
         ops = Counter(p["op"] for p in of_stage)
         rolling = sum(map(shape.rolls_out, range(shape.microbatches)))
-        assert ops["F"] == ops["W"] == shape.microbatches * shape.slices
-        assert (ops["D"], ops["S"]) == (rolling * (shape.decode_passes or 0), rolling)
+        assert ops["F"] == shape.microbatches * shape.slices
+        assert ops["W"] == (0 if shape.phase == "rollout" else ops["F"])
+        decodes = 0 if shape.phase == "train" else shape.decode_passes or 0
+        assert (ops["D"], ops["S"]) == (rolling * decodes, rolling)
     step_time, held = replay(written)
     assert step_time == pytest.approx(written["step_time"], rel=1e-9)
     assert held == written["held"]

@@ -18,8 +18,9 @@ from refine_mcore import platform
 from refine_mcore.config import load_config
 from refine_mcore.conversion.description import find_checkpoint
 from refine_mcore.errors import UserError
+from refine_mcore.pipeline import head
 from refine_mcore.step import refine_loss
-from refine_mcore.training import loop, step_modes
+from refine_mcore.training import loop
 from refine_mcore.training.stop import SIGNALS
 from tests.distributed.harness import run_distributed
 from tests.training.jobs import STEPS, column, metrics, run_job, write_config
@@ -54,7 +55,7 @@ def spoil(patch: pytest.MonkeyPatch, steps: set[int], kind: str, call: int = 0) 
     stays finite."""
     now = {"step": -1, "call": 0}
     before_step(patch, lambda number: now.update(step=number, call=0))
-    ntp_loss = step_modes.ntp_loss
+    ntp_loss = head.ntp_loss
 
     def spoilt(*args: Any) -> Tensor:
         loss, here = ntp_loss(*args), now["step"] in steps and now["call"] == call
@@ -65,7 +66,7 @@ def spoil(patch: pytest.MonkeyPatch, steps: set[int], kind: str, call: int = 0) 
             return loss + (loss - loss.detach()).sqrt()  # 0, of infinite slope
         return refine_loss._told_by_gradient(loss + torch.nan)
 
-    patch.setattr(step_modes, "ntp_loss", spoilt)
+    patch.setattr(head, "ntp_loss", spoilt)
 
 
 @pytest.mark.parametrize(

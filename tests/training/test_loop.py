@@ -17,6 +17,8 @@ from torch import Tensor
 from refine_mcore import platform
 from refine_mcore.config import Config, load_config
 from refine_mcore.models.sharding import full_tensors
+from refine_mcore.pipeline.engine import PipelineEngine
+from refine_mcore.pipeline.micro_batch import MicroBatch
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
@@ -25,12 +27,10 @@ from refine_mcore.training.loop import build_run
 from refine_mcore.training.metrics import StepMetrics
 from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
 from refine_mcore.training.setup import training_model
-from refine_mcore.training.step import forward_backward
-from refine_mcore.training.step_modes import Work, ntp
 from tests.conversion.helpers import WEIGHTS, copy_model, files, to_checkpoint, to_hf
 from tests.distributed.harness import run_distributed
 from tests.models.zoo import short_chunks
-from tests.training.jobs import STEPS, column, run_job, write_config
+from tests.training.jobs import STEPS, column, run_job, write_config, write_letters
 
 FAMILIES = ("tiny-deltanet", "tiny-gated-deltanet", "tiny-lact")
 # Two-rank layouts. Micro-batches of one text interleave the data-parallel ranks' samples.
@@ -175,14 +175,11 @@ def test_starts_from_a_converted_model_and_exports_it(
     which import again."""
     original = copy_model(golden, "gated_deltanet", tmp_path / "original")
     checkpoint = to_checkpoint(original, tmp_path / "imported")
-    # The reference has a vocabulary of 97: text of single bytes, whose ids come first.
-    text = tmp_path / "text.txt"
-    text.write_text("".join(chr(1 + i * i % 7) for i in range(400)))
     options = (
         f"model.checkpoint={checkpoint}",
         "model.preset=null",
         "model.overrides={}",
-        f"data.paths=[{text}]",
+        *write_letters(tmp_path),
         "training.steps=2",
         "optimizer.weight_decay=0",
     )
@@ -206,18 +203,20 @@ def test_bfloat16_trains_with_float32_gradients(config: Path, single_rank) -> No
     matrices = [p for p in model.parameters() if p.dim() == 2]
     assert {p.dtype for p in matrices} == {torch.bfloat16}
 
-    def gradient(works: list[Work]) -> Tensor:
+    def gradient(work: list[MicroBatch], weight: float = 1.0) -> Tensor:
         wrapped.zero_grad_buffer()
-        forward_backward(wrapped, works, StepAccumulator())
+        engine.forward_backward(context, work, weight, StepAccumulator())
         assert {main_gradient(p).dtype for p in model.parameters()} == {torch.float32}
         return torch.cat([main_gradient(p).flatten().double() for p in model.parameters()])
 
     tokens = torch.randint(2048, (8, 1, 64))
     batches = [TextBatch(t, torch.ones_like(t, dtype=torch.bool), torch.zeros(1)) for t in tokens]
     context = StepContext(model, settings.refine, Randomness(0, 0), single_rank.dp)
-    (works,) = ntp(context, batches)
-    expected = torch.stack([gradient([work]) for work in works]).sum(0)
-    assert (gradient(works) - expected).norm() < 1e-5 * expected.norm()
+    engine = PipelineEngine(wrapped, single_rank)
+    work = [MicroBatch(batch, rolls_out=False) for batch in batches]
+    # of so many targets each has its share
+    expected = torch.stack([gradient([item], 1 / len(work)) for item in work]).sum(0)
+    assert (gradient(work) - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_bfloat16_moves_the_weights_as_float32_does(

@@ -1,6 +1,6 @@
 """One step by every mode: loss, rollouts and gradients, against prefix copies and definitions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 from typing import Any
@@ -12,14 +12,22 @@ from torch import Tensor
 
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.rollout.decode import draw_tokens
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import ReducedMetrics, StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
-from refine_mcore.training.prefix_copy import prefix_copy
-from refine_mcore.training.step_modes import StepMode, Work, fused, ntp, two_phase
-from tests.models.zoo import FAMILIES, NAMES, assert_same_gradients, gradients, random_tokens
+from refine_mcore.training.optimizer import main_gradient
+from refine_mcore.training.step import TrainStep
+from tests.models.zoo import (
+    FAMILIES,
+    NAMES,
+    assert_same_gradients,
+    gradients,
+    random_tokens,
+    wrapped,
+)
 
 pytestmark = pytest.mark.usefixtures("short_chunks")
 ModelOf = Callable[[str], FastWeightModel]
@@ -40,37 +48,46 @@ class Step:
 
     def __init__(
         self,
-        mode: StepMode,
+        mode: str,
         model: FastWeightModel,
         batches: Sequence[TextBatch],
         config: RefineConfig = CONFIG,
         seed: int = 1,
     ) -> None:
-        group = model.pg_collection.dp
-        self.context = StepContext(model, config, Randomness(seed, 2), group)
-        self.losses: list[float] = []
-        self.gradients: list[dict[str, Tensor]] = []
-        metrics = StepAccumulator()
-        for works in mode(self.context, batches):
-            loss, gradient = run_works(model, works, metrics)
-            self.losses.append(loss)
-            self.gradients.append(gradient)
-        self.metrics: Any = metrics.reduce(model.pg_collection, len(self.losses))
-        self.rewards = torch.cat([record.rewards for record in metrics.texts])
+        self.model, self.config = model, config
+        accumulated = StepAccumulator()
+        steps = optimizer_steps(mode, model, config, seed, batches, accumulated)
+        self.gradients = [gradients_of(model, run) for run in steps]
+        self.metrics: Any = accumulated.reduce(model.pg_collection, len(self.gradients))
+        self._texts = accumulated.texts
+
+    @property
+    def rewards(self) -> Tensor:
+        """Of all rollouts, in the order of the texts."""
+        return torch.cat([record.rewards for record in self._texts])
 
 
-def run_works(
-    model: FastWeightModel, works: list[Work], metrics: StepAccumulator
-) -> tuple[float, dict[str, Tensor]]:
-    """Sum of the losses and of the gradients of all work items."""
-    total, summed = 0.0, {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for work in works:
-        loss, reported = work()
-        metrics.add(reported)
-        total += loss.item()
-        for name, gradient in gradients(model, loss).items():
-            summed[name] += gradient
-    return total, summed
+def optimizer_steps(
+    mode: str,
+    model: FastWeightModel,
+    config: RefineConfig,
+    seed: int,
+    batches: Sequence[TextBatch],
+    metrics: StepAccumulator,
+) -> Iterator[Callable[[], None]]:
+    """Forward and backward of every optimizer step."""
+    groups = model.pg_collection
+    engine = PipelineEngine(wrapped(model), groups)
+    train = TrainStep(wrapped(model), None, config, seed, groups, engine)
+    context = StepContext(model, config, Randomness(seed, 2), groups.dp)
+    return train.optimizer_steps(mode, context, batches, metrics)
+
+
+def gradients_of(model: FastWeightModel, run: Callable[[], None]) -> dict[str, Tensor]:
+    """What `run` adds up for every parameter."""
+    wrapped(model).zero_grad_buffer()
+    run()
+    return {name: main_gradient(p).clone() for name, p in model.named_parameters()}
 
 
 def assert_same_step(actual: Step, expected: Step) -> None:
@@ -82,7 +99,6 @@ def assert_same_step(actual: Step, expected: Step) -> None:
         for step in (actual, expected)
     ]
     assert numbers[0] == pytest.approx(numbers[1], rel=1e-9, abs=1e-9)
-    assert sum(actual.losses) == pytest.approx(sum(expected.losses), rel=1e-10)
     (actual_gradient,), (expected_gradient,) = actual.gradients, expected.gradients
     assert_same_gradients(actual_gradient, expected_gradient)
 
@@ -91,8 +107,8 @@ def assert_same_step(actual: Step, expected: Step) -> None:
 def test_modes_equal_copying_the_prefix(name: str, model_of: ModelOf) -> None:
     config = replace(CONFIG, rollouts_per_position=1 + NAMES.index(name) % 2)
     batches = make_batches(2, 2)[:1]
-    reference = Step(prefix_copy, model_of(name), batches, config)
-    for mode in (fused, two_phase):
+    reference = Step("prefix_copy", model_of(name), batches, config)
+    for mode in ("fused", "two_phase"):
         step = Step(mode, model_of(name), batches, config)
         assert_same_step(step, reference)
         assert step.metrics.log_prob_drift < 1e-9
@@ -112,7 +128,8 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
 def test_options_mean_the_same_in_every_mode(options: dict[str, Any], model_of: ModelOf) -> None:
     model, config, batches = model_of("delta_net"), replace(CONFIG, **options), make_batches(2, 2)
-    steps = [Step(mode, model, batches, config) for mode in (prefix_copy, fused, two_phase)]
+    modes = ("prefix_copy", "fused", "two_phase")
+    steps = [Step(mode, model, batches, config) for mode in modes]
     assert all(torch.isfinite(g).all() for g in steps[0].gradients[0].values())
     for step in steps[1:]:
         assert_same_step(step, steps[0])
@@ -121,7 +138,7 @@ def test_options_mean_the_same_in_every_mode(options: dict[str, Any], model_of: 
 def rollouts_of(step: Step) -> list[tuple[int, int, Tensor]]:
     """(text, position, tokens [k]) of every rollout, in the order of the four texts and n = 1."""
     order = torch.tensor([3, 11, 5, 8]).argsort().argsort()
-    positions, k = step.metrics.positions[order], step.context.config.rollout_tokens
+    positions, k = step.metrics.positions[order], step.config.rollout_tokens
     tokens = step.metrics.rollout_tokens[order].reshape(*positions.shape, k)
     return [
         (text, int(positions[text, chunk]), tokens[text, chunk])
@@ -145,7 +162,7 @@ def full_run_log_probs(model: FastWeightModel, rollouts: list[tuple[int, int, Te
 def test_rewards_compare_rollouts_with_the_text_that_follows(name: str, model_of: ModelOf) -> None:
     """Mean cosine of the hidden states after each rollout token and after the text's own."""
     model, k = model_of(name), CONFIG.rollout_tokens
-    step = Step(fused, model, make_batches(2, 2))
+    step = Step("fused", model, make_batches(2, 2))
     texts = random_tokens(4, 22)
     text_hidden = model(texts).hidden
     expected = []
@@ -159,7 +176,7 @@ def test_rewards_compare_rollouts_with_the_text_that_follows(name: str, model_of
 def test_positions_lie_where_the_text_is_least_certain(model_of: ModelOf) -> None:
     """`argmax` in every third of the valid tokens, by the entropy of the first rollout token."""
     model = model_of("delta_net")
-    step = Step(fused, model, make_batches(4), replace(CONFIG, selection="argmax"))
+    step = Step("fused", model, make_batches(4), replace(CONFIG, selection="argmax"))
     log_p = model.logits(model(random_tokens(4, 22)).hidden).log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     expected = []
@@ -183,14 +200,13 @@ def mean_ntp_loss(model: FastWeightModel) -> Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_next_token_mode_is_the_mean_cross_entropy(name: str, model_of: ModelOf) -> None:
-    model, metrics = model_of(name), StepAccumulator()
-    context = StepContext(model, CONFIG, Randomness(0, 0), model.pg_collection.dp)
-    (works,) = ntp(context, make_batches(1, 3))
-    loss, gradient = run_works(model, works, metrics)
+    """Whatever the weight that it has beside a policy loss."""
+    model = model_of(name)
+    step = Step("ntp", model, make_batches(1, 3), replace(CONFIG, ntp_weight=0.3))
     expected = mean_ntp_loss(model)
-    assert loss == pytest.approx(expected.item(), rel=1e-12)
-    assert_same_gradients(gradient, gradients(model, expected))
-    assert metrics.reduce(model.pg_collection, 1) == ReducedMetrics(loss_ntp=loss)
+    assert step.metrics.loss_ntp == pytest.approx(expected.item(), rel=1e-12)
+    assert_same_gradients(step.gradients[0], gradients(model, expected))
+    assert step.metrics == ReducedMetrics(loss_ntp=step.metrics.loss_ntp)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -198,7 +214,7 @@ def test_gradient_is_that_of_the_objective_as_written(name: str, model_of: Model
     """ntp_weight * NTP - policy_weight * mean of A log p, for the rollouts and rewards reported."""
     model = model_of(name)
     config = replace(CONFIG, ntp_weight=0.7, policy_weight=1.3)
-    step = Step(fused, model, make_batches(1, 2, 1), config)
+    step = Step("fused", model, make_batches(1, 2, 1), config)
     rewards = step.rewards
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
     log_probs = full_run_log_probs(model, rollouts_of(step))
@@ -209,17 +225,17 @@ def test_gradient_is_that_of_the_objective_as_written(name: str, model_of: Model
     assert step.metrics.loss_policy == pytest.approx(0.0, abs=1e-9)  # -mean A at ratio 1
 
 
-@pytest.mark.parametrize("mode", [fused, two_phase])
+@pytest.mark.parametrize("mode", ["fused", "two_phase"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_micro_batches_do_not_show(name: str, mode: StepMode, model_of: ModelOf) -> None:
+def test_micro_batches_do_not_show(name: str, mode: str, model_of: ModelOf) -> None:
     whole = Step(mode, model_of(name), make_batches(4))
     for sizes in ((2, 2), (1, 1, 1, 1), (3, 1)):
         assert_same_step(Step(mode, model_of(name), make_batches(*sizes)), whole)
 
 
-@pytest.mark.parametrize("mode", [fused, two_phase, prefix_copy])
+@pytest.mark.parametrize("mode", ["fused", "two_phase", "prefix_copy"])
 def test_drift_is_what_decoding_and_scoring_disagree_by(
-    mode: StepMode, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+    mode: str, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mean absolute difference: of log-probs that decoding has off by 1/2, up and down."""
     errors = cycle((0.5, -0.5))
@@ -228,15 +244,16 @@ def test_drift_is_what_decoding_and_scoring_disagree_by(
         tokens, log_probs = draw_tokens(*arguments)
         return tokens, log_probs + next(errors)
 
-    monkeypatch.setattr("refine_mcore.rollout.decode.draw_tokens", off)
+    for module in ("rollout.decode", "pipeline.head"):
+        monkeypatch.setattr(f"refine_mcore.{module}.draw_tokens", off)
     step = Step(mode, model_of("delta_net"), make_batches(1, 3))
     assert step.metrics.log_prob_drift == pytest.approx(0.5)
 
 
 def test_draws_follow_seed_and_sample(model_of: ModelOf) -> None:
     model, config = model_of("delta_net"), replace(CONFIG, rollouts_per_position=4)
-    first, same = (Step(fused, model, make_batches(4), config) for _ in range(2))
-    other = Step(fused, model, make_batches(4), config, seed=2)
+    first, same = (Step("fused", model, make_batches(4), config) for _ in range(2))
+    other = Step("fused", model, make_batches(4), config, seed=2)
     assert torch.equal(first.metrics.rollout_tokens, same.metrics.rollout_tokens)
     assert not torch.equal(first.metrics.rollout_tokens, other.metrics.rollout_tokens)
     rollouts = first.metrics.rollout_tokens.reshape(-1, 4, config.rollout_tokens)
@@ -244,7 +261,7 @@ def test_draws_follow_seed_and_sample(model_of: ModelOf) -> None:
 
     batch = make_batches(4)[0]
     moved = replace(batch, sample_index=batch.sample_index + 100)
-    elsewhere = Step(fused, model, [moved], config)
+    elsewhere = Step("fused", model, [moved], config)
     assert not torch.equal(first.metrics.rollout_tokens, elsewhere.metrics.rollout_tokens)
 
 
@@ -252,7 +269,7 @@ def test_draws_follow_seed_and_sample(model_of: ModelOf) -> None:
 def test_positions_keep_their_margins(selection: Any, model_of: ModelOf) -> None:
     config = replace(CONFIG, selection=selection, margin_left=4, margin_right=7)
     for seed in range(5):
-        step = Step(fused, model_of("delta_net"), make_batches(4), config, seed)
+        step = Step("fused", model_of("delta_net"), make_batches(4), config, seed)
         for text, position, _ in rollouts_of(step):
             assert 4 <= position <= LENGTHS[text] - 7
 
@@ -262,49 +279,86 @@ def test_padding_has_no_influence(name: str, model_of: ModelOf) -> None:
     (batch,) = make_batches(4)
     filled = replace(batch, tokens=torch.where(batch.mask, batch.tokens, 7))
     assert not torch.equal(batch.tokens, filled.tokens)
-    for mode in (fused, two_phase):
+    for mode in ("fused", "two_phase"):
         assert_same_step(Step(mode, model_of(name), [filled]), Step(mode, model_of(name), [batch]))
 
 
 def test_mini_batches_are_steps_of_their_own(model_of: ModelOf) -> None:
     """Without an update between them, each is a fused step on its texts."""
     model, batches = model_of("gated_delta_net"), make_batches(1, 1, 1, 1)
-    step = Step(two_phase, model, batches, replace(CONFIG, mini_batch_size=2))
+    step = Step("two_phase", model, batches, replace(CONFIG, mini_batch_size=2))
     assert len(step.gradients) == 2
     for part, gradient in zip((batches[:2], batches[2:]), step.gradients, strict=True):
-        assert_same_gradients(gradient, Step(fused, model, part).gradients[0])
+        assert_same_gradients(gradient, Step("fused", model, part).gradients[0])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_later_mini_batches_see_the_ratio_to_the_old_policy(name: str, model_of: ModelOf) -> None:
     """The second optimizer step against the clipped loss by hand, after the weights have moved."""
     model, batches, metrics = model_of(name), make_batches(2, 2), StepAccumulator()
-    reference = Step(fused, model, batches)
+    reference = Step("fused", model, batches)
     config = replace(CONFIG, mini_batch_size=2, ntp_weight=0.0, policy_weight=1.0)
-    steps = two_phase(StepContext(model, config, Randomness(1, 2), model.pg_collection.dp), batches)
+    steps = optimizer_steps("two_phase", model, config, 1, batches, metrics)
     second = [rollout for rollout in rollouts_of(reference) if rollout[0] >= 2]
     old = full_run_log_probs(model, second).detach()
     rewards = reference.rewards[2:]
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
     advantage = advantages.reshape(-1, 1)
 
-    run_works(model, next(steps), StepAccumulator())
+    next(steps)()
+    metrics.sums.clear()
     before = [p.detach().clone() for p in model.parameters()]
     try:
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.05 * torch.randn_like(p)
-        loss, gradient = run_works(model, next(steps), metrics)
+        gradient = gradients_of(model, next(steps))
         ratio = (full_run_log_probs(model, second) - old).exp()
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         worst = torch.maximum(-advantage * ratio, -advantage * clipped)
         bounded = torch.where(advantage < 0, worst.minimum(-advantage * config.dual_clip), worst)
-        assert loss == pytest.approx(bounded.mean().item(), rel=1e-9)
         assert_same_gradients(gradient, gradients(model, bounded.mean()))
-        reduced: Any = metrics.reduce(model.pg_collection, 1)
+        # what the log shows of rollouts was known before
+        metrics.texts.clear()
+        policy = metrics.sums["loss_policy"].item()
+        assert policy == pytest.approx(bounded.mean().item(), rel=1e-9)
+        clipped_share = (metrics.sums["clipped"] / metrics.sums["policy_tokens"]).item()
         fraction = (-advantage * clipped > -advantage * ratio).double().mean().item()
-        assert reduced.clip_fraction == pytest.approx(fraction) and fraction > 0
+        assert clipped_share == pytest.approx(fraction) and fraction > 0
     finally:
         with torch.no_grad():
             for p, value in zip(model.parameters(), before, strict=True):
                 p.copy_(value)
+
+
+@pytest.mark.parametrize("mode", ["fused", "two_phase"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fraction_of_the_texts_rolls_out(name: str, mode: str, model_of: ModelOf) -> None:
+    """The first half of them, whatever the micro-batches; the next-token loss is that of all."""
+    model, ours = model_of(name), replace(CONFIG, ntp_weight=0.7, policy_weight=1.3)
+    half = replace(ours, rollout_fraction=0.5)
+    first = Step("fused", model, make_batches(2, 2)[:1], ours)
+    policy_only = Step("fused", model, make_batches(2, 2)[:1], replace(ours, ntp_weight=0.0))
+    ntp = Step("ntp", model, make_batches(2, 2))
+    expected = {
+        key: 0.7 * ntp.gradients[0][key] + gradient
+        for key, gradient in policy_only.gradients[0].items()
+    }
+    for sizes in ((2, 2), (1, 1, 1, 1)):
+        step = Step(mode, model, make_batches(*sizes), half)
+        assert_same_gradients(step.gradients[0], expected)
+        assert step.metrics.loss_ntp == pytest.approx(ntp.metrics.loss_ntp, rel=1e-12)
+        for column in ("positions", "rollout_tokens"):
+            assert torch.equal(getattr(step.metrics, column), getattr(first.metrics, column))
+        for column in ("reward_mean", "reward_std", "entropy_mean"):
+            found = getattr(step.metrics, column)
+            assert found == pytest.approx(getattr(first.metrics, column), rel=1e-9)
+
+
+def test_a_fraction_holds_in_every_mini_batch(model_of: ModelOf) -> None:
+    model, batches = model_of("gated_delta_net"), make_batches(1, 1, 1, 1)
+    config = replace(CONFIG, mini_batch_size=2, rollout_fraction=0.5)
+    step = Step("two_phase", model, batches, config)
+    for part, gradient in zip((batches[:2], batches[2:]), step.gradients, strict=True):
+        alone = Step("fused", model, part, replace(CONFIG, rollout_fraction=0.5))
+        assert_same_gradients(gradient, alone.gradients[0])

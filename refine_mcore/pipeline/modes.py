@@ -1,0 +1,75 @@
+"""The modes of a training step as data: which micro-batches roll out, which train on stored
+rollouts, when the optimizer steps. The engine runs each of them at every layout.
+
+An optimizer step trains on
+
+    ntp_weight * NTP + policy_weight * policy        (paper, section 3; both over global counts)
+
+* `ntp`: the next-token loss alone, unweighted.
+* `fused`: one forward over the text, rollouts branched in place from its states, one optimizer step
+  for both losses.
+* `two_phase`: the paper's schedule. Rollouts, old log-probs and rewards for the whole batch first,
+  without gradients; then one optimizer step per mini-batch on the stored rollouts.
+
+With `refine.rollout_fraction` below 1 the first texts of each optimizer step roll out and the
+others train on the next-token loss alone (a departure from the paper). Their micro-batches take
+turns, so that in a pipeline the text passes of one fill the wait for the decode passes of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refine_mcore.config import RefineConfig, rollout_micro_batches
+from refine_mcore.pipeline.passes import Phase
+
+
+@dataclass(frozen=True)
+class Part:
+    """One plan's worth of a training step.
+
+    `micro_batches` are numbers within the batch, in the order in which they run, and `rolls_out`
+    says which of them roll out. An optimizer step follows, except in the phase `rollout`.
+    """
+
+    phase: Phase
+    micro_batches: tuple[int, ...]
+    rolls_out: tuple[bool, ...]
+    ntp_weight: float
+
+
+def parts_of_step(
+    mode: str, config: RefineConfig, micro_batches: int, sequences_per_micro_batch: int
+) -> list[Part]:
+    """What a mode does with a batch of so many micro-batches on each rank, of so many sequences
+    over all of them."""
+    everything = tuple(range(micro_batches))
+    if mode == "ntp":
+        return [Part("fused", everything, (False,) * micro_batches, 1.0)]
+    per_step = micro_batches
+    if mode == "two_phase" and config.mini_batch_size is not None:
+        assert config.mini_batch_size % sequences_per_micro_batch == 0, (
+            "data_parallel_layout refuses the rest"
+        )
+        per_step = config.mini_batch_size // sequences_per_micro_batch
+    rolling = rollout_micro_batches(config, per_step)
+    steps = [everything[start : start + per_step] for start in range(0, micro_batches, per_step)]
+    phase: Phase = "train" if mode == "two_phase" else "fused"
+    training = [_train(phase, step[:rolling], step[rolling:], config.ntp_weight) for step in steps]
+    if mode == "fused":
+        return training
+    first = tuple(index for step in steps for index in step[:rolling])
+    return [Part("rollout", first, (True,) * len(first), config.ntp_weight), *training]
+
+
+def _train(phase: Phase, rolling: Sequence[int], others: Sequence[int], ntp_weight: float) -> Part:
+    """Both kinds spread evenly over the step, beginning with one that rolls out."""
+    placed = [
+        (place / len(kind), index, rolls_out)
+        for kind, rolls_out in ((rolling, True), (others, False))
+        for place, index in enumerate(kind)
+    ]
+    placed.sort(key=lambda item: item[0])
+    _, order, kinds = zip(*placed, strict=True)
+    return Part(phase, order, kinds, ntp_weight)
