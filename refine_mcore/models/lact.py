@@ -287,10 +287,8 @@ class LaCT(Mixer):
         in_force = _WeightsInForce(chunks, join_weights(ends), tuple(back), state.norms)
         return take_streams(torch.cat(reads), back), in_force
 
-    def _read(self, weights: FastWeights, norms: RowNorms, fq: Tensor) -> Tensor:
-        return apply_fast_weights(
-            weights, norms, fq, prenorm=self.options.prenorm, precision=self._precision
-        )
+    def _read(self, weights: FastWeights, fq: Tensor) -> Tensor:
+        return apply_fast_weights(weights, fq, precision=self._precision)
 
     def _chunks(
         self, fq: Tensor, inputs: FastInputs, weights: FastWeights, norms: RowNorms
@@ -307,7 +305,7 @@ class LaCT(Mixer):
         if len(used) < weights.w0.shape[0]:
             weights = weight_rows(weights, used)
         groups = StreamGroups([used.index(r) for r in rows], len(used))
-        return groups.scatter(self._read(weights, state.norms, groups.gather(fq)))
+        return groups.scatter(self._read(weights, groups.gather(fq)))
 
     def _cross_chunks(
         self, fq: Tensor, inputs: FastInputs, state: LaCTState, streams: list[int]
@@ -321,7 +319,7 @@ class LaCT(Mixer):
         opened = open_chunk_length(state.position[streams[0]], size)
         weights = weight_rows(state.weights, [state.weight_rows[r] for r in streams])
         rest = size - opened
-        read = [self._read(weights, state.norms, fq[:, :rest])]
+        read = [self._read(weights, fq[:, :rest])]
         begun = [state.pending.last(r, opened) for r in streams]
         chunk = FastInputs.of(
             torch.cat([torch.cat(parts), y[:, :rest]], dim=1)

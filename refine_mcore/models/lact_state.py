@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from refine_kernels.dispatch import FastWeights, RowNorms
 from torch import Tensor
 
 from refine_mcore.models.attention import AttentionState, AttentionTape
-from refine_mcore.models.state import FastWeightState, LayerTape, TokenHistory, take_streams
+from refine_mcore.models.state import (
+    FastWeightState,
+    LayerTape,
+    TokenHistory,
+    map_tensors,
+    take_streams,
+)
 
 
 class FastInputs(NamedTuple):
@@ -142,26 +148,32 @@ def weight_rows(weights: FastWeights, rows: Sequence[int]) -> FastWeights:
     def pick(w: Tensor) -> Tensor:
         return w[rows[0] : rows[0] + 1] if len(rows) == 1 else take_streams(w, rows)
 
-    w0, w1, w2, momentum = weights
-    if momentum is not None:
-        momentum = pick(momentum[0]), pick(momentum[1]), pick(momentum[2])
-    return FastWeights(pick(w0), pick(w1), pick(w2), momentum)
+    return map_tensors(pick, weights)
 
 
 def join_weights(parts: Sequence[FastWeights]) -> FastWeights:
-    """All rows of all parts. Before a stream's first update its momentum buffers are zeros."""
+    """All rows of all parts. Before a stream's first update its momentum buffers are zeros and its
+    scales ones."""
     if len(parts) == 1:
         return parts[0]
 
-    def join(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat(list(tensors))
+    def join(tensors: Iterable[tuple[Tensor, ...]]) -> Any:
+        return tuple(map(torch.cat, zip(*tensors, strict=True)))
 
-    w0, w1, w2 = (join(part) for part in zip(*(part[:3] for part in parts), strict=True))
-    if all(part.momentum is None for part in parts):
-        return FastWeights(w0, w1, w2)
-    buffers = [
-        tuple(map(torch.zeros_like, part[:3])) if part.momentum is None else part.momentum
-        for part in parts
-    ]
-    m0, m1, m2 = (join(part) for part in zip(*buffers, strict=True))
-    return FastWeights(w0, w1, w2, (m0, m1, m2))
+    def join_some(name: str, initial: Callable[[Tensor], Tensor]) -> Any:
+        values = [getattr(part, name) for part in parts]
+        if all(value is None for value in values):
+            return None
+        return join(
+            tuple(map(initial, part[:3])) if value is None else value
+            for part, value in zip(parts, values, strict=True)
+        )
+
+    w0, w1, w2 = join(part[:3] for part in parts)
+    return FastWeights(
+        w0,
+        w1,
+        w2,
+        join_some("momentum", torch.zeros_like),
+        join_some("scales", lambda w: torch.ones_like(w[..., :1])),
+    )

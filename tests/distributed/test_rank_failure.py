@@ -67,7 +67,7 @@ IMPATIENT_TORCHRUN = (
 PHASES = {
     "start": (1, "refine_mcore.training.loop:training_model"),
     "forward": (2, "refine_mcore.models.fast_weight_block:FastWeightLayer.forward"),
-    "rollout": (2, "refine_mcore.rollout.decode:decode"),
+    "rollout": (2, "refine_mcore.pipeline.branch_passes:BranchPasses.decode"),
     "backward": (
         2,
         "megatron.core.tensor_parallel.layers:"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from refine_kernels.lact.naive import naive_lact
 from torch import Tensor
 
 from refine_mcore.benchmark.memory import describe, saved_tensors
@@ -20,7 +21,7 @@ from refine_mcore.models.presets import preset
 from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.training.setup import training_model
 from tests.kernels.test_lact import product_dtypes
-from tests.models.zoo import random_tokens
+from tests.models.zoo import make_model, random_tokens
 
 TOKENS = 1024
 
@@ -49,12 +50,14 @@ def packed_tokens(mixer: LaCT, dtype: torch.dtype, tokens: int = TOKENS) -> Tens
 def test_what_is_kept_for_the_backward(mixers, options: dict[str, Any]) -> None:
     """In widths of 192 channels in bfloat16: packed projections 3, rotated q and k 2, attention 1,
     fast q, k, v 3, the read 1, what the branches add up to 1; with qk_norm 2 more.
-    Besides, the fast weights and momentum of each chunk."""
+    Besides, the fast weights and momentum of each chunk, and the steps of Newton-Schulz, three
+    matrices each, between the gradient and what it adds."""
     mixer = mixers(torch.bfloat16, **options)
     tokens = packed_tokens(mixer, torch.bfloat16)
     saved = saved_tensors(lambda: mixer.mix(tokens, None, False, False), mixer.parameters())
     widths = (14 if "qk_norm" in options else 12) * 192 * 2
-    chunks = 6 * 2 * 96 * 96 * 4 // 256
+    matrices = 6 if "use_muon" in options else 6 + 3 * (5 * 3 + 2)
+    chunks = matrices * 2 * 96 * 96 * 4 // 256
     small = 1024  # masks, rotary tables, rates: per text, not per token
     total = sum(one.bytes for one in saved)
     assert total <= (widths + chunks + small) * TOKENS, describe(saved)
@@ -101,3 +104,18 @@ def _both_passes(mixer: LaCT, tokens: Tensor) -> None:
 def test_the_setting_needs_a_model_that_has_such_products() -> None:
     with pytest.raises(UserError, match="model.fast_weight_matmul tf32 needs a LaCT model"):
         transformer_config(preset("tiny-deltanet"), fast_weight_matmul="tf32")
+
+
+def test_prenorm_reads_the_first_chunk_as_published(process_groups, monkeypatch) -> None:
+    """With the initial weights as they are, by the definition, which the normalisation of later
+    chunks would change by its eps; logits of several chunks."""
+    model = make_model("lact-prenorm-qk_norm", process_groups)
+    tokens = random_tokens(2, 22)
+    logits = model.logits(model(tokens).hidden)
+
+    def by_definition(*args: Any, precision: Any, **options: Any) -> Any:
+        return naive_lact(*args, **options)
+
+    monkeypatch.setattr("refine_mcore.models.lact.chunk_lact", by_definition)
+    expected = model.logits(model(tokens).hidden)
+    assert (logits - expected).abs().max() < 1e-9

@@ -4,30 +4,23 @@ Zhang et al. 2025, "Test-Time Training Done Right", section 3, in the order of t
 language model: the tokens of a chunk are read with the weights from before that chunk's own update,
 so the layer is strictly causal and the update can wait until the next chunk begins.
 
-With prenorm the published code reads the first chunk with the weights as they are; here they
-pass through the same normalisation as later ones, a relative difference of 1e-5 over the row norm.
-
-For the backward, reading and updating keep their inputs alone and make the rest again, one chunk at
-a time: in float32 the intermediates of a chunk are many times its tokens.
+For the backward, reading and the gradients of an update keep their inputs alone and make the rest
+again, one chunk at a time: in float32 the intermediates of a chunk are many times its tokens.
+Those of Newton-Schulz, whose products cost as much, are of the size of the weights and are kept.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refine_kernels.lact.fast_weights import FastWeights, RowNorms, with_row_norm
+from refine_kernels.lact.fast_weights import FastWeights, RowNorms, scale_to_norm
 from refine_kernels.lact.newton_schulz import newton_schulz
 from refine_kernels.lact.products import Precision, Product, product_in
 from refine_kernels.recompute import recomputed
 
 
 def apply_fast_weights(
-    weights: FastWeights,
-    norms: RowNorms,
-    fq: Tensor,
-    *,
-    prenorm: bool = False,
-    precision: Precision | None = None,
+    weights: FastWeights, fq: Tensor, *, precision: Precision | None = None
 ) -> Tensor:
     """f(fq) = w1 (silu(w0 fq) * (w2 fq)) for every token and fast head: [B,T,n,d] -> [B,T,n,d].
 
@@ -36,13 +29,13 @@ def apply_fast_weights(
     """
     product = product_in(precision, fq.dtype, weights.w0.dtype)
 
-    def read(w0: Tensor, w1: Tensor, w2: Tensor, fq: Tensor, *norms: Tensor) -> Tensor:
-        w0, w1, w2 = FastWeights(w0, w1, w2).effective(RowNorms(*norms), prenorm)
+    def read(fq: Tensor, *weights: Tensor) -> Tensor:
+        w0, w1, w2 = _of(weights).effective()
         x = fq.transpose(1, 2)
         hidden = F.silu(product(x, w0.mT)) * product(x, w2.mT)
         return product(hidden, w1.mT).transpose(1, 2).to(fq.dtype)
 
-    return recomputed(read, *weights[:3], fq, *norms)
+    return recomputed(read, fq, *weights[:3], *(weights.scales or ()))
 
 
 def update_fast_weights(
@@ -62,30 +55,32 @@ def update_fast_weights(
 
     fk, fv [B,T,n,d]; lr [B,T,n,3] holds the rates of (w0, w1, w2); momentum [B,T,n] or None for
     none.  muon orthogonalises each step (in ``muon_dtype``; None: the dtype of the
-    weights).  Rows then return to their initial norms; with prenorm that is left to the reader of
-    the weights.  ``precision`` is that of the products with the tokens (see products.py).
+    weights).  Rows then return to their initial norms; with prenorm only where they are read.
+    ``precision`` is that of the products with the tokens (see products.py).
     """
     product = product_in(precision, fk.dtype, weights.w0.dtype)
 
-    def update(
-        fk: Tensor, fv: Tensor, lr: Tensor, momentum: Tensor | None, *states: Tensor
-    ) -> FastWeights:
-        w0, w1, w2, n0, n1, n2, *buffers = states
-        weights, norms = FastWeights(w0, w1, w2), RowNorms(n0, n1, n2)
-        grads = _objective_gradients(weights.effective(norms, prenorm), fk, fv, lr, product)
-        if momentum is not None and buffers:
-            decay = momentum.to(lr.dtype).mean(1)[..., None, None]
-            g0, g1, g2 = (g + decay * b for g, b in zip(grads, buffers, strict=True))
-            grads = (g0, g1, g2)
-        updated = []
-        for w, g, norm in zip(weights[:3], grads, norms, strict=True):
-            w = w + (newton_schulz(g, muon_dtype) if muon else g)
-            updated.append(w if prenorm else with_row_norm(w, norm))
-        w0, w1, w2 = updated
-        return FastWeights(w0, w1, w2, momentum=None if momentum is None else grads)
+    def gradients(
+        fk: Tensor, fv: Tensor, lr: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _objective_gradients(_of(weights).effective(), fk, fv, lr, product)
 
-    states = (*weights[:3], *norms, *(weights.momentum or ()))
-    return recomputed(update, fk, fv, lr, momentum, *states)
+    grads = recomputed(gradients, fk, fv, lr, *weights[:3], *(weights.scales or ()))
+    if momentum is not None and weights.momentum is not None:
+        decay = momentum.to(lr.dtype).mean(1)[..., None, None]
+        g0, g1, g2 = (g + decay * b for g, b in zip(grads, weights.momentum, strict=True))
+        grads = (g0, g1, g2)
+    steps = [newton_schulz(g, muon_dtype) if muon else g for g in grads]
+    w0, w1, w2 = (w + step for w, step in zip(weights[:3], steps, strict=True))
+    s0, s1, s2 = (scale_to_norm(w, norm) for w, norm in zip((w0, w1, w2), norms, strict=True))
+    updated = FastWeights(w0, w1, w2, None if momentum is None else grads, (s0, s1, s2))
+    return updated if prenorm else FastWeights(*updated.effective(), momentum=updated.momentum)
+
+
+def _of(weights: tuple[Tensor, ...]) -> FastWeights:
+    """Three weights, and their scales if there are any, as one."""
+    w0, w1, w2, *scales = weights
+    return FastWeights(w0, w1, w2, scales=(scales[0], scales[1], scales[2]) if scales else None)
 
 
 def chunk_lact(
@@ -128,7 +123,7 @@ def chunk_lact(
         )
         boundary_weights.append(weights)
     outputs = [
-        apply_fast_weights(w, norms, q, prenorm=prenorm, precision=precision)
+        apply_fast_weights(w, q, precision=precision)
         for w, q in zip(boundary_weights, queries, strict=True)
     ]
     return torch.cat(outputs, 1), boundary_weights

@@ -20,26 +20,29 @@ class FastWeights(NamedTuple):
     """f(z) = w1 (silu(w0 z) * (w2 z)) of each stream and fast head, and the momentum buffers.
 
     w0, w2 [B,n,dh,d]; w1 [B,n,d,dh].  ``momentum`` has the same three shapes; None stands for
-    zeros.  With prenorm these are the un-normalised weights.
+    zeros.  With prenorm these are the un-normalised weights, and f has each row times its factor in
+    ``scales`` [B,n,rows,1]; None stands for ones: the published code reads the initial weights as
+    they are.
     """
 
     w0: Tensor
     w1: Tensor
     w2: Tensor
     momentum: tuple[Tensor, Tensor, Tensor] | None = None
+    scales: tuple[Tensor, Tensor, Tensor] | None = None
 
     def row_norms(self) -> RowNorms:
         """The norms nu_a, to be taken of the initial weights."""
         return RowNorms(*(torch.linalg.vector_norm(w, dim=-1, keepdim=True) for w in self[:3]))
 
-    def effective(self, norms: RowNorms, prenorm: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights that f uses: with prenorm, these at their initial row norms."""
-        if not prenorm:
+    def effective(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights that f uses."""
+        if self.scales is None:
             return self.w0, self.w1, self.w2
-        w0, w1, w2 = (with_row_norm(w, norm) for w, norm in zip(self[:3], norms, strict=True))
+        w0, w1, w2 = (w * scale for w, scale in zip(self[:3], self.scales, strict=True))
         return w0, w1, w2
 
 
-def with_row_norm(w: Tensor, norm: Tensor) -> Tensor:
-    """w with each row scaled to the given norm."""
-    return w * (norm / (torch.linalg.vector_norm(w, dim=-1, keepdim=True) + ROW_NORM_EPS))
+def scale_to_norm(w: Tensor, norm: Tensor) -> Tensor:
+    """What brings each row of w to the given norm, [..., rows, 1]."""
+    return norm / (torch.linalg.vector_norm(w, dim=-1, keepdim=True) + ROW_NORM_EPS)

@@ -49,7 +49,9 @@ def naive_lact(
         end = min(start + chunk_size, t_total)
         momenta = None if momentum is None else (buffers[0], buffers[1], buffers[2])
         boundary_weights.append(FastWeights(main[0], main[1], main[2], momenta))
-        w = [_normalised(x, nu) for x, nu in zip(main, norms, strict=True)] if prenorm else main
+        w = main  # as published, also with prenorm: the initial weights as they are
+        if prenorm and start > 0:
+            w = [_normalised(x, nu) for x, nu in zip(main, norms, strict=True)]
         outputs += [_f(w, fq[:, t]) for t in range(start, end)]
         if end == t_total:
             break
