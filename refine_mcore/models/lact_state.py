@@ -12,7 +12,13 @@ from refine_kernels.dispatch import FastWeights, RowNorms
 from torch import Tensor
 
 from refine_mcore.models.attention import AttentionState, AttentionTape
-from refine_mcore.models.state import FastWeightState, LayerTape, TokenHistory, take_streams
+from refine_mcore.models.state import (
+    FastWeightState,
+    LayerTape,
+    Piece,
+    TokenHistory,
+    take_streams,
+)
 
 
 class FastInputs(NamedTuple):
@@ -24,7 +30,7 @@ class FastInputs(NamedTuple):
     lr: Tensor
     mu: Tensor | None
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> Piece:
         """As the tuple a `TokenHistory` keeps."""
         return (self.fk, self.fv, self.lr) + (() if self.mu is None else (self.mu,))
 
@@ -111,7 +117,7 @@ class LaCTTape(LayerTape):
 
     chunk_size: int
     attention: AttentionTape
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Piece, ...]
     first: int
     chunks: list[FastWeights]
     norms: RowNorms
