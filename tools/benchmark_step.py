@@ -80,7 +80,8 @@ def _check_runs_here(config: Config) -> None:
     ):
         raise UserError(
             "benchmark_step.py measures whole texts on one rank, or a pipeline: with "
-            "parallel.pipeline 1 it takes one rank, parallel.slices 1 and no training.recompute"
+            "parallel.pipeline 1 it takes one rank, parallel.slices 1 and no "
+            "training.recompute full"
         )
 
 

@@ -11,13 +11,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+
+Made = TypeVar("Made", Tensor, tuple[Tensor, ...])
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
@@ -52,17 +55,17 @@ def remaking() -> Iterator[None]:
         region.recipes.clear()  # whoever reads one holds it
 
 
-def remade(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def remade(function: Callable[..., Made], *args: Any) -> Made:
     """``function(*args)``, made again for the backward of what reads it inside the innermost
     `remaking`; kept like any other tensor where there is none.
 
-    The function must be one that gives the same bits again, without communication between ranks.
-    Its own backward is not touched: it should not keep the output.  An output that shares memory
-    with an argument is that argument, and kept.
+    The function returns a tensor or a tuple of tensors, and gives the same bits again, without
+    communication between ranks.  Its own backward is not touched: it should not keep the output.
+    An output that shares memory with an argument is that argument, and kept.
     """
     out = function(*args)
     if _ACTIVE.region is not None and torch.is_grad_enabled():
-        _ACTIVE.region.remember(out, function, args)
+        _ACTIVE.region.remember((out,) if isinstance(out, Tensor) else out, function, args)
     return out
 
 
@@ -115,19 +118,24 @@ class _Region:
         # a weak reference keeps the key from being given out again, and not the memory alive
         self.recipes: dict[int, tuple[StorageWeakRef, _Recipe]] = {}
 
-    def remember(self, out: Tensor, function: Callable[..., Tensor], args: Any) -> None:
-        storage = out.untyped_storage()
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        if any(x.untyped_storage()._cdata == storage._cdata for x in tensors):
-            return
+    def remember(
+        self, outputs: tuple[Tensor, ...], function: Callable[..., Any], args: tuple[Any, ...]
+    ) -> None:
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
         is_tensor = [isinstance(arg, Tensor) for arg in args]
         kept = [self.pack(a.detach()) if t else a for a, t in zip(args, is_tensor, strict=True)]
 
-        def make() -> Tensor:
-            given = [self.unpack(k) if t else k for k, t in zip(kept, is_tensor, strict=True)]
-            return function(*given)
+        def make(index: int) -> Tensor:
+            found = function(
+                *(self.unpack(k) if t else k for k, t in zip(kept, is_tensor, strict=True))
+            )
+            return found if isinstance(found, Tensor) else found[index]
 
-        self.recipes[storage._cdata] = StorageWeakRef(storage), _Recipe(make)
+        for index, out in enumerate(outputs):
+            storage = out.untyped_storage()
+            if storage._cdata not in given:
+                recipe = _Recipe(partial(make, index))
+                self.recipes[storage._cdata] = StorageWeakRef(storage), recipe
 
     def pack(self, x: Tensor) -> Any:
         _, recipe = self.recipes.get(x.untyped_storage()._cdata, (None, None))

@@ -58,9 +58,9 @@ def rotary_table(
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of x [R, T, heads, dim] in halves: dimension i is paired with i + dim/2."""
-    cos, sin = table
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [R, T, heads, dim] by a `rotary_table`, in halves: dimension i is
+    paired with i + dim/2."""
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -374,7 +374,7 @@ class SelfAttention(Mixer):
         )
         position = state.position if state is not None else (0,) * streams
         table = rotary_table(position, length, self.head_dim, self.options.rope_theta, q)
-        q, k = rotate(q, table), rotate(k, table)
+        q, k = remade(rotate, q, *table), rotate(k, *table)
         past = state.history if state is not None else None
         window = self.options.window_size
         history = TokenHistory.extend(past, (k, v))

@@ -61,7 +61,7 @@ def check_supported(config: Config) -> None:
     if runs_in_slices(config) and config.refine.mode not in SLICED_MODES:
         raise UserError(
             f"refine.mode {config.refine.mode} runs on whole texts: it needs parallel.pipeline 1, "
-            "parallel.slices 1 and no training.recompute, or take refine.mode fused or ntp"
+            "parallel.slices 1 and no training.recompute full, or take refine.mode fused or ntp"
         )
 
 
@@ -70,7 +70,7 @@ def runs_in_slices(config: Config) -> bool:
     return (
         config.parallel.pipeline > 1
         or (config.parallel.slices or 1) > 1
-        or config.training.recompute is not None
+        or config.training.recompute == "full"
     )
 
 
@@ -84,7 +84,7 @@ def build_engine(
         wrapped,
         pg_collection,
         slices=config.parallel.slices,
-        recompute=config.training.recompute is not None,
+        recompute=config.training.recompute == "full",
         timeout_s=config.parallel.timeout,
     )
 
@@ -104,6 +104,7 @@ def training_model(
             sequence_parallel=config.parallel.sequence_parallel,
             tape_interval=config.training.tape_interval,
             fast_weight_matmul=config.model.fast_weight_matmul,
+            selective_recompute=config.training.recompute == "selective",
         ),
         pg_collection,
         transformer_engine=config.model.transformer_engine,

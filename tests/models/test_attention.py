@@ -186,7 +186,7 @@ def test_a_window_keeps_keys_and_values_once_and_one_mask(kv_heads: int, before:
 def test_rotation_is_by_the_position_of_each_stream() -> None:
     """Pairs (i, i + dim/2) turn by position * base^(-2i/dim)."""
     x = torch.randn(2, 3, 1, 4, dtype=torch.float64)
-    rotated = rotate(x, rotary_table((5, 9), 3, 4, 100.0, x))
+    rotated = rotate(x, *rotary_table((5, 9), 3, 4, 100.0, x))
     for stream, start in enumerate((5, 9)):
         for t in range(3):
             for i in range(2):
@@ -194,5 +194,5 @@ def test_rotation_is_by_the_position_of_each_stream() -> None:
                 pair = torch.complex(x[stream, t, 0, i], x[stream, t, 0, i + 2]) * turn
                 found = torch.complex(rotated[stream, t, 0, i], rotated[stream, t, 0, i + 2])
                 torch.testing.assert_close(found, pair, rtol=0, atol=1e-6)
-    one_start = rotate(x, rotary_table((5, 5), 3, 4, 100.0, x))
+    one_start = rotate(x, *rotary_table((5, 5), 3, 4, 100.0, x))
     assert torch.equal(one_start[0], rotated[0])
