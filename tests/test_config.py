@@ -145,7 +145,7 @@ def test_unknown_section_and_misplaced_entry(write):
         ("refine.dual_clip", "1.0", "must be greater than 1, got 1.0"),
         ("refine.policy_weight", "-0.1", "must be at least 0, got -0.1"),
         ("refine.mode", "turbo", "must be one of ntp, fused, two_phase, prefix_copy, got 'turbo'"),
-        ("training.recompute", "half", "must be one of full, got 'half'"),
+        ("training.recompute", "half", "must be one of selective, full, got 'half'"),
         ("refine.reward_weights", "[1]", "must be a list of 2 values, got 1"),
         ("data.paths", "a.txt", "must be a list, got 'a.txt'"),
         ("model.overrides", "3", "must be a mapping, got 3"),

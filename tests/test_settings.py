@@ -236,6 +236,10 @@ TABLE: list[tuple[str, Seen]] = [
         "training.recompute",
         Seen("full", lambda s: s.passes.count(32), ANOTHER, ("parallel.slices=2",)),
     ),
+    (
+        "training.recompute",
+        Seen("selective", lambda s: built(s).model["selective_recompute"], True),
+    ),
     ("parallel.tensor", layout("2", lambda b: b.group_sizes["tp"])),
     ("parallel.tensor", layout("2", lambda b: b.model["tensor_model_parallel_size"])),
     ("parallel.pipeline", layout("2", lambda b: b.group_sizes["pp"])),

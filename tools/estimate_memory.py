@@ -1,6 +1,7 @@
 """How much memory a bfloat16 run takes on each GPU, from what a layer is counted to keep.
 
     python tools/estimate_memory.py --preset deltanet-1.3b --sequence-length 16384
+    python tools/estimate_memory.py --preset deltanet-1.3b --recompute selective
 
 Counts on the CPU, over a shorter text; weights, gradients and optimizer state are computed. What
 lives only while one layer runs is not in it, nor are the allocator's own overhead and buffers for
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--preset", required=True, help="name of the architecture")
     parser.add_argument("--sequence-length", type=int, default=16384, help="tokens of a text")
     parser.add_argument("--micro-batch-size", type=int, default=1, help="texts at a time")
+    parser.add_argument("--recompute", choices=["selective"], help="as training.recompute")
     parser.add_argument("--gpus", default="1,8,64", help="data-parallel sizes")
     arguments = parser.parse_args(argv)
     architecture = preset(arguments.preset)
@@ -39,7 +41,10 @@ def main(argv: list[str]) -> None:
     with platform.distributed(timeout_s=60):
         groups = platform.initialize_model_parallel()
         counted = count_saved_bytes(
-            architecture, groups, tokens=min(arguments.sequence_length, 4 * chunk)
+            architecture,
+            groups,
+            tokens=min(arguments.sequence_length, 4 * chunk),
+            selective_recompute=arguments.recompute == "selective",
         )
     tokens = arguments.sequence_length * arguments.micro_batch_size
     print(

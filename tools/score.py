@@ -45,8 +45,10 @@ def main(argv: list[str]) -> None:
     from refine_mcore.training.setup import check_supported, resolve_architecture
 
     check_supported(config)
-    if (config.parallel.slices or 1) > 1 or config.training.recompute is not None:
-        raise UserError("score.py reads whole texts: no parallel.slices, no training.recompute")
+    if (config.parallel.slices or 1) > 1 or config.training.recompute == "full":
+        raise UserError(
+            "score.py reads whole texts: no parallel.slices, no training.recompute full"
+        )
     architecture = resolve_architecture(config)
     tokens = read_token_file(Path(arguments.tokens), arguments.key, architecture.vocab_size)
     _check_positions(positions, tokens.shape[1], arguments.tokens)

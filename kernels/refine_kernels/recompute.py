@@ -1,11 +1,27 @@
-"""Functions that keep their inputs for the backward and make all else again there."""
+"""Keeping less for the backward: two ways to make tensors again there.
 
-from collections.abc import Callable
-from typing import Any
+`recomputed` is for a function whose intermediates are large: it runs again, as a whole, when its
+backward begins.  `remade` is for a function that is cheap and whose *output* is large and kept by
+whatever reads it, a product or a split: inside `remaking` it is made again when a reader's
+backward asks for it, and let go when the last reader has had it.  Products are not run again,
+but for those of `recomputed_where_remaking`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+
+Made = TypeVar("Made", Tensor, tuple[Tensor, ...])
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
@@ -20,5 +36,119 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def recomputed_where_remaking(function: Callable[..., Any], *args: Any) -> Any:
+    """As `recomputed` inside `remaking`, and a plain call elsewhere: for what is not cheap."""
+    return function(*args) if _ACTIVE.region is None else recomputed(function, *args)
+
+
 def _needs_gradient(arg: Any) -> bool:
     return isinstance(arg, Tensor) and arg.requires_grad
+
+
+@contextmanager
+def remaking() -> Iterator[None]:
+    """Where autograd keeps no outputs of `remade`, but what they are made of.
+
+    All else that it keeps goes to the hooks on saved tensors that are in force outside.
+    """
+    outside = _ACTIVE.region
+    region = _ACTIVE.region = _Region()
+    try:
+        with saved_tensors_hooks(region.pack, region.unpack):
+            yield
+    finally:
+        _ACTIVE.region = outside
+        region.recipes.clear()  # whoever reads one holds it
+
+
+def remade(function: Callable[..., Made], *args: Any) -> Made:
+    """``function(*args)``, made again for the backward of what reads it inside the innermost
+    `remaking`; kept like any other tensor where there is none.
+
+    The function returns a tensor or a tuple of tensors, and gives the same bits again, without
+    communication between ranks.  Its own backward is not touched: it should not keep the output.
+    An output that shares memory with an argument is that argument, and kept.
+    """
+    out = function(*args)
+    if _ACTIVE.region is not None and torch.is_grad_enabled():
+        _ACTIVE.region.remember((out,) if isinstance(out, Tensor) else out, function, args)
+    return out
+
+
+class _Active(threading.local):
+    region: _Region | None = None
+
+
+_ACTIVE = _Active()
+
+
+class _Recipe:
+    """How a tensor is made, and the tensor itself while some of its readers wait for it."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make = make
+        self._made: Tensor | None = None
+        self.readers = 0
+        self._waiting = 0
+
+    def read(self) -> Tensor:
+        if self._made is None:
+            self._waiting = self.readers
+            with torch.no_grad():
+                self._made = self._make()
+        made = self._made
+        self._waiting -= 1
+        if self._waiting == 0:
+            self._made = None
+        return made
+
+
+class _View(NamedTuple):
+    """What a reader keeps: a view of the tensor that `recipe` makes."""
+
+    recipe: _Recipe
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+    def tensor(self) -> Tensor:
+        return self.recipe.read().as_strided(self.size, self.stride, self.offset)
+
+
+class _Region:
+    """The recipes of one `remaking`, by the memory of what they make."""
+
+    def __init__(self) -> None:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self._pack, self._unpack = hooks or (Tensor.detach, lambda x: x)
+        # a weak reference keeps the key from being given out again, and not the memory alive
+        self.recipes: dict[int, tuple[StorageWeakRef, _Recipe]] = {}
+
+    def remember(
+        self, outputs: tuple[Tensor, ...], function: Callable[..., Any], args: tuple[Any, ...]
+    ) -> None:
+        given = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
+        is_tensor = [isinstance(arg, Tensor) for arg in args]
+        kept = [self.pack(a.detach()) if t else a for a, t in zip(args, is_tensor, strict=True)]
+
+        def make(index: int) -> Tensor:
+            found = function(
+                *(self.unpack(k) if t else k for k, t in zip(kept, is_tensor, strict=True))
+            )
+            return found if isinstance(found, Tensor) else found[index]
+
+        for index, out in enumerate(outputs):
+            storage = out.untyped_storage()
+            if storage._cdata not in given:
+                recipe = _Recipe(partial(make, index))
+                self.recipes[storage._cdata] = StorageWeakRef(storage), recipe
+
+    def pack(self, x: Tensor) -> Any:
+        _, recipe = self.recipes.get(x.untyped_storage()._cdata, (None, None))
+        if recipe is None:
+            return self._pack(x)
+        recipe.readers += 1
+        return _View(recipe, x.size(), x.stride(), x.storage_offset())
+
+    def unpack(self, kept: Any) -> Tensor:
+        return kept.tensor() if isinstance(kept, _View) else self._unpack(kept)

@@ -84,23 +84,40 @@ class SavedBytes:
 
 
 def count_saved_bytes(
-    architecture: Architecture, groups: Any, *, tokens: int, dtype: torch.dtype = torch.bfloat16
+    architecture: Architecture,
+    groups: Any,
+    *,
+    tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+    selective_recompute: bool = False,
 ) -> SavedBytes:
     """Count over a text of `tokens` tokens: the difference between two layers and one is a layer.
 
-    A hybrid's attention layers are not counted. `groups` are those of a single rank.
+    A hybrid's attention layers are not counted. `groups` are those of a single rank. What is made
+    again in the backward is not counted, what it is made of is; the tape of a LaCT text holds the
+    values its fast weights are written with until its branches have left, counted or not.
     """
-    one, two = (_count(architecture, layers, groups, tokens, dtype) for layers in (1, 2))
+    one, two = (
+        _count(architecture, layers, groups, tokens, dtype, selective_recompute)
+        for layers in (1, 2)
+    )
     totals = [sum(x.bytes for x in saved) for saved in (one, two)]
     layer = totals[1] - totals[0]
     return SavedBytes(layer / tokens, (totals[0] - layer) / tokens, one)
 
 
 def _count(
-    architecture: Architecture, layers: int, groups: Any, tokens: int, dtype: torch.dtype
+    architecture: Architecture,
+    layers: int,
+    groups: Any,
+    tokens: int,
+    dtype: torch.dtype,
+    selective_recompute: bool,
 ) -> list[SavedTensor]:
     reduced = architecture.with_overrides({"num_layers": layers, "attention": None})
-    model: FastWeightModel = build_model(transformer_config(reduced, dtype=dtype), groups)
+    model: FastWeightModel = build_model(
+        transformer_config(reduced, dtype=dtype, selective_recompute=selective_recompute), groups
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.01)

@@ -136,9 +136,9 @@ def _check_parallel(config: Config) -> str | None:
             f"parallel.slices ({parallel.slices}) exceeds "
             f"data.sequence_length ({config.data.sequence_length})"
         )
-    if config.training.recompute and parallel.pipeline == 1 and parallel.slices == 1:
+    if config.training.recompute == "full" and parallel.pipeline == 1 and parallel.slices == 1:
         return (
-            "training.recompute keeps the activations of one slice at a time: with "
+            "training.recompute full keeps the activations of one slice at a time: with "
             "parallel.pipeline 1 and parallel.slices 1 it would save nothing"
         )
     if optimizer.overlap_param_gather and not (

@@ -1,22 +1,23 @@
 """Causal softmax attention, full or over a window, of a text and of branches that left it.
 
 `attend` is the one path: a training forward, a prefill in pieces, a decode step and the scoring of
-branches differ only in what history they bring. The text's keys are read in place by every branch,
-under a mask; a window per branch would store the text several times over. `SelfAttention` is the
-mixer of a hybrid's attention layers; LaCT uses `attend` and `rotate` for its own
-window attention.
+branches differ only in what history they bring. The history is in pieces as they were made; a text
+meets them joined, which its backward joins again, so that keys and values are kept once in however
+many slices it is run. They are read in place by every branch, piece by piece under a mask; a window
+per branch would store the text several times over. `SelfAttention` is the mixer of a hybrid's
+attention layers; LaCT uses `attend` and `rotate` for its own window attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from refine_kernels.recompute import recomputed
+from refine_kernels.recompute import recomputed, remade, remaking
 from torch import Tensor
 
 from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
@@ -25,7 +26,15 @@ from refine_mcore.models.parallel_layers import (
     Projection,
     at_least_float32,
 )
-from refine_mcore.models.state import FastWeightState, LayerTape, StreamGroups, TokenHistory
+from refine_mcore.models.state import (
+    FastWeightState,
+    LayerTape,
+    Piece,
+    StreamGroups,
+    TokenHistory,
+    join_pieces,
+    piece_spans,
+)
 from refine_mcore.models.transformer_config import FastWeightConfig
 from refine_mcore.platform import to_device
 
@@ -49,9 +58,9 @@ def rotary_table(
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of x [R, T, heads, dim] in halves: dimension i is paired with i + dim/2."""
-    cos, sin = table
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [R, T, heads, dim] by a `rotary_table`, in halves: dimension i is
+    paired with i + dim/2."""
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -59,31 +68,35 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 def attend(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:
     """softmax(q k^T / sqrt(dim)) v over each query's own past.
 
-    q [R, T, heads, dim]; `history` holds (keys, values) [R, tokens, kv_heads, dim], those of the
-    same T tokens last. Query t sees the `window` keys up to and including its own (all if None).
+    q [R, T, heads, dim]; `history` holds (keys, values) [R, tokens, kv_heads, dim] in pieces, those
+    of the same T tokens last. Query t sees the `window` keys up to and including its own (all if
+    None).
     Returns [R, T, heads, dim].
     """
     if history.text is not None:
         return _branch_attention(q, history, window)
-    k, v = history.own
-    return _text_attention(q, k, v, history.own_length - q.shape[1], window)
+    with remaking():
+        return _text_attention(q, history, window)
 
 
-def _text_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int | None) -> Tensor:
-    """Causal attention of T queries on `before` + T keys, in query blocks that meet only the keys
-    they can see."""
-    shape, (streams, total, kv_heads, dim) = q.shape, k.shape
-    grouped = shape[2] != kv_heads
+def _text_attention(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:
+    """Causal attention of the last T of a text's tokens on all of them, in query blocks that meet
+    only the keys they can see."""
+    shape, kv_heads = q.shape, history.own[0][0].shape[2]
+    streams, length, heads, dim = shape
+    total, grouped = history.own_length, heads != kv_heads
+    before = total - length
+    keys, values = zip(*history.own, strict=True)
     if before == 0 and (window is None or window >= total):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, _join(*keys), _join(*values)))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return out.transpose(1, 2)
+    join = _join_heads_apart if grouped else _join
+    k, v = remade(join, *keys), remade(join, *values)
     if grouped:
         # No kernel on a GPU takes grouped heads and a mask (torch's documentation): here each
         # key/value head is a stream of its own, which its queries meet through a stride of zero.
-        group = shape[2] // kv_heads
-        q = q.reshape(streams, -1, kv_heads, group, dim).transpose(1, 2).flatten(0, 1)
-        k, v = (x.transpose(1, 2).reshape(-1, total, 1, dim) for x in (k, v))
+        q = q.reshape(streams, -1, kv_heads, heads // kv_heads, dim).transpose(1, 2).flatten(0, 1)
     if window is None or window >= total:
         out = _masked_attention(q, k, v, before, window)
     else:
@@ -91,6 +104,16 @@ def _text_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int | 
     if grouped:
         out = out.unflatten(0, (streams, kv_heads)).transpose(1, 2).reshape(shape)
     return out
+
+
+def _join(*pieces: Tensor) -> Tensor:
+    """[R, T, kv_heads, dim] of all pieces' tokens; a single piece as it is."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def _join_heads_apart(*pieces: Tensor) -> Tensor:
+    """The same as [R * kv_heads, T, 1, dim]."""
+    return _join(*pieces).transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
 
 def _block_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int) -> Tensor:
@@ -132,8 +155,8 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int 
     """q [R, T, heads, dim] against k, v [R, before + T, heads or 1, dim]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
-    make_mask = _causal_mask if window is None else _window_mask
-    mask = make_mask(q.shape[2], before, window, q.dtype, q.device)
+    shape = (q.shape[2], before, window, q.dtype, q.device)
+    mask = remade(_causal_mask, *shape) if window is None else _window_mask(*shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
@@ -162,70 +185,101 @@ _window_mask = lru_cache(maxsize=16)(_causal_mask)
 def _branch_attention(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:
     """Attention of branches: one softmax over the text's keys (shared) and each branch's own."""
     assert history.text is not None
-    own_k, own_v = history.own
-    text_k, text_v = history.text
+    before = history.own_length - q.shape[1]
+    low, high = _visible_range(history.limit, before, window)
+    parts, spans = [], []
+    for piece, start, stop in piece_spans(history.text, low, high):
+        first, length = low - start, piece[0].shape[1]
+        low += stop - start
+        if stop - start > length // 2:
+            # the gradient of a slice is a zero tensor of the piece's size: more than it saves
+            start, stop = 0, length
+        parts.append(piece)
+        spans.append(_Span(start, stop, first))
+    core = partial(
+        _branch_attention_core,
+        spans=spans,
+        before=before,
+        window=window,
+        rows=history.rows,
+        limit=history.limit,
+    )
+    tensors = [x for piece in (*parts, *history.own) for x in piece]
     # scores over the text are [branches * k, S]: made again in the backward rather than kept
-    return recomputed(_branch_attention_core, q, own_k, own_v, text_k, text_v, history, window)
+    return recomputed(core, q, *tensors)
+
+
+class _Span(NamedTuple):
+    """Tokens [start, stop) of a piece, whose own first token is token `first` of the text."""
+
+    start: int
+    stop: int
+    first: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """The span of x [R, T, ...]."""
+        whole = self.start == 0 and self.stop == x.shape[1]
+        return x if whole else x[:, self.start : self.stop]
+
+    def tokens(self, device: torch.device) -> Tensor:
+        """Which tokens of the text these are."""
+        return torch.arange(self.start, self.stop, device=device) + self.first
 
 
 def _branch_attention_core(
     q: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    text_k: Tensor,
-    text_v: Tensor,
-    history: TokenHistory,
+    *keys_and_values: Tensor,
+    spans: list[_Span],
+    before: int,
     window: int | None,
+    rows: Sequence[int],
+    limit: Sequence[int],
 ) -> Tensor:
+    """The text's pieces come first, of which branches see the `spans`; then the branches' own."""
     streams, length, heads, dim = q.shape
-    kv_heads, before = text_k.shape[2], own_k.shape[1] - length
+    kv_heads = keys_and_values[0].shape[2]
     compute = at_least_float32(q.dtype)
     scale = dim**-0.5
-    low, high = _visible_range(history.limit, before, window)
-    if high - low > text_k.shape[1] // 2:
-        # the gradient of a slice is a zero tensor of the text's size: more than the slice saves
-        low, high = 0, text_k.shape[1]
-    else:
-        text_k, text_v = text_k[:, low:high], text_v[:, low:high]
-    text_k, text_v = text_k.transpose(1, 2), text_v.transpose(1, 2)
-    groups = StreamGroups(history.rows, text_k.shape[0])
+    pieces = list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
+    text_k, text_v = zip(
+        *((s.of(k), s.of(v)) for s, (k, v) in zip(spans, pieces, strict=False)), strict=True
+    )
+    own_k, own_v = join_pieces(pieces[len(spans) :])
+    groups = StreamGroups(rows, text_k[0].shape[0])
 
     def by_head(x: Tensor) -> Tensor:
-        """[rows, n, heads, dim] -> [rows, kv_heads, heads / kv_heads * n, dim]"""
-        rows, n = x.shape[:2]
-        x = x.reshape(rows, n, kv_heads, heads // kv_heads, dim)
-        return x.permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, dim)
+        """[rows, n, heads, last] -> [rows, kv_heads, heads / kv_heads * n, last]"""
+        x = x.unflatten(2, (kv_heads, heads // kv_heads))
+        return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def streams_first(x: Tensor) -> Tensor:
         """The inverse, then [streams, kv_heads, heads / kv_heads, T, last]."""
-        rows, last = x.shape[0], x.shape[-1]
-        x = x.reshape(rows, kv_heads, heads // kv_heads, -1, last).permute(0, 3, 1, 2, 4)
+        x = x.unflatten(2, (heads // kv_heads, -1)).permute(0, 3, 1, 2, 4)
         return groups.scatter(x.contiguous()).permute(0, 2, 3, 1, 4)
 
-    text_scores = by_head(groups.gather(q)) @ text_k.transpose(-1, -2)
-    text_scores = streams_first(text_scores).to(compute) * scale
+    q_rows = by_head(groups.gather(q))
     q_own = q.reshape(streams, length, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
-    own_scores = (q_own @ own_k.permute(0, 2, 3, 1).unsqueeze(2)).to(compute) * scale
+    scores = [streams_first(q_rows @ k.permute(0, 2, 3, 1)) for k in text_k]
+    scores.append(q_own @ own_k.permute(0, 2, 3, 1).unsqueeze(2))
 
     query = torch.arange(length, device=q.device)[:, None] + before
-    own = torch.arange(before + length, device=q.device)
-    own_mask = own <= query
-    limit = to_device(history.limit, q.device)[:, None, None]
-    text = torch.arange(low, high, device=q.device)
-    text_mask = (text < limit).expand(streams, length, -1)
+    own_token = torch.arange(before + length, device=q.device)
+    own_mask = own_token <= query
+    ends = to_device(limit, q.device)[:, None, None]
+    text_token = torch.cat([span.tokens(q.device) for span in spans])
+    text_mask = (text_token < ends).expand(streams, length, -1)
     if window is not None:
-        own_mask = own_mask & (own > query - window)
-        text_mask = text_mask & (text > limit + query - window)
-    text_scores = text_scores.masked_fill(~text_mask[:, None, None], float("-inf"))
-    own_scores = own_scores.masked_fill(~own_mask, float("-inf"))
+        own_mask = own_mask & (own_token > query - window)
+        text_mask = text_mask & (text_token > ends + query - window)
+    seen = torch.cat([text_mask, own_mask.expand(streams, -1, -1)], dim=-1)
 
-    weights = torch.cat([text_scores, own_scores], dim=-1).softmax(dim=-1).to(q.dtype)
-    text_weights, own_weights = weights.split([high - low, before + length], dim=-1)
-    by_stream = text_weights.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, -1)
-    rows = groups.gather(by_stream)
-    rows = rows.reshape(groups.num_rows, -1, kv_heads, heads // kv_heads, high - low)
-    rows = rows.permute(0, 2, 3, 1, 4).reshape(groups.num_rows, kv_heads, -1, high - low)
-    out = streams_first(rows @ text_v) + own_weights @ own_v.transpose(1, 2).unsqueeze(2)
+    joined = torch.cat(scores, dim=-1).to(compute) * scale
+    joined = joined.masked_fill(~seen[:, None, None], float("-inf"))
+    weights = joined.softmax(dim=-1).to(q.dtype).split([x.shape[-1] for x in scores], dim=-1)
+    out = weights[-1] @ own_v.transpose(1, 2).unsqueeze(2)
+    for of_piece, v in zip(weights, text_v, strict=False):
+        by_stream = of_piece.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, -1)
+        out = out + streams_first(by_head(groups.gather(by_stream)) @ v.transpose(1, 2))
     return out.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, dim)
 
 
@@ -263,11 +317,10 @@ class AttentionState(FastWeightState):
 
 @dataclass(frozen=True)
 class AttentionTape(LayerTape):
-    """A text's keys and values; `first` is the position of the first of them, `start` that of the
-    forward."""
+    """A text's keys and values, in pieces; `first` is the position of the first of them, `start`
+    that of the forward."""
 
-    keys: Tensor
-    values: Tensor
+    text: tuple[Piece, ...]
     first: int
     start: int
     window: int | None
@@ -276,7 +329,7 @@ class AttentionTape(LayerTape):
         position = [self.start + tokens for tokens in offset]
         limit = [p - self.first for p in position]
         reach = None if self.window is None else self.window - 1
-        history = TokenHistory.branch((self.keys, self.values), batch_index, limit, reach)
+        history = TokenHistory.branch(self.text, batch_index, limit, reach)
         return AttentionState(history, tuple(position))
 
 
@@ -321,7 +374,7 @@ class SelfAttention(Mixer):
         )
         position = state.position if state is not None else (0,) * streams
         table = rotary_table(position, length, self.head_dim, self.options.rope_theta, q)
-        q, k = rotate(q, table), rotate(k, table)
+        q, k = remade(rotate, q, *table), rotate(k, *table)
         past = state.history if state is not None else None
         window = self.options.window_size
         history = TokenHistory.extend(past, (k, v))
@@ -348,6 +401,5 @@ def record_text(
     """The tape of a forward over `length` tokens of texts, the last in `history`: all streams at
     one position, none a branch."""
     assert len(set(position)) == 1 and history.text is None
-    keys, values = history.own
     first = position[0] + length - history.own_length
-    return AttentionTape(keys, values, first, position[0], window)
+    return AttentionTape(history.own, first, position[0], window)

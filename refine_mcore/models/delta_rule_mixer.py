@@ -19,6 +19,7 @@ from refine_kernels.dispatch import (
     recurrent_gated_delta_rule,
     rms_norm,
 )
+from refine_kernels.recompute import remade
 from torch import Tensor
 
 from refine_mcore.models.delta_rule_state import DeltaRuleState, DeltaRuleTape
@@ -121,14 +122,12 @@ class DeltaRuleMixer(Mixer):
         raw, gates = self.split_packed(tokens if tape is None else tape.packed.tokens)
         past, initial = (None, None) if state is None else state.of_streams()
         convolved, conv_tail = self.convolve(raw, past)
-        if tape is not None:
-            convolved = tape.record_convolved(convolved)
         q, inputs = self.recurrence_inputs(convolved, gates)
         o, final, boundaries = self.recurrence(q, inputs, initial)
         assert o is not None
         gate = gates["g_proj"].reshape(o.shape) if self.options.use_gate else None
         gain = shared_by_heads(self.o_norm, self.tp_group)
-        y = rms_norm(o, gain, self.config.layernorm_epsilon, gate)
+        y = remade(rms_norm, o, gain, self.config.layernorm_epsilon, gate)
         if tape is not None:
             tape.record_states(KERNEL_CHUNK, boundaries, final)
         return MixerOutput(
@@ -149,8 +148,14 @@ class DeltaRuleMixer(Mixer):
         """SiLU of the short convolution of q, k, v [R, T, channels] that follow the inputs `past`,
         and the inputs the next token needs."""
         if not self.options.use_short_conv:
-            return self.activate(raw), raw[:, :0]
+            return remade(self.activate, raw), raw[:, :0]
         weight = torch.cat([self.q_conv1d, self.k_conv1d, self.v_conv1d])
+        out, tail = remade(self._short_conv, raw, weight, past)
+        return out, tail
+
+    def _short_conv(
+        self, raw: Tensor, weight: Tensor, past: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         activation = None if self.qk_identity else "silu"
         out, tail = causal_conv1d(raw, weight, past, activation)
         return (self.activate(out) if activation is None else out), tail

@@ -62,18 +62,13 @@ class DeltaRuleState(FastWeightState):
 
 
 class DeltaRuleTape(LayerTape):
-    """Packed projections and convolution outputs of the text, and its states at the borders of the
-    kernel's chunks: contents every `tape_interval` tokens, places in the graph everywhere."""
+    """Packed projections of the text, and its states at the borders of the kernel's chunks:
+    contents every `tape_interval` tokens, places in the graph everywhere."""
 
     def __init__(self, mixer: DeltaRuleMixer, packed: Tensor, state: DeltaRuleState | None) -> None:
         self.mixer = mixer
         self.packed = RecordedTokens(packed)
         self.past = None if state is None else state.of_streams()[0]
-
-    def record_convolved(self, convolved: Tensor) -> Tensor:
-        """Keep the convolution's output; the forward goes on with what is returned."""
-        self.convolved = RecordedTokens(convolved)
-        return self.convolved.tokens
 
     def record_states(self, chunk: int, borders: list[Tensor], final: Tensor) -> None:
         """Keep the states before each `chunk` tokens, of most only their places in the graph, and
@@ -108,8 +103,8 @@ class DeltaRuleTape(LayerTape):
         length = max(rest)
         if length == 0:
             return states
-        _, gates = self.mixer.split_packed(self.packed.read(batch_index, starts, length))
-        convolved = self.convolved.read(batch_index, starts, length)
+        raw, gates = self.mixer.split_packed(self.packed.read(batch_index, starts, length))
+        convolved, _ = self.mixer.convolve(raw, self._conv_tail(batch_index, starts))
         _, inputs = self.mixer.recurrence_inputs(convolved, gates)
         steps = torch.arange(length, device=states.device)
         valid = (steps < to_device(rest, states.device)[:, None])[..., None]

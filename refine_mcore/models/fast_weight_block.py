@@ -8,20 +8,28 @@ checkpoint names and the MLP half are Megatron's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
+from refine_kernels.recompute import remaking
 from torch import Tensor
 
 from refine_mcore.models.mixer import MixerOutput
 from refine_mcore.models.state import FastWeightState, LayerTape
 from refine_mcore.models.token_layout import TokenLayout
+from refine_mcore.models.transformer_config import FastWeightConfig
 
 
 class FastWeightLayer(TransformerLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), on [s, 1, h]."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)), on [s, 1, h].
+
+    With selective recomputation it keeps the inputs of what it calls `remade`, and not the outputs.
+    """
+
+    config: FastWeightConfig
 
     def forward(
         self,
@@ -32,16 +40,17 @@ class FastWeightLayer(TransformerLayer):
         output_state: bool = False,
         record: bool = False,
     ) -> MixerOutput:
-        mixed = self.self_attention(
-            self.input_layernorm(hidden_states),
-            layout,
-            state,
-            output_state=output_state,
-            record=record,
-        )
-        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        hidden_states = add((mixed.hidden_states, None), hidden_states, self.hidden_dropout)
-        return mixed._replace(hidden_states=self._forward_mlp(hidden_states))
+        with remaking() if self.config.selective_recompute else nullcontext():
+            mixed = self.self_attention(
+                self.input_layernorm(hidden_states),
+                layout,
+                state,
+                output_state=output_state,
+                record=record,
+            )
+            add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+            hidden_states = add((mixed.hidden_states, None), hidden_states, self.hidden_dropout)
+            return mixed._replace(hidden_states=self._forward_mlp(hidden_states))
 
 
 class BlockOutput(NamedTuple):

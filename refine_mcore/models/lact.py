@@ -36,7 +36,7 @@ from refine_kernels.dispatch import (
     rms_norm,
     update_fast_weights,
 )
-from refine_kernels.recompute import recomputed
+from refine_kernels.recompute import recomputed, remade
 from torch import Tensor
 
 from refine_mcore.models.attention import (
@@ -154,7 +154,7 @@ class LaCT(Mixer):
         fq, inputs = self._fast_inputs(q, k, v, parts, table)
 
         q, k, v = (y.reshape(streams, length, -1, self.head_dim) for y in (q, k, v))
-        q, k = rotate(q, table), rotate(k, table)
+        q, k = remade(rotate, q, *table), rotate(k, *table)
         past = state.attention.history if state is not None else None
         window = self.options.window_size
         history = TokenHistory.extend(past, (k, v))
@@ -164,8 +164,8 @@ class LaCT(Mixer):
             self._read_text(fq, inputs) if state is None else self._read_on(fq, inputs, state)
         )
         gate = parts["ttt_scale_proj"][..., None] if self.options.learnable_scale else None
-        y = rms_norm(read, shared_by_heads(self.ttt_norm, self.tp_group), _NORM_EPS, gate)
-        out = attended.flatten(2) + y.flatten(2)
+        gain = shared_by_heads(self.ttt_norm, self.tp_group)
+        out = remade(_add_read, attended, read, gain, gate)
         # rates are only used once a chunk is full
         out = with_zero_gradients(out, [self.in_proj.bias(name) for name in self._rates])
         if not (output_state or record):
@@ -190,13 +190,17 @@ class LaCT(Mixer):
     ) -> tuple[Tensor, FastInputs]:
         """fq [R, T, n, d] and what the weights are written with."""
         scale, offset = self.qk_scale, self.qk_offset
-        features = partial(_fast_features, head_dim=self.fast_dim, silu=self.options.qkv_silu)
-        # their intermediates in float32 are made again in the backward
-        fq, fk = (recomputed(features, x, scale[:, i], offset[:, i]) for i, x in enumerate((q, k)))
-        fv = F.silu(v) if self.options.qkv_silu and self.options.v_silu else v
+
+        def features(x: Tensor, scale: Tensor, offset: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            normed = partial(_fast_features, head_dim=self.fast_dim, silu=self.options.qkv_silu)
+            # its intermediates in float32 are made again in the backward
+            y = recomputed(normed, x, scale, offset)
+            return self._rotate_fast(y, cos, sin) if self.options.fast_rope else y
+
+        fq = remade(features, q, scale[:, 0], offset[:, 0], *table)
+        fk = features(k, scale[:, 1], offset[:, 1], *table)
+        fv = remade(F.silu, v) if self.options.qkv_silu and self.options.v_silu else v
         fv = fv.reshape(fq.shape)
-        if self.options.fast_rope:
-            fq, fk = self._rotate_fast(fq, table), self._rotate_fast(fk, table)
         dtype = at_least_float32(q.dtype)
         rates = F.softplus(parts["lr_proj"].to(dtype) + _RATE_SHIFT)
         mu = None
@@ -204,10 +208,10 @@ class LaCT(Mixer):
             mu = torch.sigmoid(parts["momentum_proj"].to(dtype))
         return fq, FastInputs(fk, fv, rates.reshape(*rates.shape[:2], -1, 3), mu)
 
-    def _rotate_fast(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    def _rotate_fast(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary positions in the attention's heads, whatever the fast head width."""
         by_attention_head = x.reshape(*x.shape[:2], -1, self.head_dim)
-        return rotate(by_attention_head, table).reshape(x.shape)
+        return rotate(by_attention_head, cos, sin).reshape(x.shape)
 
     def _full_width_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm over all heads of all ranks; the mean square and its gradient are summed over
@@ -383,6 +387,11 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 def _scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
     """x * factor * weight in the dtype of the factor, returned in that of x."""
     return (x.to(factor.dtype) * factor * weight).to(x.dtype)
+
+
+def _add_read(attended: Tensor, read: Tensor, gain: Tensor, gate: Tensor | None) -> Tensor:
+    """Both branches [R, T, width]: attended, and what the fast weights read, normed and gated."""
+    return attended.flatten(2) + rms_norm(read, gain, _NORM_EPS, gate).flatten(2)
 
 
 def _unit_norm(x: Tensor) -> Tensor:

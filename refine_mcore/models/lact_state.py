@@ -15,6 +15,7 @@ from refine_mcore.models.attention import AttentionState, AttentionTape
 from refine_mcore.models.state import (
     FastWeightState,
     LayerTape,
+    Piece,
     TokenHistory,
     map_tensors,
     take_streams,
@@ -30,7 +31,7 @@ class FastInputs(NamedTuple):
     lr: Tensor
     mu: Tensor | None
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> Piece:
         """As the tuple a `TokenHistory` keeps."""
         return (self.fk, self.fv, self.lr) + (() if self.mu is None else (self.mu,))
 
@@ -117,7 +118,7 @@ class LaCTTape(LayerTape):
 
     chunk_size: int
     attention: AttentionTape
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Piece, ...]
     first: int
     chunks: list[FastWeights]
     norms: RowNorms

@@ -34,6 +34,7 @@ from megatron.core.transformer.utils import (
 )
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from refine_kernels.dispatch import rms_norm, swiglu
+from refine_kernels.recompute import remade
 from torch import Tensor
 
 _PACKED_WEIGHT = "linear.weight"
@@ -121,14 +122,14 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return remade(rms_norm, x, self.weight, self.eps)
 
 
 class SwiGLU(MegatronModule):
     """silu(gate) * up of the MLP's first projection [s, b, 2 m] = [gate | up]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x)
+        return remade(swiglu, x)
 
 
 @dataclass(frozen=True)

@@ -234,38 +234,77 @@ def _row_index(x: Tensor, texts: Tensor, tokens: Tensor) -> Tensor:
     return (texts * x.shape[1] + tokens).flatten()
 
 
+# Consecutive tokens of some streams or texts: tensors [streams, T, ...], such as keys and values.
+Piece = tuple[Tensor, ...]
+
+
+def join_pieces(pieces: Sequence[Piece]) -> Piece:
+    """The tokens of all pieces in one; a single piece as it is."""
+    return tuple(xs[0] if len(xs) == 1 else torch.cat(xs, 1) for xs in zip(*pieces, strict=True))
+
+
+def token_count(pieces: Sequence[Piece]) -> int:
+    """Tokens of all pieces together."""
+    return sum(piece[0].shape[1] for piece in pieces)
+
+
+def piece_spans(pieces: Sequence[Piece], start: int, stop: int) -> list[tuple[Piece, int, int]]:
+    """The pieces that hold some of the tokens [start, stop), each with the part of it that does,
+    counted from its own first token; of no tokens an empty part of the first piece."""
+    if start >= stop:
+        return [(piece, 0, 0) for piece in pieces[:1]]
+    found, first = [], 0
+    for piece in pieces:
+        length = piece[0].shape[1]
+        low, high = max(start - first, 0), min(stop - first, length)
+        if low < high:
+            found.append((piece, low, high))
+        first += length
+    return found
+
+
+def slice_pieces(
+    pieces: Sequence[Piece], start: int, stop: int, rows: slice = slice(None)
+) -> tuple[Piece, ...]:
+    """Tokens [start, stop) of the given rows, as views."""
+    return tuple(
+        tuple(x[rows, low:high] for x in piece)
+        for piece, low, high in piece_spans(pieces, start, stop)
+    )
+
+
 @dataclass(frozen=True)
 class TokenHistory:
     """Per-token tensors (keys and values, a chunk not yet written) of the recent past of R streams.
 
     Stream r's past is the first `limit[r]` tokens of `text[rows[r]]`, then its own tokens. The text
     part is shared by all branches and only ever read under a mask; a stream that did not branch
-    keeps its past in `own` alone. Every tensor is [streams or texts, tokens, ...]. Of the text a
-    stream reads at most the last `reach` tokens before its limit (None: all of them).
+    keeps its past in `own` alone. Both are pieces, one for each forward that made tokens: going on
+    copies none of those before, so a text keeps its tokens once however many slices it is run in.
+    Of the text a stream reads at most the last `reach` tokens before its limit (None: all of them).
     """
 
-    own: tuple[Tensor, ...]
-    text: tuple[Tensor, ...] | None = None
+    own: tuple[Piece, ...] = ()
+    text: tuple[Piece, ...] | None = None
     rows: tuple[int, ...] = ()
     limit: tuple[int, ...] = ()
     reach: int | None = None
 
     @property
     def own_length(self) -> int:
-        return self.own[0].shape[1]
+        return token_count(self.own)
 
     @classmethod
     def branch(
         cls,
-        text: tuple[Tensor, ...],
+        text: tuple[Piece, ...],
         rows: Sequence[int],
         limit: Sequence[int],
         reach: int | None = None,
     ) -> TokenHistory:
         """Streams that have just left their texts after `limit` tokens of them: no tokens of their
         own yet."""
-        none = tuple(x.new_empty(len(rows), 0, *x.shape[2:]) for x in text)
-        return cls(none, text, tuple(rows), tuple(limit), reach)
+        return cls((), text, tuple(rows), tuple(limit), reach)
 
     @classmethod
     def join(cls, parts: Sequence[TokenHistory]) -> TokenHistory:
@@ -278,9 +317,8 @@ class TokenHistory:
         if len(parts) == 1:
             return parts[0]
         if parts[0].reach is None:
-            longest = max((part.text for part in parts if part.text), key=lambda t: t[0].shape[1])
             return cls.branch(
-                longest,
+                max((part.text for part in parts if part.text), key=token_count),
                 [row for part in parts for row in part.rows],
                 [limit for part in parts for limit in part.limit],
             )
@@ -288,7 +326,7 @@ class TokenHistory:
 
     @classmethod
     def _join_rows(cls, parts: Sequence[TokenHistory], reach: int) -> TokenHistory:
-        pieces: list[tuple[Tensor, ...]] = []
+        joined: list[Piece] = []
         rows, limits = [], []
         for part in parts:
             assert part.text is not None and part.own_length == 0
@@ -296,64 +334,58 @@ class TokenHistory:
             for row in sorted(set(part.rows)):
                 limit = [end for r, end in zip(part.rows, part.limit, strict=True) if r == row]
                 low = max(0, min(min(limit) - reach, max(limit) - 1))
-                index[row] = len(pieces), low
-                pieces.append(tuple(x[row : row + 1, low : max(limit)] for x in part.text))
+                index[row] = len(joined), low
+                of_row = slice(row, row + 1)
+                joined.append(join_pieces(slice_pieces(part.text, low, max(limit), of_row)))
             rows += [index[row][0] for row in part.rows]
             limits += [end - index[r][1] for r, end in zip(part.rows, part.limit, strict=True)]
-        length = max(piece[0].shape[1] for piece in pieces)
+        length = max(piece[0].shape[1] for piece in joined)
         text = tuple(
-            torch.cat([_pad_tokens(x, length) for x in xs]) for xs in zip(*pieces, strict=True)
+            torch.cat([_pad_tokens(x, length) for x in xs]) for xs in zip(*joined, strict=True)
         )
-        return cls.branch(text, rows, limits, reach)
+        return cls.branch((text,), rows, limits, reach)
 
     @classmethod
-    def extend(cls, past: TokenHistory | None, new: tuple[Tensor, ...]) -> TokenHistory:
+    def extend(cls, past: TokenHistory | None, new: Piece) -> TokenHistory:
         """`past`, if there is one, with `new` [R, T, ...] behind it."""
-        return cls(new) if past is None else past.append(new)
+        return cls((new,)) if past is None else past.append(new)
 
-    def append(self, new: tuple[Tensor, ...]) -> TokenHistory:
+    def append(self, new: Piece) -> TokenHistory:
         """The history with `new` [R, T, ...] behind it."""
-        own = tuple(torch.cat([a, b], dim=1) for a, b in zip(self.own, new, strict=True))
-        return replace(self, own=own)
+        return replace(self, own=(*self.own, new))
 
     def keep_last(self, tokens: int) -> TokenHistory:
         """Drop all but the last own tokens (streams without a text)."""
         assert self.text is None
-        start = max(0, self.own_length - tokens)
-        return replace(self, own=tuple(x[:, start:] for x in self.own))
+        length = self.own_length
+        return replace(self, own=slice_pieces(self.own, max(0, length - tokens), length))
 
     def select(self, indices: Sequence[int]) -> TokenHistory:
         """The histories of the given streams. Repeats share: own tokens become a text of their own
         if there is none."""
-        if self.text is None:
-            if len(set(indices)) == len(indices) or self.own_length == 0:
-                return replace(self, own=_rows(self.own, indices))
-            return TokenHistory.branch(self.own, indices, [self.own_length] * len(indices))
+        length = self.own_length
+        if self.text is None and length > 0 and len(set(indices)) < len(indices):
+            return TokenHistory.branch(self.own, indices, [length] * len(indices))
         return replace(
             self,
-            own=_rows(self.own, indices),
-            rows=tuple(self.rows[i] for i in indices),
-            limit=tuple(self.limit[i] for i in indices),
+            own=tuple(tuple(take_streams(x, indices) for x in piece) for piece in self.own),
+            rows=tuple(self.rows[i] for i in indices if self.text),
+            limit=tuple(self.limit[i] for i in indices if self.text),
         )
 
-    def last(self, stream: int, tokens: int) -> tuple[Tensor, ...]:
+    def last(self, stream: int, tokens: int) -> Piece:
         """The last `tokens` tokens of one stream, each [1, tokens, ...]; copies them."""
-        of_own = min(tokens, self.own_length)
-        own = tuple(x[stream : stream + 1, x.shape[1] - of_own :] for x in self.own)
-        if tokens == of_own:
-            return own
-        assert self.text is not None, "a stream holds fewer tokens than were asked for"
-        stop = self.limit[stream]
-        start = stop - (tokens - of_own)
-        row = self.rows[stream]
-        past = tuple(x[row : row + 1, start:stop] for x in self.text)
-        return tuple(torch.cat([a, b], dim=1) for a, b in zip(past, own, strict=True))
+        length = self.own_length
+        of_own = min(tokens, length)
+        pieces = slice_pieces(self.own, length - of_own, length, slice(stream, stream + 1))
+        if tokens > of_own or not pieces:
+            assert self.text is not None, "a stream holds fewer tokens than were asked for"
+            row, stop = self.rows[stream], self.limit[stream]
+            start = stop - (tokens - of_own)
+            pieces = slice_pieces(self.text, start, stop, slice(row, row + 1)) + pieces
+        return join_pieces(pieces)
 
 
 def _pad_tokens(x: Tensor, length: int) -> Tensor:
     """x [1, T, ...] with zeros behind it, [1, length, ...]."""
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, length - x.shape[1]))
-
-
-def _rows(tensors: tuple[Tensor, ...], indices: Sequence[int]) -> tuple[Tensor, ...]:
-    return tuple(take_streams(x, indices) for x in tensors)

@@ -30,6 +30,10 @@ class FastWeightConfig(TransformerConfig):
     tape_interval: int = 8 * KERNEL_CHUNK
     # Precision of LaCT's chunk products; None: the dtype of the activations.
     fast_weight_matmul: Precision | None = None
+    # Make norms, gates, convolutions, rotations and activations again in the backward instead of
+    # keeping them. Megatron's own selective recomputation frees the memory of outputs in place,
+    # which tapes may still read, and refuses torch.autograd.grad.
+    selective_recompute: bool = False
 
     @property
     def arch(self) -> Architecture:
@@ -47,6 +51,7 @@ def transformer_config(
     sequence_parallel: bool = False,
     tape_interval: int = 8 * KERNEL_CHUNK,
     fast_weight_matmul: Precision | None = None,
+    selective_recompute: bool = False,
 ) -> FastWeightConfig:
     """The Megatron configuration that runs `architecture` in `dtype` at the given layout.
 
@@ -67,6 +72,7 @@ def transformer_config(
         architecture=architecture,
         tape_interval=tape_interval,
         fast_weight_matmul=fast_weight_matmul,
+        selective_recompute=selective_recompute,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.intermediate_size,

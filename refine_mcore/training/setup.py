@@ -60,8 +60,8 @@ def check_supported(config: Config) -> None:
     if config.refine.mode == "prefix_copy" and runs_in_slices(config):
         raise UserError(
             "refine.mode prefix_copy, the reference, runs on whole texts: it needs "
-            "parallel.pipeline 1, parallel.slices 1 and no training.recompute; all other modes "
-            "take these"
+            "parallel.pipeline 1, parallel.slices 1 and no training.recompute full; all other "
+            "modes take these"
         )
 
 
@@ -70,7 +70,7 @@ def runs_in_slices(config: Config) -> bool:
     return (
         config.parallel.pipeline > 1
         or (config.parallel.slices or 1) > 1
-        or config.training.recompute is not None
+        or config.training.recompute == "full"
     )
 
 
@@ -82,7 +82,7 @@ def build_engine(
         wrapped,
         pg_collection,
         slices=config.parallel.slices,
-        recompute=config.training.recompute is not None,
+        recompute=config.training.recompute == "full",
         timeout_s=config.parallel.timeout,
     )
 
@@ -102,6 +102,7 @@ def training_model(
             sequence_parallel=config.parallel.sequence_parallel,
             tape_interval=config.training.tape_interval,
             fast_weight_matmul=config.model.fast_weight_matmul,
+            selective_recompute=config.training.recompute == "selective",
         ),
         pg_collection,
         transformer_engine=config.model.transformer_engine,

@@ -26,7 +26,10 @@ TOKENS = {"lact-760m": 4096}
 def test_a_layer_keeps_little(name: str, single_rank: Any) -> None:
     architecture = preset(name).with_overrides({"vocab_size": 64})
     tokens = TOKENS.get(name, 1024)
-    counted = count_saved_bytes(architecture, single_rank, tokens=tokens)
+    counted, selective = (
+        count_saved_bytes(architecture, single_rank, tokens=tokens, selective_recompute=setting)
+        for setting in (False, True)
+    )
     largest = describe(counted.largest[:12])
     assert counted.layer <= LIMITS[name], (
         f"{counted.layer:,.0f} bytes a token and layer, the most of one layer and the head:\n"
@@ -35,6 +38,11 @@ def test_a_layer_keeps_little(name: str, single_rank: Any) -> None:
     # as much as its inputs at least: the projections' [tokens, D], the MLP's [tokens, 3 m]
     least = 2 * (6 * architecture.hidden_size + 3 * architecture.intermediate_size)
     assert counted.layer > least
+    assert selective.layer <= 0.7 * counted.layer, describe(selective.largest[:12])
+    # without the norms' outputs and the MLP's activation
+    assert selective.layer > least - 2 * (
+        2 * architecture.hidden_size + architecture.intermediate_size
+    )
 
 
 def test_storages_count_once_and_parameters_not_at_all() -> None:
@@ -61,6 +69,9 @@ def test_the_estimate_adds_up(single_rank: Any) -> None:
 
 
 def test_the_command(capsys: Any) -> None:
-    main(["--preset", "tiny-lact", "--sequence-length", "64", "--gpus", "1,8"])
-    *_, one, eight = capsys.readouterr().out.splitlines()
+    arguments = ["--preset", "tiny-lact", "--sequence-length", "64", "--gpus", "1,8"]
+    main(arguments)
+    first, *_, one, eight = capsys.readouterr().out.splitlines()
     assert one.startswith("| 1 | 0.0 GiB |") and eight.startswith("| 8 |")
+    main([*arguments, "--recompute", "selective"])
+    assert first != capsys.readouterr().out.splitlines()[0]

@@ -29,9 +29,11 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tens
     return out
 
 
-def random_qkv(streams: int, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Four query heads, two key/value heads, in float64; they need gradients."""
-    shapes = ((streams, queries, 4, 6), (streams, keys, 2, 6), (streams, keys, 2, 6))
+def random_qkv(
+    streams: int, queries: int, keys: int, kv_heads: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Four query heads, in float64; they need gradients."""
+    shapes = ((streams, queries, 4, 6), *[(streams, keys, kv_heads, 6)] * 2)
     q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     return q, k, v
 
@@ -60,11 +62,71 @@ def test_attention_of_a_text(
     q, k, v = random_qkv(2, length, before + length)
     past = None
     if before:
-        past = TokenHistory((k[:, :before], v[:, :before]))
+        past = TokenHistory(((k[:, :before], v[:, :before]),))
         past = past if window is None else past.keep_last(window - 1)
     out = attend(q, TokenHistory.extend(past, (k[:, before:], v[:, before:])), window)
     expected = torch.stack([naive_attention(*row, window) for row in zip(q, k, v, strict=True)])
     assert_same_with_gradients(out, expected, (q, k, v))
+
+
+PIECES = st.lists(st.integers(1, 9), min_size=2, max_size=6)
+
+
+def in_pieces(x: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    """x [R, T, ...], as tensors of their own."""
+    return tuple(part.clone() for part in x.split(lengths, 1))
+
+
+@EXAMPLES
+@given(lengths=PIECES, window=WINDOWS, kv_heads=st.sampled_from([1, 2, 4]))
+def test_attention_of_a_text_in_many_pieces(
+    lengths: list[int], window: int | None, kv_heads: int
+) -> None:
+    """Piece after piece, each behind the history that the last one left."""
+    total = sum(lengths)
+    q, k, v = random_qkv(2, total, total, kv_heads)
+    past, outs = None, []
+    for q_i, k_i, v_i in zip(*(in_pieces(x, lengths) for x in (q, k, v)), strict=True):
+        past = TokenHistory.extend(past, (k_i, v_i))
+        outs.append(attend(q_i, past, window))
+        past = past if window is None else past.keep_last(window - 1)
+    expected = torch.stack([naive_attention(*row, window) for row in zip(q, k, v, strict=True)])
+    assert_same_with_gradients(torch.cat(outs, dim=1), expected, (q, k, v))
+
+
+@EXAMPLES
+@given(
+    lengths=PIECES,
+    own=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    window=WINDOWS,
+    kv_heads=st.sampled_from([1, 2, 4]),
+    data=st.data(),
+)
+def test_attention_of_branches_in_many_pieces(
+    lengths: list[int], own: list[int], window: int | None, kv_heads: int, data: st.DataObject
+) -> None:
+    """The text in pieces, and the branches' own tokens too; the last of these ask."""
+    branch = st.tuples(st.integers(0, 2), st.integers(0, sum(lengths)))
+    branches = data.draw(st.lists(branch, min_size=1, max_size=4), label="(text, position)")
+    _, text_k, text_v = random_qkv(3, 1, sum(lengths), kv_heads)
+    q, k, v = random_qkv(len(branches), own[-1], sum(own), kv_heads)
+    pieces = zip(in_pieces(text_k, lengths), in_pieces(text_v, lengths), strict=True)
+    rows, limit = zip(*branches, strict=True)
+    history = TokenHistory.branch(tuple(pieces), rows, limit)
+    for piece in zip(in_pieces(k, own), in_pieces(v, own), strict=True):
+        history = history.append(piece)
+    expected = [
+        naive_attention(
+            q[i], torch.cat([text_k[b, :p], k[i]]), torch.cat([text_v[b, :p], v[i]]), window
+        )
+        for i, (b, p) in enumerate(branches)
+    ]
+    inputs = (q, k, v, text_k, text_v)
+    assert_same_with_gradients(attend(q, history, window), torch.stack(expected), inputs)
+    for i, (b, p) in enumerate(branches):
+        asked = min(p + sum(own), 7)
+        seen = [torch.cat([x[b, :p], y[i]])[-asked:] for x, y in ((text_k, k), (text_v, v))]
+        assert_same([x[0] for x in history.last(i, asked)], seen)
 
 
 @EXAMPLES
@@ -81,7 +143,7 @@ def test_attention_of_branches(
     _, text_k, text_v = random_qkv(3, 1, 20)
     q, k, v = random_qkv(len(branches), length, own + length)
     rows, limit = zip(*branches, strict=True)
-    history = TokenHistory.branch((text_k, text_v), rows, limit).append((k, v))
+    history = TokenHistory.branch(((text_k, text_v),), rows, limit).append((k, v))
     out = attend(q, history, window)
     expected = [
         naive_attention(
@@ -105,7 +167,7 @@ def test_a_window_keeps_keys_and_values_once_and_one_mask(kv_heads: int, before:
     )
     window = 64 if before == 0 else 128
     allowed = sum(x.nbytes for x in (q, k, v, q)) + text * heads * 4
-    first = saved_tensors(lambda: attend(q, TokenHistory((k, v)), window))
+    first = saved_tensors(lambda: attend(q, TokenHistory(((k, v),)), window))
     masks = [one for one in first if len(one.shape) == 2 or one.shape[:2] == (1, 1)]
     assert sum(one.bytes for one in first) - sum(one.bytes for one in masks) <= allowed, describe(
         first
@@ -113,7 +175,7 @@ def test_a_window_keeps_keys_and_values_once_and_one_mask(kv_heads: int, before:
     assert len(masks) <= 3
 
     def two_layers() -> tuple[Tensor, Tensor]:
-        history = TokenHistory((k, v))
+        history = TokenHistory(((k, v),))
         return attend(q, history, window), attend(q * 1.0, history, window)
 
     twice = saved_tensors(two_layers)
@@ -124,7 +186,7 @@ def test_a_window_keeps_keys_and_values_once_and_one_mask(kv_heads: int, before:
 def test_rotation_is_by_the_position_of_each_stream() -> None:
     """Pairs (i, i + dim/2) turn by position * base^(-2i/dim)."""
     x = torch.randn(2, 3, 1, 4, dtype=torch.float64)
-    rotated = rotate(x, rotary_table((5, 9), 3, 4, 100.0, x))
+    rotated = rotate(x, *rotary_table((5, 9), 3, 4, 100.0, x))
     for stream, start in enumerate((5, 9)):
         for t in range(3):
             for i in range(2):
@@ -132,5 +194,5 @@ def test_rotation_is_by_the_position_of_each_stream() -> None:
                 pair = torch.complex(x[stream, t, 0, i], x[stream, t, 0, i + 2]) * turn
                 found = torch.complex(rotated[stream, t, 0, i], rotated[stream, t, 0, i + 2])
                 torch.testing.assert_close(found, pair, rtol=0, atol=1e-6)
-    one_start = rotate(x, rotary_table((5, 5), 3, 4, 100.0, x))
+    one_start = rotate(x, *rotary_table((5, 5), 3, 4, 100.0, x))
     assert torch.equal(one_start[0], rotated[0])

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from refine_mcore.models.attention import AttentionState
-from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.fast_weight_model import FastWeightModel, ModelOutput
 from refine_mcore.models.lact_state import LaCTState
 from refine_mcore.models.state import (
     FastWeightState,
@@ -20,6 +21,7 @@ from refine_mcore.models.state import (
     gather_tokens,
     map_tensors,
 )
+from refine_mcore.pipeline.cut import Cut
 from tests.models.zoo import FAMILIES, NAMES, assert_same, contents, random_tokens
 
 ModelOf = Callable[[str], FastWeightModel]
@@ -44,6 +46,27 @@ def _storages(tree: Any) -> dict[int, int]:
     return {storage._cdata: storage.nbytes() for storage in storages}
 
 
+class Alive(TorchDispatchMode):
+    """The storages that operations made while this was active and that something still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = _storages((args, kwargs))
+        for x in tree_leaves(out):
+            storage = x.untyped_storage() if isinstance(x, Tensor) else None
+            if storage is not None and storage._cdata not in given:
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for reference, size in self._made.values() if not reference.expired())
+
+
 def histories(state: FastWeightState) -> list[TokenHistory]:
     if isinstance(state, LaCTState):
         return [state.attention.history, state.pending]
@@ -52,7 +75,7 @@ def histories(state: FastWeightState) -> list[TokenHistory]:
 
 def shared_texts(states: list[FastWeightState]) -> list[Tensor]:
     """The texts' tensors that the states' streams read."""
-    return [x for state in states for h in histories(state) for x in h.text or ()]
+    return [x for state in states for h in histories(state) for p in h.text or () for x in p]
 
 
 def pointers(tensors: list[Tensor]) -> list[int]:
@@ -128,7 +151,7 @@ def test_forks_of_a_prefill_share_its_keys(model_of: ModelOf) -> None:
     """A state that has no text behind it becomes the text of its forks."""
     model = model_of("lact-linear-full_attention")
     states = model(random_tokens(2, 11), output_states=True).states
-    own = [x for state in states for history in histories(state) for x in history.own]
+    own = [x for state in states for h in histories(state) for piece in h.own for x in piece]
     forks = [state.fork(2) for state in states]
     assert own and pointers(shared_texts(forks)) == pointers(own)
 
@@ -144,6 +167,26 @@ def test_mapping_the_tensors_of_a_state_changes_nothing_else(name: str, model_of
     for before, after in zip(seen[:3], seen[3:], strict=True):
         assert_same(after, before, tolerance=0)
     assert pointers(shared_texts(detached)) == pointers(shared_texts(states))
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("full_attention")])
+def test_slices_keep_keys_and_values_once(name: str, texts: int, model_of: ModelOf) -> None:
+    """What lives between the forwards of a text and its backward, states and tapes included: the
+    same in eight slices as in one."""
+    model, tokens = model_of(name), random_tokens(texts, 768)
+    kept = []
+    for slices in (1, 8):
+        with Alive() as alive:
+            states: Any = None
+            outs: list[ModelOutput] = []
+            for piece in tokens.chunk(slices, 1):
+                start = sum(out.hidden.shape[1] for out in outs)
+                out = model(piece, states, start=start, output_states=True, record=True)
+                states = Cut(out.states).handed
+                outs.append(out)
+            kept.append(alive.bytes)
+    assert kept[1] <= 1.1 * kept[0], kept
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -211,8 +254,8 @@ def test_stream_groups_lay_streams_out_by_row() -> None:
 
 def test_map_tensors_reaches_into_containers() -> None:
     x = torch.ones(1, requires_grad=True)
-    history = map_tensors(Tensor.detach, TokenHistory((x,), (x,), (0,), (1,)))
-    assert not history.own[0].requires_grad and not history.text[0].requires_grad
+    history = map_tensors(Tensor.detach, TokenHistory(((x,),), ((x,),), (0,), (1,)))
+    assert not history.own[0][0].requires_grad and not history.text[0][0].requires_grad
     assert history.limit == (1,)
 
 

@@ -119,9 +119,11 @@ FAMILIES = [
 ]
 
 
-def make_model(name: str, pg_collection: Any) -> FastWeightModel:
-    """A float64 model of generic parameters: no zero biases, unit gains, tiny learning rates."""
-    model = build_model(transformer_config(ARCHITECTURES[name], dtype=torch.float64), pg_collection)
+def make_model(name: str, pg_collection: Any, **options: Any) -> FastWeightModel:
+    """A float64 model of generic parameters: no zero biases, unit gains, tiny learning rates.
+    `options` are those of `transformer_config`."""
+    config = transformer_config(ARCHITECTURES[name], dtype=torch.float64, **options)
+    model = build_model(config, pg_collection)
     initialize(model, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

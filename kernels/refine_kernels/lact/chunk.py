@@ -6,7 +6,8 @@ so the layer is strictly causal and the update can wait until the next chunk beg
 
 For the backward, reading and the gradients of an update keep their inputs alone and make the rest
 again, one chunk at a time: in float32 the intermediates of a chunk are many times its tokens.
-Those of Newton-Schulz, whose products cost as much, are of the size of the weights and are kept.
+Those of Newton-Schulz, whose products cost as much, are of the size of the weights and are kept,
+but under selective recomputation.
 """
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from refine_kernels.lact.fast_weights import FastWeights, RowNorms, scale_to_norm
 from refine_kernels.lact.newton_schulz import newton_schulz
 from refine_kernels.lact.products import Precision, Product, product_in
-from refine_kernels.recompute import recomputed
+from refine_kernels.recompute import recomputed, recomputed_where_remaking
 
 
 def apply_fast_weights(
@@ -70,7 +71,7 @@ def update_fast_weights(
         decay = momentum.to(lr.dtype).mean(1)[..., None, None]
         g0, g1, g2 = (g + decay * b for g, b in zip(grads, weights.momentum, strict=True))
         grads = (g0, g1, g2)
-    steps = [newton_schulz(g, muon_dtype) if muon else g for g in grads]
+    steps = [recomputed_where_remaking(newton_schulz, g, muon_dtype) if muon else g for g in grads]
     w0, w1, w2 = (w + step for w, step in zip(weights[:3], steps, strict=True))
     s0, s1, s2 = (scale_to_norm(w, norm) for w, norm in zip((w0, w1, w2), norms, strict=True))
     updated = FastWeights(w0, w1, w2, None if momentum is None else grads, (s0, s1, s2))

@@ -1,0 +1,127 @@
+"""What is made again for the backward: not kept, made once for all its readers, the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from refine_kernels.recompute import recomputed, remade, remaking
+from refine_kernels.rms_norm.rms_norm import rms_norm
+from torch import Tensor
+
+from refine_mcore.benchmark.memory import saved_tensors
+
+
+class Counted:
+    """A function and how often it ran."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args: Any) -> Tensor:
+        self.calls += 1
+        return self.function(*args)
+
+
+def norm(x: Tensor, gain: Tensor) -> Tensor:
+    return rms_norm(x, gain, 1e-5)
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 4), (4,), (4, 4))
+    x, gain, weight = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
+    )
+    return x.requires_grad_(), gain.requires_grad_(), weight.requires_grad_()
+
+
+def readers(x: Tensor, gain: Tensor, weight: Tensor, function: Any = norm) -> Tensor:
+    """Two products with a norm's output, one of a view of it; and a tensor that is kept."""
+    y = remade(function, x, gain)
+    kept = (y @ weight).exp()
+    return (kept + (y.view(3, 2, 4)[1:].transpose(1, 2) ** 2).sum()).sum()
+
+
+def test_a_remade_tensor_is_made_once_for_all_its_readers_and_changes_no_bit() -> None:
+    arguments, made = inputs(), Counted(norm)
+    expected = torch.autograd.grad(readers(*arguments), arguments)
+    with remaking():
+        loss = readers(*arguments, made)
+    assert made.calls == 1
+    found = torch.autograd.grad(loss, arguments, retain_graph=True)
+    assert made.calls == 2
+    again = torch.autograd.grad(loss, arguments)
+    assert made.calls == 3
+    for one, two, three in zip(expected, found, again, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_hooks_outside_see_what_it_is_made_of_and_all_else_that_is_kept() -> None:
+    x, gain, weight = inputs()
+
+    def run() -> Tensor:
+        with remaking():
+            return readers(x, gain, weight)
+
+    plain, less = (saved_tensors(f, [gain, weight]) for f in (lambda: readers(*inputs()), run))
+    assert sorted(one.shape for one in less) == [(6, 4), (6, 4)]  # x and the exponential
+    assert len(plain) > len(less) + 1
+
+
+def test_inside_a_recomputed_function_nothing_more_is_kept() -> None:
+    x, gain, weight = inputs()
+
+    def inner(*arguments: Tensor) -> Tensor:
+        with remaking():
+            return readers(*arguments)
+
+    def run() -> Tensor:
+        return recomputed(inner, x, gain, weight)
+
+    assert [one.shape for one in saved_tensors(run, [gain, weight])] == [(6, 4)]
+    expected = torch.autograd.grad(readers(x, gain, weight), (x, gain, weight))
+    for one, two in zip(torch.autograd.grad(run(), (x, gain, weight)), expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_what_is_made_of_something_remade_keeps_only_the_first() -> None:
+    x, gain, weight = inputs()
+
+    def chain() -> Tensor:
+        y = remade(norm, x, gain)
+        return (remade(norm, y, gain) @ weight).sum()
+
+    def run() -> Tensor:
+        with remaking():
+            return chain()
+
+    assert [one.shape for one in saved_tensors(run, [gain, weight])] == [(6, 4)]
+    expected = torch.autograd.grad(chain(), (x, gain, weight))
+    for one, two in zip(torch.autograd.grad(run(), (x, gain, weight)), expected, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("region", [remaking, nullcontext])
+def test_an_argument_handed_through_and_a_call_outside_are_kept(region: Any) -> None:
+    x, _, weight = inputs()
+    handed, outside = Counted(lambda x: x.view(4, 6)), Counted(lambda x: x + 1)
+    with region():
+        loss = (weight @ remade(handed, x)).sum()
+    loss = loss + (remade(outside, x) @ weight).sum()
+    loss.backward()
+    assert handed.calls == outside.calls == 1
+
+
+def test_a_region_goes_on_behind_one_inside_it() -> None:
+    x, gain, weight = inputs()
+    made = Counted(norm)
+    with remaking():
+        with pytest.raises(ZeroDivisionError), remaking():
+            raise ZeroDivisionError
+        loss = readers(x, gain, weight, made)
+    loss.backward()
+    assert made.calls == 2
