@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_written_anew_for_other_tokens(tmp_path: Path) -> None:
     model.write_text("two")
     build(config, directory, tokenizer)
     build(config, directory, Characters(129))
-    plain = configuration(Path(shutil.copy(file, tmp_path / "a.txt")))
+    plain = replace(config, paths=(shutil.copy(file, str(tmp_path / "a.txt")),))
     assert contents(build(plain, directory, tokenizer))[0] == '{"te'
     assert len(names(directory)) == 5
 
@@ -212,6 +213,19 @@ def test_death_leaves_nothing_that_passes_for_tokens(tmp_path: Path) -> None:
     assert tokenizer.calls == len(TEXTS)
     assert other.name in names(directory) and len(names(directory)) == 2
     assert not [name for name in names(directory) if name.startswith(".")]
+
+
+def test_another_writer_is_done_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the moment before the tokens get their name."""
+    config, rename = configuration(write_jsonl(tmp_path / "a.jsonl", TEXTS)), Path.rename
+
+    def late(path: Path, target: Path) -> Path:
+        shutil.copytree(path, target)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert contents(build(config, tmp_path / "data")) == WINDOWS
+    assert the_only(tmp_path / "data")
 
 
 @contextmanager
