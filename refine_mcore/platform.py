@@ -25,12 +25,13 @@ import importlib
 import inspect
 import logging
 import os
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import CodeType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,8 @@ from refine_mcore.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+T = TypeVar("T")
 
 # The functions of megatron.core, by module, that name a CUDA device or tensor type literally.
 _DEVICE_LITERALS = {
@@ -74,6 +77,9 @@ _DEVICE_LITERALS = {
 
 # Streams of a middle stage: computing, two per channel, those of Megatron's groups.
 _QUEUES = 16
+
+# How often ranks that work apart tell each other that they still do.
+_REPORT_SECONDS = 1.0
 
 _process_group_timeout = timedelta(minutes=10)
 
@@ -206,6 +212,56 @@ def host_group() -> dist.ProcessGroup:
     if backend() == "gloo":
         return world
     return dist.new_group(backend="gloo", timeout=_process_group_timeout)
+
+
+def rank() -> int:
+    """This process among all; 0 in one that has not met others."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def first_of_node() -> bool:
+    """Whether this is the rank that does what is done once per node."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def work_apart(work: Generator[None, None, T] | None) -> list[T | None]:
+    """Let the ranks that have some do their `work` while the others wait; what each returns, by
+    rank. Every rank calls this.
+
+    `work` yields every so often: then the ranks report to each other, so that it may take longer
+    than the timeout of a collective, and a rank that dies is noticed as in any collective. A
+    UserError of one ends the work of all and is raised, the same, on every rank; `work` is closed.
+    """
+    done, value, message = work is None, None, None
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    try:
+        while True:
+            if work is not None and not done:
+                done, value, message = _work_a_while(work)
+            reports: list[Any] = [(done, value, message)] * world
+            if world > 1:
+                dist.all_gather_object(reports, (done, value, message))
+            for _, _, failure in reports:
+                if failure is not None:
+                    raise UserError(failure)
+            if all(finished for finished, _, _ in reports):
+                return [result for _, result, _ in reports]
+    finally:
+        if work is not None:
+            work.close()
+
+
+def _work_a_while(work: Generator[None, None, T]) -> tuple[bool, T | None, str | None]:
+    """Whether `work` is done, what it returned, and with which sentence it failed."""
+    until = time.monotonic() + _REPORT_SECONDS
+    try:
+        while time.monotonic() < until:
+            next(work)
+    except StopIteration as end:
+        return True, end.value, None
+    except UserError as error:
+        return True, None, str(error)
+    return False, None, None
 
 
 @contextmanager

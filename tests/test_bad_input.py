@@ -136,8 +136,11 @@ def refused_job(refused: Refused, config: Path, tmp_path: Path) -> Refused:
         (["training.dtype=float64"], "training.dtype float64 needs optimizer.clip_grad 0"),
     ],
 )
-def test_settings(refused_job: Refused, overrides: list[str], complaint: str) -> None:
+def test_settings(
+    refused_job: Refused, tmp_path: Path, overrides: list[str], complaint: str
+) -> None:
     assert complaint in refused_job(*overrides)
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_run_directories(refused: Refused, config: Path, tmp_path: Path, trained: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refine_mcore.config import (
+    TOKENS,
     Config,
     config_from_dict,
     data_parallel_layout,
@@ -337,6 +338,10 @@ def test_run_directory_is_made_or_taken_over(tmp_path):
     prepare_run_directory(run_in(run))
     (tmp_path / "empty").mkdir()
     prepare_run_directory(run_in(tmp_path / "empty", "never"))
+    # One that was refused, or died, after its documents had been read leaves no more than these.
+    for name in ("tokens-0a", ".tokens-0a.partial"):
+        (tmp_path / "begun" / TOKENS / name).mkdir(parents=True)
+    prepare_run_directory(run_in(tmp_path / "begun", "never"))
 
 
 def test_run_directory_that_exists_is_refused(tmp_path):
@@ -349,6 +354,10 @@ def test_run_directory_that_exists_is_refused(tmp_path):
     with pytest.raises(UserError, match="exists and holds something other than a run"):
         prepare_run_directory(run_in(tmp_path / "other"))
     assert os.listdir(tmp_path / "other") == ["thesis.tex"]
+    (tmp_path / "texts" / TOKENS / "tokens-0a").mkdir(parents=True)
+    (tmp_path / "texts" / TOKENS / "thesis.tex").touch()
+    with pytest.raises(UserError, match="exists and holds something other than a run"):
+        prepare_run_directory(run_in(tmp_path / "texts"))
 
 
 def test_run_directory_that_cannot_be_used(tmp_path, monkeypatch):

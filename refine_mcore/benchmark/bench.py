@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from refine_mcore.pipeline.passes import Pass
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.refine_loss import TextBatch
+from refine_mcore.training.checkpointing import on_first_rank
 from refine_mcore.training.optimizer import build_optimizer, main_gradient, wrap_data_parallel
 from refine_mcore.training.setup import build_engine, resolve_architecture, training_model
 from refine_mcore.training.step import TrainStep
@@ -36,7 +40,9 @@ class Bench:
         require_data(config)
         assert config.data.tokenizer is not None
         vocab = resolve_architecture(config).vocab_size
-        dataset = build_dataset(config.data, load_tokenizer(config.data.tokenizer), vocab)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        with _temporary_directory() as directory:
+            dataset = build_dataset(config.data, tokenizer, vocab, directory)
         self.before_model = resident_bytes()
         self.model = wrap_data_parallel(
             training_model(config, self.groups), config.optimizer, self.groups
@@ -79,6 +85,18 @@ class Bench:
     def gradient(self) -> torch.Tensor:
         """All gradients of this rank in one vector."""
         return torch.cat([main_gradient(p).flatten().clone() for p in self.model.parameters()])
+
+
+@contextmanager
+def _temporary_directory() -> Iterator[Path]:
+    """Of one name on all nodes. Tokens mapped inside it stay readable after it is gone."""
+    directory = Path(on_first_rank(tempfile.mkdtemp))
+    try:
+        yield directory
+        torch.distributed.barrier()
+    finally:
+        if platform.first_of_node():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def seconds(run: Callable[[], Any]) -> float:

@@ -12,7 +12,7 @@ from refine_mcore.config.checks import (
     validate,
 )
 from refine_mcore.config.loader import config_from_dict, load_config, save_config, to_dict
-from refine_mcore.config.run_directory import prepare_run_directory
+from refine_mcore.config.run_directory import TOKENS, prepare_run_directory
 from refine_mcore.config.schema import (
     CheckpointConfig,
     Config,
@@ -26,6 +26,7 @@ from refine_mcore.config.schema import (
 )
 
 __all__ = [
+    "TOKENS",
     "CheckpointConfig",
     "Config",
     "DataConfig",

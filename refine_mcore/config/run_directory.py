@@ -8,19 +8,21 @@ from pathlib import Path
 from refine_mcore.config.schema import Config
 from refine_mcore.errors import UserError
 
+TOKENS = "data"  # where in RUN the tokens of its documents are kept (data/tokens.py)
+
 
 def prepare_run_directory(config: Config) -> Path:
     """Creates RUN (`run.directory`) and returns it. One rank calls this.
 
     The run writes the resolved `config.yaml` there once its model stands. An existing RUN is
-    accepted if it is empty, or if it is an earlier run (has a `config.yaml`) and
-    `checkpoint.resume` is `auto`. Raises UserError otherwise, and where RUN cannot be created or
-    written.
+    accepted if it is empty or holds no more than the tokens of a run that never began, or if it is
+    an earlier run (has a `config.yaml`) and `checkpoint.resume` is `auto`. Raises UserError
+    otherwise, and where RUN cannot be created or written.
     """
     run = Path(config.run.directory)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        occupied = any(run.iterdir())
+        occupied = any(run.iterdir()) and not _holds_only_tokens(run)
     except FileExistsError:
         raise UserError(f"run.directory {run} exists and is not a directory") from None
     except OSError as error:
@@ -32,3 +34,12 @@ def prepare_run_directory(config: Config) -> Path:
     if occupied and not (run / "config.yaml").is_file():
         raise UserError(f"run.directory {run} exists and holds something other than a run")
     return run
+
+
+def _holds_only_tokens(run: Path) -> bool:
+    kept = run / TOKENS
+    return (
+        [path.name for path in run.iterdir()] == [TOKENS]
+        and kept.is_dir()
+        and all(path.name.lstrip(".").startswith("tokens-") for path in kept.iterdir())
+    )

@@ -9,8 +9,9 @@ samples consumed) and never of the parallel layout.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,22 +20,57 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from refine_mcore.config import DataConfig
-from refine_mcore.data.documents import read_documents
 from refine_mcore.data.tokenizer import Tokenizer
+from refine_mcore.data.tokens import map_tokens
 from refine_mcore.errors import UserError
 
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
 logger = logging.getLogger(__name__)
+
+
+class Windows(Protocol):
+    """Sequences of one length S: an array [N, S], or what finds them in mapped tokens."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def __getitem__(self, index: int, /) -> npt.NDArray[np.integer]:
+        """Token ids [S]."""
+
+
+class DocumentWindows:
+    """All non-overlapping windows of `length` tokens in the documents of `tokens`, in their order.
+
+    Kept is one number per document; a window is read when it is asked for.
+    """
+
+    def __init__(self, tokens: IndexedDataset, length: int) -> None:
+        self._tokens, self._length = tokens, length
+        counts = tokens.sequence_lengths // length
+        # The first window of every document, and the end.
+        self._starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+        self.documents, self.used = len(counts), int(np.count_nonzero(counts))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int, /) -> npt.NDArray[np.integer]:
+        document = int(np.searchsorted(self._starts, index, side="right")) - 1
+        offset = (index - int(self._starts[document])) * self._length
+        return self._tokens.get(document, offset, self._length)
 
 
 class LongDocumentWindows(Dataset[Tensor]):
     """Shuffled windows without end: sample i is of epoch i // len(self), each with its own order.
 
-    `windows` is [N, S] integers with N >= 1; `origin` tells a user where they come from. Indexing
-    yields int64 token ids [S].
+    There is at least one window; `origin` tells a user where they come from. Indexing yields int64
+    token ids [S].
     """
 
-    def __init__(self, windows: npt.NDArray[np.int32], seed: int, origin: str = "") -> None:
-        assert windows.ndim == 2 and len(windows) > 0
+    def __init__(self, windows: Windows, seed: int, origin: str = "") -> None:
+        assert len(windows) > 0
         self._windows = windows
         self.origin = origin
         self._seed = seed
@@ -48,7 +84,7 @@ class LongDocumentWindows(Dataset[Tensor]):
     @property
     def sequence_length(self) -> int:
         """S, tokens per window."""
-        return self._windows.shape[1]
+        return len(self._windows[0])
 
     def __getitem__(self, sample: int) -> Tensor:
         epoch, offset = divmod(sample, len(self))
@@ -58,14 +94,23 @@ class LongDocumentWindows(Dataset[Tensor]):
         return torch.from_numpy(self._windows[self._order[offset]].astype(np.int64))
 
 
-def build_dataset(config: DataConfig, tokenizer: Tokenizer, vocab_size: int) -> LongDocumentWindows:
+def build_dataset(
+    config: DataConfig, tokenizer: Tokenizer, vocab_size: int, directory: Path
+) -> LongDocumentWindows:
     """The windows of `config.sequence_length` tokens in the documents of `config.paths`.
 
-    `vocab_size` is the model's. Raises UserError for unreadable documents, a tokenizer that is not
-    the model's by its size, and text too short for a single window.
+    `vocab_size` is the model's; the tokens are kept in `directory` (data/tokens.py). Every rank
+    calls this. Raises UserError for unreadable documents, a tokenizer that is not the model's by
+    its size, text too short for a single window, and tokens that cannot be written.
     """
     _check_vocabulary(config, tokenizer.vocab_size, vocab_size)
-    windows, origin = _cut_documents(config.paths, tokenizer, config.sequence_length)
+    length = config.sequence_length
+    windows = DocumentWindows(map_tokens(config, tokenizer, directory), length)
+    short = windows.documents - windows.used
+    origin = (
+        f"{len(windows)} windows of {length} tokens from {windows.used} of {windows.documents} "
+        f"documents{f', {short} are too short' if short else ''}"
+    )
     logger.info("%s", origin)
     return LongDocumentWindows(windows, config.seed, origin)
 
@@ -111,29 +156,3 @@ def batch_iterator(
             "sample_index": torch.tensor(samples, dtype=torch.int64),
         }
         start += micro_batch_size * data_parallel_size
-
-
-def _cut_documents(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, length: int
-) -> tuple[npt.NDArray[np.int32], str]:
-    """All windows [N, length] of all documents, in the order of the files, and what they are."""
-    pieces, documents, longest, longest_origin = [], 0, 0, "no document"
-    for document in read_documents(paths):
-        ids = np.asarray(tokenizer.text_to_ids(document.text), dtype=np.int32)
-        count = len(ids) // length
-        pieces.append(ids[: count * length].reshape(count, length))
-        documents += 1
-        if len(ids) > longest:
-            longest, longest_origin = len(ids), document.origin
-    if not any(map(len, pieces)):
-        files = ", ".join(map(str, paths))
-        raise UserError(
-            f"{files}: no document is as long as data.sequence_length ({length} tokens), "
-            f"the longest is {longest_origin} with {longest}"
-        )
-    windows = np.concatenate(pieces)
-    used = sum(map(bool, map(len, pieces)))
-    return windows, (
-        f"{len(windows)} windows of {length} tokens from {used} of {documents} documents"
-        + (f", {documents - used} are too short" if used < documents else "")
-    )

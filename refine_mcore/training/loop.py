@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from refine_mcore import compat, platform
 from refine_mcore.config import (
+    TOKENS,
     Config,
     data_parallel_layout,
     prepare_run_directory,
@@ -89,7 +90,8 @@ def build_run(config: Config) -> _Run:
     assert config.data.tokenizer is not None
     tokenizer = load_tokenizer(config.data.tokenizer)
     progress = on_first_rank(lambda: progress_of(config, source))
-    dataset = build_dataset(config.data, tokenizer, architecture.vocab_size)
+    run = on_first_rank(lambda: prepare_run_directory(config))
+    dataset = build_dataset(config.data, tokenizer, architecture.vocab_size, run / TOKENS)
     return _Run(config, source, progress, dataset, tokenizer, num_micro_batches)
 
 
@@ -108,7 +110,6 @@ class _Run:
         self.num_micro_batches = num_micro_batches
         self.first_rank = dist.get_rank() == 0
         self.directory = Path(config.run.directory)
-        on_first_rank(lambda: prepare_run_directory(config))
         self.groups = platform.initialize_model_parallel(
             config.parallel.tensor, config.parallel.pipeline, config.training.seed
         )

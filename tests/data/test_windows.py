@@ -54,7 +54,7 @@ def numbered(count: int, length: int = 3, seed: int = 0) -> LongDocumentWindows:
 
 def test_windows_lie_in_one_document_and_remainders_are_dropped(tmp_path):
     config = write_corpus(tmp_path / "a.jsonl", ["abcdefgh", "ij", "klmnop", "", "qrst"])
-    dataset = build_dataset(config, CodePoints(), vocab_size=128)
+    dataset = build_dataset(config, CodePoints(), 128, tmp_path / "data")
     assert sorted(contents(dataset)) == ["abcd", "efgh", "klmn", "qrst"]
     assert (len(dataset), dataset.sequence_length) == (4, 4)
     assert dataset[0].dtype == torch.int64 and dataset[0].shape == (4,)
@@ -64,26 +64,28 @@ def test_windows_lie_in_one_document_and_remainders_are_dropped(tmp_path):
 def test_text_too_short_names_file_and_lengths(tmp_path):
     config = write_corpus(tmp_path / "a.jsonl", ["a", "bcd"])
     with pytest.raises(UserError) as error:
-        build_dataset(config, CodePoints(), vocab_size=128)
+        build_dataset(config, CodePoints(), 128, tmp_path / "data")
     assert str(error.value) == (
         f"{tmp_path}/a.jsonl: no document is as long as data.sequence_length (4 tokens), "
         f"the longest is {tmp_path}/a.jsonl:2 with 3"
     )
 
 
-def test_tokenizer_of_another_model(tmp_path):
+def test_tokenizer_of_another_model(tmp_path, monkeypatch):
     """By its size; vocabularies may be padded, by so many rows and no more."""
     config = write_corpus(tmp_path / "a.jsonl", ["abcd", "wxyz"])
+    monkeypatch.chdir(tmp_path)
+    Path("some.model").touch()
     config = replace(config, tokenizer="some.model", unused_vocabulary=3)
     for fits in (128, 131):
-        assert len(build_dataset(config, CodePoints(), vocab_size=fits)) == 2
+        assert len(build_dataset(config, CodePoints(), fits, tmp_path / "data")) == 2
     refusal = "data.tokenizer some.model is not the model's: it has 128 pieces, the model a "
     for vocab_size, rest in (
         (127, "vocabulary of 127"),
         (132, "vocabulary of 132 and data.unused_vocabulary allows 3 more than there are pieces"),
     ):
         with pytest.raises(UserError) as error:
-            build_dataset(config, CodePoints(), vocab_size=vocab_size)
+            build_dataset(config, CodePoints(), vocab_size, tmp_path / "data")
         assert str(error.value) == refusal + rest
 
 
@@ -152,12 +154,13 @@ def test_batches_have_the_promised_shapes():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yaml")))
-def test_shipped_configurations_fit_their_tokenizers(path, monkeypatch):
+def test_shipped_configurations_fit_their_tokenizers(path, monkeypatch, tmp_path):
     """Those that name one; all have a text as long as their windows."""
     monkeypatch.chdir(ROOT)
     config = load_config(path)
     if config.data.tokenizer is not None:
         tokenizer = load_tokenizer(config.data.tokenizer)
-        assert len(build_dataset(config.data, tokenizer, resolve_architecture(config).vocab_size))
+        vocab_size = resolve_architecture(config).vocab_size
+        assert len(build_dataset(config.data, tokenizer, vocab_size, tmp_path))
     else:
         assert path.name.startswith("pretrain_") and not config.data.paths

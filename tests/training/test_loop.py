@@ -113,6 +113,7 @@ def test_files_of_a_run(config: Path, tmp_path: Path, capsys) -> None:
         "config.yaml",
         "metrics.jsonl",
         "checkpoints",
+        "data",
         "description",
         "tensorboard",
     }

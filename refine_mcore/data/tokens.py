@@ -1,0 +1,221 @@
+"""The documents of a run as token ids on disk, written once and mapped by all ranks.
+
+    DIRECTORY/tokens-HASH/tokens.bin, tokens.idx    Megatron's IndexedDataset, a sequence a document
+    DIRECTORY/tokens-HASH/tokens.json               the longest document, and the files' sizes
+
+HASH is of all that decides the tokens, not of the files' names: files may move. A `tokens-HASH`
+appears by rename once it is complete, is never changed afterwards, and may be removed between runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Generator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from refine_mcore import platform
+from refine_mcore.config import DataConfig
+from refine_mcore.data.documents import read_documents
+from refine_mcore.data.tokenizer import Tokenizer
+from refine_mcore.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+_PREFIX = "tokens"
+_CHUNK = 1 << 20  # bytes of a file that are hashed at a time
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What to write, under `name`; `job` is of one start of one run."""
+
+    name: str
+    job: str
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """What is kept beside the tokens: the first of the longest documents, by the index of its file
+    in `data.paths` and what its origin adds to the file's name; and the sizes of the other files.
+    """
+
+    tokens: int
+    file: int | None  # None if no document has a token
+    place: str
+    sizes: dict[str, int]
+
+
+def map_tokens(config: DataConfig, tokenizer: Tokenizer, directory: Path) -> IndexedDataset:
+    """The token ids of all documents of `config.paths`, in order, memory-mapped. Every rank calls
+    this; `directory` is made if needed.
+
+    Rank 0 writes them unless they are there already, then the first rank of every node that does
+    not see them. Raises UserError, the same on all ranks and with nothing left behind, for
+    documents that cannot be read, a directory that cannot be written, files that differ between
+    nodes, and if no document has `config.sequence_length` tokens.
+    """
+    # Imported here, so that reading documents does not take the seconds that Megatron's import
+    # does.
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    work = _Work(config, tokenizer, directory)
+    rank = platform.rank()
+    # One after the other: nodes mostly share the directory, and find what rank 0 has written.
+    target = platform.work_apart(work.begin() if rank == 0 else None)[0]
+    assert target is not None
+    platform.work_apart(work.provide(target) if rank and platform.first_of_node() else None)
+    if _read_summary(directory / target.name) is None:
+        raise UserError(
+            f"rank {rank} does not see {directory / target.name}, where the first rank of its node "
+            "has put the tokens"
+        )
+    return IndexedDataset(str(directory / target.name / _PREFIX))
+
+
+class _Work:
+    """The part of the ranks that write: generators for `platform.work_apart`."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, directory: Path) -> None:
+        self._config, self._tokenizer, self._directory = config, tokenizer, directory
+
+    def begin(self) -> Generator[None, None, _Target]:
+        """Name the tokens by the files that this node sees, and provide them."""
+        target = _Target((yield from self._name()), uuid.uuid4().hex)
+        yield from self.provide(target, named=True)
+        return target
+
+    def provide(self, target: _Target, named: bool = False) -> Generator[None, None, None]:
+        """Write the tokens unless they are there; `named` if the name is of this node's files."""
+        self._remove_leftovers(target.job)
+        summary = _read_summary(self._directory / target.name)
+        if summary is not None:
+            self._check_length(summary)
+            return
+        if not named and (yield from self._name()) != target.name:
+            raise UserError(
+                f"data.paths ({self._files}) or data.tokenizer ({self._config.tokenizer}) do not "
+                "hold the same on all nodes"
+            )
+        partial = self._directory / f".{target.name}.{target.job}.{platform.rank()}.partial"
+        try:
+            partial.mkdir(parents=True)
+            summary = yield from self._write(partial)
+            self._check_length(summary)
+            _publish(partial, self._directory / target.name)
+        except OSError as error:  # of documents, reading has made it a UserError
+            raise UserError(
+                f"cannot write the tokens of data.paths to {self._directory}: {error.strerror}"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            _remove_if_empty(self._directory)
+
+    @property
+    def _files(self) -> str:
+        return ", ".join(map(str, self._config.paths))
+
+    def _name(self) -> Generator[None, None, str]:
+        parts = [version("sentencepiece"), str(self._tokenizer.vocab_size)]
+        if self._config.tokenizer is not None:
+            parts.append((yield from _hash_file(Path(self._config.tokenizer))))
+        for path in map(Path, self._config.paths):
+            parts.append(path.suffix + (yield from _hash_file(path)))
+        return f"{_PREFIX}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
+
+    def _remove_leftovers(self, job: str) -> None:
+        """Those of earlier starts: other nodes of this one may be writing."""
+        for left_over in self._directory.glob(f".{_PREFIX}-*.partial"):
+            if job not in left_over.name:
+                shutil.rmtree(left_over, ignore_errors=True)
+
+    def _write(self, target: Path) -> Generator[None, None, _Summary]:
+        """Write all files into the directory `target`, one document in memory at a time."""
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        data, index = target / f"{_PREFIX}.bin", target / f"{_PREFIX}.idx"
+        tokens, file, place = 0, None, ""
+        builder = IndexedDatasetBuilder(
+            str(data), dtype=DType.optimal_dtype(self._tokenizer.vocab_size)
+        )
+        try:
+            for number, path in enumerate(self._config.paths):
+                for document in read_documents([path]):
+                    ids = np.asarray(self._tokenizer.text_to_ids(document.text), dtype=np.int32)
+                    assert not len(ids) or 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size
+                    builder.add_document(ids, [len(ids)])
+                    if len(ids) > tokens:
+                        tokens, file = len(ids), number
+                        place = document.origin.removeprefix(str(Path(path)))
+                    yield
+            builder.finalize(str(index))
+        finally:
+            builder.data_file.close()
+        summary = _Summary(tokens, file, place, {f.name: f.stat().st_size for f in (data, index)})
+        (target / f"{_PREFIX}.json").write_text(json.dumps(asdict(summary)))
+        return summary
+
+    def _check_length(self, summary: _Summary) -> None:
+        length = self._config.sequence_length
+        if summary.tokens >= length:
+            return
+        longest = "no document"
+        if summary.file is not None:
+            longest = f"{Path(self._config.paths[summary.file])}{summary.place}"
+        raise UserError(
+            f"{self._files}: no document is as long as data.sequence_length ({length} tokens), "
+            f"the longest is {longest} with {summary.tokens}"
+        )
+
+
+def _hash_file(path: Path) -> Generator[None, None, str]:
+    """Size and hash of the contents."""
+    found, size = hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+                size += len(chunk)
+                yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return f"{size}:{found.hexdigest()}"
+
+
+def _read_summary(directory: Path) -> _Summary | None:
+    """Of the tokens in `directory`; None unless they are complete."""
+    try:
+        summary = _Summary(**json.loads((directory / f"{_PREFIX}.json").read_text()))
+        whole = all((directory / n).stat().st_size == size for n, size in summary.sizes.items())
+    except (OSError, ValueError, TypeError):
+        return None
+    return summary if whole else None
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Let `partial` become `target`, unless another node was faster."""
+    if _read_summary(target) is not None:
+        return
+    if target.exists():  # damaged
+        doomed = partial.with_name(f"{partial.stem}.damaged.partial")
+        target.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    try:
+        partial.rename(target)
+    except OSError:
+        if _read_summary(target) is None:
+            raise
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):
+        directory.rmdir()
