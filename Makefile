@@ -1,5 +1,5 @@
-# The two commands of the README, `make demo` and `make test`, each bring the environment up to date
-# first. Everything can be set on the command line.
+# The commands of the README, `make demo`, `make test` and `make gpu-check`, each bring the environment
+# up to date first. Everything can be set on the command line.
 VENV ?= .venv
 PYTHON ?= python3.11
 # Which torch. On a GPU machine: another release (TORCH=torch==2.14.0), the path of a wheel, or
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup test demo lint
+.PHONY: setup test demo lint gpu-check
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ test: setup
 
 demo: setup
 	$(BIN)/torchrun --nproc-per-node 1 examples/pretrain_refine.py
+
+# CHECK holds options, such as --device cpu or --only operations,steps.
+gpu-check: setup
+	$(BIN)/python tools/gpu_check.py $(CHECK)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -57,7 +57,10 @@ class Bench:
         )
         self.batches = [
             TextBatch(
-                *(item[name].to(platform.device()) for name in ("tokens", "mask", "sample_index"))
+                *(
+                    platform.without_waiting(item[name], platform.device())
+                    for name in ("tokens", "mask", "sample_index")
+                )
             )
             for item in islice(batches, count)
         ]

@@ -13,12 +13,18 @@ from refine_mcore import platform
 from refine_mcore.config import Config, to_dict
 from refine_mcore.errors import UserError
 
-_PACKAGES = ("torch", "megatron-core", "triton", "flash-linear-attention")
+_PACKAGES = ("torch", "megatron-core", "triton", "flash-linear-attention", "transformer-engine")
 
 
 def write_report(output: Path, report: dict[str, Any], config: Config) -> None:
     """Write `report` with the machine, the versions and the configuration; by rename."""
-    report = report | {"machine": _machine(), "versions": _versions(), "config": to_dict(config)}
+    write_json(output, report, config=to_dict(config))
+
+
+def write_json(output: Path, report: dict[str, Any], **more: Any) -> None:
+    """Write `report` with the machine, the versions and what else is given; by rename. Raises
+    UserError if that fails."""
+    report = report | {"machine": _machine(), "versions": _versions()} | more
     partial = output.with_name(f".{output.name}.partial")
     try:
         partial.write_text(json.dumps(report, indent=2) + "\n")

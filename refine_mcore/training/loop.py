@@ -255,7 +255,7 @@ class _Run:
         ):
             yield TextBatch(
                 *(
-                    batch[name].to(device, non_blocking=True)
+                    platform.without_waiting(batch[name], device)
                     for name in ("tokens", "mask", "sample_index")
                 )
             )

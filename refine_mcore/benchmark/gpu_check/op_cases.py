@@ -1,0 +1,469 @@
+"""How `ops.py` calls each operation, on what, and what its definition makes of that.
+
+On a GPU the shapes have the widths of the presets and fill more than one group of chunks; `tiny`
+ones are for a CPU. Where the kernels have a naive form that is the definition; noise and keys are
+computed once more in Python's integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from refine_kernels.delta_rule.naive import naive_delta_rule, naive_gated_delta_rule
+from refine_kernels.lact.fast_weights import FastWeights
+from refine_kernels.lact.naive import naive_lact
+from refine_kernels.rms_norm.naive import naive_rms_norm
+from refine_kernels.short_conv.naive import naive_causal_conv1d
+from refine_kernels.swiglu.naive import naive_swiglu
+from torch import Tensor
+
+from refine_mcore.benchmark.gpu_check.ops import OpCase, Tensors
+
+# exp, log, rsqrt and silu are within a few units of the last place on every device; a handful of
+# operations in a row comes on top of the longest sum.
+_POINTWISE = 16
+# Five Newton-Schulz iterations with first coefficients 4.08, 3.95, 3.74, 2.88, 2.84 multiply the
+# smallest singular values, and the rounding in them, by their product.
+_MUON_GAIN = 493.0
+# Reading fast weights or the gradients they are written with: operands, three products in a row
+# with what stands between them, and as much again in the backward.
+_PRODUCT_ROUNDINGS = 16
+_TF32_ROUNDOFF = 2.0**-11
+
+
+class Sizes(NamedTuple):
+    """Tokens of the recurrences and their chunk, heads, key and value width; LaCT's fast head
+    width, its chunk and tokens; rows, vocabulary and channels of the rest, and rows to sample."""
+
+    tokens: int
+    chunk: int
+    heads: int
+    key: int
+    value: int
+    fast: int
+    fast_chunk: int
+    fast_tokens: int
+    rows: int
+    vocabulary: int
+    channels: int
+    sampled: int
+
+
+TINY = Sizes(75, 4, 2, 8, 12, 8, 32, 75, 37, 83, 24, 37)
+FULL = Sizes(583, 64, 2, 128, 128, 128, 256, 600, 1031, 32000, 2048, 16)
+
+
+def op_cases(sizes: Sizes) -> dict[str, list[OpCase]]:
+    """The cases of every operation, by its name."""
+    cases = [
+        *_delta_rules(sizes),
+        *_lact(sizes),
+        *_convolutions(sizes),
+        *_norms(sizes),
+        *_activations(sizes),
+        *_vocabulary(sizes),
+        *_random(sizes),
+    ]
+    found: dict[str, list[OpCase]] = {}
+    for case in cases:
+        found.setdefault(case.operation, []).append(case)
+    return found
+
+
+class _Draw:
+    """Random inputs, the same every time."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=self._generator)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self._generator)
+
+
+def _delta_rules(sizes: Sizes) -> list[OpCase]:
+    """Write strengths up to 2, some of them 0; two value heads to a key head; norms inside."""
+    cases = []
+    for gated in (False, True):
+        for chunked in (True, False):
+            tokens = sizes.tokens if chunked else min(5, sizes.tokens)
+            draw, heads = _Draw(1 + gated), sizes.heads
+            inputs = {
+                "q": draw.normal(1, tokens, heads // 2, sizes.key),
+                "k": draw.normal(1, tokens, heads // 2, sizes.key),
+                "v": draw.normal(1, tokens, heads, sizes.value),
+                "beta": 2 * draw.normal(1, tokens, heads).sigmoid(),
+                "state": draw.normal(1, heads, sizes.key, sizes.value),
+            }
+            inputs["beta"] *= draw.normal(1, tokens, heads) > -1
+            if gated:
+                inputs["g"] = -draw.normal(1, tokens, heads).exp() / 8
+            form, rule = "chunk" if chunked else "recurrent", "gated_" if gated else ""
+            cases.append(
+                OpCase(
+                    f"{form}_{rule}delta_rule",
+                    "",
+                    inputs,
+                    _delta_run(sizes.chunk if chunked else None),
+                    _delta_expected(gated, sizes.chunk if chunked else None),
+                    # every token's write goes through the states of all later ones
+                    chain=tokens + sizes.key + _POINTWISE,
+                    wide=frozenset({"beta", "g", "state"}),
+                )
+            )
+    return cases
+
+
+def _delta_arguments(x: Tensors) -> tuple[list[Tensor], dict[str, Any]]:
+    given = [x[name] for name in ("q", "k", "v", "beta", "g") if name in x]
+    return given, {"initial_state": x["state"], "qk_norm_eps": 1e-6}
+
+
+def _delta_run(chunk: int | None) -> Callable[[Callable[..., Any], Tensors], Tensors]:
+    def run(operation: Callable[..., Any], x: Tensors) -> Tensors:
+        given, options = _delta_arguments(x)
+        if chunk is None:
+            o, final = operation(*given, **options)
+            return {"o": o, "state": final}
+        o, final, borders = operation(*given, **options, chunk_size=chunk)
+        return {"o": o, "state": final, "state at a border": borders[len(borders) // 2]}
+
+    return run
+
+
+def _delta_expected(gated: bool, chunk: int | None) -> Callable[[Tensors], Tensors]:
+    naive: Callable[..., Any] = naive_gated_delta_rule if gated else naive_delta_rule
+
+    def expected(x: Tensors) -> Tensors:
+        given, options = _delta_arguments(x)
+        o, final = naive(*given, **options)
+        if chunk is None:
+            return {"o": o, "state": final}
+        tokens = given[0].shape[1]
+        stop = -(-tokens // chunk) // 2 * chunk
+        _, border = naive(*(y[:, :stop] for y in given), **options)
+        return {"o": o, "state": final, "state at a border": border}
+
+    return expected
+
+
+_LACT_OPTIONS: dict[str, dict[str, Any]] = {
+    "": {"muon": False},
+    "prenorm": {"muon": False, "prenorm": True},
+    # products in float32, so that Muon amplifies no rounding of bfloat16
+    "muon": {"muon": True, "precision": "float32"},
+    "tf32": {"muon": False, "precision": "tf32"},
+}
+
+
+def _lact(sizes: Sizes) -> list[OpCase]:
+    """Chunks of more tokens than fast heads are wide, as in every preset; with momentum but where
+    prenorm stands, and an update that begins with momentum of its own."""
+    cases = []
+    for number, (variant, options) in enumerate(_LACT_OPTIONS.items()):
+        momentum = variant != "prenorm"
+        gain = _MUON_GAIN if options["muon"] else 1.0
+        tf32 = variant == "tf32"
+        for operation in ("apply_fast_weights", "update_fast_weights", "chunk_lact"):
+            if operation == "apply_fast_weights" and options["muon"]:
+                continue
+            tokens = sizes.fast_tokens if operation == "chunk_lact" else sizes.fast_chunk
+            cases.append(
+                OpCase(
+                    operation,
+                    variant,
+                    _lact_inputs(sizes, tokens, momentum, 10 + number),
+                    _LACT_RUNS[operation](options, sizes.fast_chunk),
+                    _lact_expected(operation, options, sizes.fast_chunk),
+                    # the sum over a chunk, once per chunk that is written
+                    chain=tokens + sizes.fast + _POINTWISE,
+                    narrow=1 if variant == "muon" else _PRODUCT_ROUNDINGS,
+                    gain=gain,
+                    product_roundoff=_PRODUCT_ROUNDINGS * _TF32_ROUNDOFF if tf32 else 0.0,
+                    wide=frozenset({"lr", "momentum", "w0", "w1", "w2", "m0", "m1", "m2"}),
+                    dtypes=(torch.float32,) if tf32 else (torch.float32, torch.bfloat16),
+                )
+            )
+    return cases
+
+
+def _lact_inputs(sizes: Sizes, tokens: int, momentum: bool, seed: int) -> Tensors:
+    draw, d, n = _Draw(seed), sizes.fast, sizes.heads
+    inputs = {name: draw.normal(1, tokens, n, d) for name in ("fq", "fk", "fv")}
+    # keys and queries of unit norm, as the mixer makes them
+    inputs |= {name: inputs[name] / d**0.5 for name in ("fq", "fk")}
+    inputs["lr"] = draw.normal(1, tokens, n, 3).sigmoid() / 10
+    inputs |= {name: draw.normal(1, n, d, d) / d**0.5 for name in ("w0", "w1", "w2")}
+    if momentum:
+        inputs["momentum"] = draw.normal(1, tokens, n).sigmoid()
+        inputs |= {name: draw.normal(1, n, d, d) / 10 for name in ("m0", "m1", "m2")}
+    return inputs
+
+
+def _fast_weights(x: Tensors) -> FastWeights:
+    buffers = (x["m0"], x["m1"], x["m2"]) if "m0" in x else None
+    return FastWeights(x["w0"], x["w1"], x["w2"], buffers)
+
+
+def _named(weights: FastWeights) -> Tensors:
+    found = {"w0": weights.w0, "w1": weights.w1, "w2": weights.w2}
+    if weights.momentum is not None:
+        found |= {f"m{i}": x for i, x in enumerate(weights.momentum)}
+    return found
+
+
+def _apply_run(options: dict[str, Any], chunk: int) -> Callable[..., Tensors]:
+    kept = {name: value for name, value in options.items() if name != "muon"}
+
+    def run(operation: Callable[..., Any], x: Tensors) -> Tensors:
+        weights = _fast_weights(x)
+        return {"o": operation(weights, weights.row_norms(), x["fq"], **kept)}
+
+    return run
+
+
+def _update_run(options: dict[str, Any], chunk: int) -> Callable[..., Tensors]:
+    def run(operation: Callable[..., Any], x: Tensors) -> Tensors:
+        weights = _fast_weights(x)
+        written = (x["fk"], x["fv"], x["lr"], x.get("momentum"))
+        return _named(operation(weights, weights.row_norms(), *written, **options))
+
+    return run
+
+
+def _chunk_run(options: dict[str, Any], chunk: int) -> Callable[..., Tensors]:
+    def run(operation: Callable[..., Any], x: Tensors) -> Tensors:
+        weights = _fast_weights(x)
+        tokens = (x["fq"], x["fk"], x["fv"], x["lr"], x.get("momentum"))
+        o, borders = operation(*tokens, weights, weights.row_norms(), chunk_size=chunk, **options)
+        return {"o": o} | _named(borders[-1])
+
+    return run
+
+
+_LACT_RUNS = {
+    "apply_fast_weights": _apply_run,
+    "update_fast_weights": _update_run,
+    "chunk_lact": _chunk_run,
+}
+
+
+def _lact_expected(
+    operation: str, options: dict[str, Any], chunk: int
+) -> Callable[[Tensors], Tensors]:
+    kept = {name: value for name, value in options.items() if name != "precision"}
+
+    def expected(x: Tensors) -> Tensors:
+        tokens: list[Any] = [x["fq"], x["fk"], x["fv"], x["lr"], x.get("momentum")]
+        if operation == "update_fast_weights":  # one more token, which finds the weights written
+            tokens = [None if y is None else torch.cat((y, y[:, :1]), 1) for y in tokens]
+        fq, fk, fv, lr, momentum = tokens
+        weights = _fast_weights(x)
+        norms = weights.row_norms()
+        o, borders = naive_lact(fq, fk, fv, lr, momentum, weights, norms, chunk_size=chunk, **kept)
+        if operation == "apply_fast_weights":
+            return {"o": o}
+        written = _named(borders[-1])
+        return written if operation == "update_fast_weights" else {"o": o} | written
+
+    return expected
+
+
+def _convolutions(sizes: Sizes) -> list[OpCase]:
+    cases = []
+    for activation in ("silu", None):
+        draw = _Draw(20)
+        inputs = {
+            "x": draw.normal(2, sizes.rows, sizes.channels),
+            "weight": draw.normal(sizes.channels, 1, 4),
+            "state": draw.normal(2, 3, sizes.channels),
+        }
+        cases.append(
+            OpCase(
+                "causal_conv1d",
+                activation or "",
+                inputs,
+                partial(_convolve, activation=activation),
+                partial(_convolve, naive_causal_conv1d, activation=activation),
+                chain=2 * sizes.rows + _POINTWISE,  # the weight's gradient sums over all tokens
+            )
+        )
+    return cases
+
+
+def _convolve(operation: Callable[..., Any], x: Tensors, *, activation: str | None) -> Tensors:
+    y, state = operation(x["x"], x["weight"], x["state"], activation)
+    return {"y": y, "state": state}
+
+
+def _norms(sizes: Sizes) -> list[OpCase]:
+    cases = []
+    for variant, gate in {"": None, "gate": sizes.channels, "one gate a row": 1}.items():
+        draw = _Draw(30)
+        inputs = {
+            "x": draw.normal(2, sizes.rows, sizes.channels),
+            "weight": draw.normal(sizes.channels),
+        }
+        if gate is not None:
+            inputs["gate"] = draw.normal(2, sizes.rows, gate)
+        cases.append(
+            OpCase(
+                "rms_norm",
+                variant,
+                inputs,
+                _normalise,
+                partial(_normalise, naive_rms_norm),
+                chain=max(2 * sizes.rows, sizes.channels) + _POINTWISE,
+            )
+        )
+    return cases
+
+
+def _normalise(operation: Callable[..., Any], x: Tensors) -> Tensors:
+    return {"y": operation(x["x"], x["weight"], 1e-5, x.get("gate"))}
+
+
+def _activations(sizes: Sizes) -> list[OpCase]:
+    inputs = {"x": _Draw(40).normal(2, sizes.rows, 2 * sizes.channels)}
+    return [
+        OpCase(
+            "swiglu",
+            "",
+            inputs,
+            lambda operation, x: {"y": operation(x["x"])},
+            lambda x: {"y": naive_swiglu(x["x"])},
+            chain=_POINTWISE,
+            narrow=2,  # silu(gate), then the product
+        )
+    ]
+
+
+def _vocabulary(sizes: Sizes) -> list[OpCase]:
+    """A padded vocabulary, a temperature, and an ignored target, which is read as logit 0."""
+    draw, padding, temperature = _Draw(50), 5, 0.7
+    logits = 5 * draw.normal(sizes.rows, sizes.vocabulary + padding)
+    options: dict[str, Any] = {"temperature": temperature, "vocab_size": sizes.vocabulary}
+    targets = draw.integers(0, sizes.vocabulary, sizes.rows)
+    targets[1] = -100
+    keys = draw.integers(-(2**62), 2**62, sizes.sampled)
+
+    def log_probs(operation: Callable[..., Any], x: Tensors) -> Tensors:
+        found, entropy = operation(x["logits"], x["targets"], with_entropy=True, **options)
+        return {"log_probs": found, "entropy": entropy}
+
+    def log_softmax(x: Tensors) -> Tensors:
+        scaled = x["logits"][:, : sizes.vocabulary] / temperature
+        every, targets = scaled.log_softmax(-1), x["targets"]
+        of_target = scaled.gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
+        return {
+            "log_probs": of_target - scaled.logsumexp(-1),
+            "entropy": -(every.exp() * every).sum(-1),
+        }
+
+    def gumbel(x: Tensors) -> Tensors:
+        noise = _uniform(x["keys"], sizes.vocabulary).log().neg().log()
+        scaled = x["logits"][:, : sizes.vocabulary] / temperature
+        return {"tokens": (scaled - noise).argmax(-1)}
+
+    return [
+        OpCase(
+            "log_probs_and_entropy",
+            "",
+            {"logits": logits, "targets": targets},
+            log_probs,
+            log_softmax,
+            chain=sizes.vocabulary + _POINTWISE,
+            without_gradient=frozenset({"entropy"}),
+        ),
+        OpCase(
+            "sample_tokens",
+            "drawn",
+            {"logits": logits[: sizes.sampled], "keys": keys},
+            lambda operation, x: {"tokens": operation(x["logits"], x["keys"], **options)},
+            gumbel,
+            chain=0,
+        ),
+        OpCase(
+            "sample_tokens",
+            "greedy",
+            {
+                "logits": logits[: sizes.sampled].round()
+            },  # many equal ones, of which the first counts
+            lambda operation, x: {
+                "tokens": operation(x["logits"], None, vocab_size=sizes.vocabulary)
+            },
+            lambda x: {"tokens": _first_maximum(x["logits"][:, : sizes.vocabulary])},
+            chain=0,
+        ),
+    ]
+
+
+def _random(sizes: Sizes) -> list[OpCase]:
+    draw = _Draw(60)
+    parts = {"a": draw.integers(0, 2**62, sizes.rows, 1), "b": draw.integers(-(2**62), 2**62, 7)}
+    keys = draw.integers(-(2**62), 2**62, 5)
+    return [
+        OpCase(
+            "combine_keys",
+            "",
+            parts,
+            lambda operation, x: {"keys": operation(3, x["a"], x["b"], -1)},
+            lambda x: {"keys": _combined(3, x["a"], x["b"], -1)},
+            chain=0,
+            dtypes=(torch.float32,),  # the inputs are integers
+        ),
+        OpCase(
+            "counter_uniform",
+            "",
+            {"keys": keys, "counters": torch.arange(sizes.channels)},
+            lambda operation, x: {"u": operation(x["keys"], x["counters"])},
+            lambda x: {"u": _uniform(x["keys"], sizes.channels)},
+            chain=0,
+            without_gradient=frozenset({"u"}),
+            dtypes=(torch.float32,),
+        ),
+    ]
+
+
+def _first_maximum(x: Tensor) -> Tensor:
+    """The lowest column [R] with the largest value of each row."""
+    return torch.tensor([row.index(max(row)) for row in x.tolist()])
+
+
+_WORD, _GOLDEN = 1 << 64, 0x9E3779B97F4A7C15
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea & Flood 2014)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % _WORD
+    return x ^ (x >> 31)
+
+
+def _combined(*parts: int | Tensor) -> Tensor:
+    """One key for each broadcast entry."""
+    tensors = torch.broadcast_tensors(*(torch.as_tensor(part) for part in parts))
+    keys = []
+    for entry in zip(*(x.flatten().tolist() for x in tensors), strict=True):
+        key = 0
+        for part in entry:
+            key = _mix((key + _GOLDEN) % _WORD ^ part % _WORD)
+        keys.append(key - _WORD if key >= _WORD // 2 else key)
+    return torch.tensor(keys).reshape(tensors[0].shape)
+
+
+def _uniform(keys: Tensor, counters: int) -> Tensor:
+    """Noise in (0, 1) for counters 0, 1, ...: [R, counters], from the top 52 bits."""
+    steps = [_mix(i * _GOLDEN % _WORD) for i in range(counters)]
+    return torch.tensor(
+        [
+            [((_mix((key + step) % _WORD) >> 12) + 0.5) * 2.0**-52 for step in steps]
+            for key in keys.tolist()
+        ],
+        dtype=torch.float64,
+    )
