@@ -218,11 +218,8 @@ def _named(weights: FastWeights) -> Tensors:
 
 
 def _apply_run(options: dict[str, Any], chunk: int) -> Callable[..., Tensors]:
-    kept = {name: value for name, value in options.items() if name != "muon"}
-
     def run(operation: Callable[..., Any], x: Tensors) -> Tensors:
-        weights = _fast_weights(x)
-        return {"o": operation(weights, weights.row_norms(), x["fq"], **kept)}
+        return {"o": operation(_fast_weights(x), x["fq"], precision=options.get("precision"))}
 
     return run
 
