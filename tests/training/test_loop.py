@@ -223,12 +223,14 @@ def test_bfloat16_trains_with_float32_gradients(config: Path, single_rank) -> No
 def test_bfloat16_moves_the_weights_as_float32_does(
     config: Path, tmp_path: Path, single_rank
 ) -> None:
-    """Their float32 copies, by steps that Adam's eps makes proportional to the gradients."""
+    """Their float32 copies, by steps that Adam's eps makes proportional to the gradients, and far
+    longer than what float32 rounds gains of about 1 to."""
+    options = ("optimizer.eps=1", "optimizer.lr=0.1")
     single, half = (
         _movements(
             load_config(
                 config,
-                [f"run.directory={tmp_path / dtype}", f"training.dtype={dtype}", "optimizer.eps=1"],
+                [f"run.directory={tmp_path / dtype}", f"training.dtype={dtype}", *options],
             )
         )
         for dtype in ("float32", "bfloat16")

@@ -35,7 +35,8 @@ def naive_lact(
     muon_dtype: torch.dtype | None = None,
     prenorm: bool = False,
 ) -> tuple[Tensor, list[FastWeights]]:
-    """Same arguments and results as chunk_lact.
+    """Same arguments and results as chunk_lact, from initial weights on: it neither takes nor gives
+    the scales that prenorm reads later weights with.
 
     Needs grad mode: the three gradients are those of sum_t eta_t <f(k_t), v_t>.
     """
