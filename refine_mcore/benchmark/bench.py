@@ -29,12 +29,16 @@ from refine_mcore.training.step import TrainStep
 
 
 class Bench:
-    """One rank's part of a run that never gets past its first batch."""
+    """One rank's part of a run that never gets past its first batch.
 
-    def __init__(self, config: Config) -> None:
+    `groups` are those of another one of the same layout, which goes on beside it: a new layout
+    closes the groups of the one before.
+    """
+
+    def __init__(self, config: Config, groups: Any = None) -> None:
         self.config, training, parallel = config, config.training, config.parallel
         _, count = data_parallel_layout(config, torch.distributed.get_world_size())
-        self.groups = platform.initialize_model_parallel(
+        self.groups = groups or platform.initialize_model_parallel(
             parallel.tensor, parallel.pipeline, training.seed
         )
         require_data(config)

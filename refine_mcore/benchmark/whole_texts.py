@@ -108,12 +108,14 @@ def _mode(variant: str) -> str:
 def _benches(config: Config, variants: list[str]) -> dict[str, Bench]:
     """One for each kind of recomputation, of the same weights and texts."""
     benches: dict[str, Bench] = {}
+    groups = None
     for recompute in dict.fromkeys(variant.partition("/")[2] for variant in variants):
         slices = config.parallel.slices if recompute == "full" else 1
         how: Any = recompute or None
         training = replace(config.training, recompute=how)
         parallel = replace(config.parallel, slices=slices)
-        benches[recompute] = Bench(replace(config, training=training, parallel=parallel))
+        benches[recompute] = Bench(replace(config, training=training, parallel=parallel), groups)
+        groups = benches[recompute].groups
     return {variant: benches[variant.partition("/")[2]] for variant in variants}
 
 

@@ -190,8 +190,8 @@ class TrainingConfig:
     # for the last few. The backward keeps states every 512 tokens anyway.
     tape_interval: PositiveInt = 512
     # Activations to make again in the backward instead of keeping them. selective: the outputs of
-    # norms, gates, short convolutions, rotations and activations, which cost little; about 0.6 to
-    # 0.7 of the memory is left. full: each slice's whole forward runs again before its backward.
+    # norms, gates, short convolutions, rotations and activations, and LaCT's Newton-Schulz; about
+    # half of the memory is left. full: each slice's whole forward runs again before its backward.
     recompute: Literal["selective", "full"] | None = None
 
 

@@ -40,7 +40,11 @@ def test_modes_of_the_step_on_whole_texts(tmp_path: Path, capsys: Any, single_ra
 def test_recomputation_beside_the_plain_step(tmp_path: Path, single_rank: Any) -> None:
     overrides = ["training.global_batch_size=2", "parallel.slices=4"]
     config = load_config(write_config(tmp_path), overrides)
-    rows = whole_texts.measure(config, ["ntp", "fused", "fused/full"], rounds=1)["modes"]
+    variants = ["ntp", "fused", "fused/selective", "fused/full"]
+    benches = whole_texts._benches(config, variants)
+    assert len({id(bench.groups) for bench in benches.values()}) == 1  # none has closed another's
+    rows = whole_texts.measure(config, variants, rounds=1)["modes"]
+    assert rows["fused/selective"]["gradient_difference"] == 0.0
     assert rows["fused/full"]["gradient_difference"] < 1e-5
     assert rows["fused"]["gradient_difference"] is None
 
