@@ -159,13 +159,14 @@ def _watch_steps(seen: Observed) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watch_tapes(seen: Observed) -> Iterator[None]:
-    record = DeltaRuleTape.record_states
+    record = DeltaRuleTape.record
 
-    def watched(self: DeltaRuleTape, *arguments: Any) -> None:
-        record(self, *arguments)
+    def watched(self: DeltaRuleTape, *arguments: Any) -> Any:
+        output = record(self, *arguments)
         seen.kept_states.append(len(self.kept))
+        return output
 
-    with mock.patch.object(DeltaRuleTape, "record_states", watched):
+    with mock.patch.object(DeltaRuleTape, "record", watched):
         yield
 
 

@@ -22,7 +22,7 @@ from refine_mcore.config import (
 )
 from refine_mcore.errors import UserError
 from refine_mcore.models.transformer_config import transformer_config
-from refine_mcore.training.setup import check_supported, resolve_architecture
+from refine_mcore.training.setup import check_supported, resolve_architecture, tape_interval
 
 MINIMAL = "model: {preset: tiny-deltanet}\n"
 EXAMPLES = sorted(Path(__file__).parents[1].glob("examples/configs/*.yaml"))
@@ -285,7 +285,7 @@ def test_example_configs_can_start(path):
     config = load_config(path)
     check_supported(config)
     architecture = resolve_architecture(config)
-    transformer_config(architecture, tape_interval=config.training.tape_interval)
+    transformer_config(architecture, tape_interval=tape_interval(config))
 
 
 def test_examples_exist():

@@ -12,7 +12,9 @@ from typing import ParamSpec, TypeVar
 from torch import Tensor
 
 from refine_kernels.delta_rule import chunk as _delta_chunk
+from refine_kernels.delta_rule import read as _delta_read
 from refine_kernels.delta_rule import recurrent as _delta_recurrent
+from refine_kernels.delta_rule.chunk import ChunkOutput
 from refine_kernels.gated_delta_rule import chunk as _gated_chunk
 from refine_kernels.gated_delta_rule import recurrent as _gated_recurrent
 from refine_kernels.lact import chunk as _lact
@@ -26,6 +28,7 @@ from refine_kernels.vocab import sampling as _sampling
 from refine_kernels.vocab.random import combine_keys, counter_uniform
 
 __all__ = [
+    "ChunkOutput",
     "FastWeights",
     "Precision",
     "RowNorms",
@@ -41,6 +44,7 @@ __all__ = [
     "recurrent_gated_delta_rule",
     "rms_norm",
     "sample_tokens",
+    "state_from_writes",
     "swiglu",
     "update_fast_weights",
 ]
@@ -69,6 +73,7 @@ chunk_delta_rule = _torch_backend(_delta_chunk.chunk_delta_rule)
 recurrent_delta_rule = _torch_backend(_delta_recurrent.recurrent_delta_rule)
 chunk_gated_delta_rule = _torch_backend(_gated_chunk.chunk_gated_delta_rule)
 recurrent_gated_delta_rule = _torch_backend(_gated_recurrent.recurrent_gated_delta_rule)
+state_from_writes = _torch_backend(_delta_read.state_from_writes)
 apply_fast_weights = _torch_backend(_lact.apply_fast_weights)
 update_fast_weights = _torch_backend(_lact.update_fast_weights)
 chunk_lact = _torch_backend(_lact.chunk_lact)

@@ -186,9 +186,9 @@ class TrainingConfig:
     # Steps between log lines where there is no progress bar.
     log_interval: PositiveInt = 1
     # Tokens between the states that delta-rule layers keep for branching, a multiple of 64: a
-    # larger one takes less memory and replays more tokens for each branch, without gradients but
-    # for the last few. The backward keeps states every 512 tokens anyway.
-    tape_interval: PositiveInt = 512
+    # larger one takes less memory and replays more tokens for each branch, without gradients. null:
+    # four states for each rollout position of a text, and 512 tokens at most between them.
+    tape_interval: PositiveInt | None = None
     # Activations to make again in the backward instead of keeping them. selective: the outputs of
     # norms, gates, short convolutions, rotations and activations, and LaCT's Newton-Schulz; about
     # half of the memory is left. full: each slice's whole forward runs again before its backward.

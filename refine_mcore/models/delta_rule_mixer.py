@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from refine_kernels.dispatch import (
+    ChunkOutput,
     causal_conv1d,
     chunk_delta_rule,
     chunk_gated_delta_rule,
@@ -22,7 +23,7 @@ from refine_kernels.dispatch import (
 from refine_kernels.recompute import remade
 from torch import Tensor
 
-from refine_mcore.models.delta_rule_state import DeltaRuleState, DeltaRuleTape
+from refine_mcore.models.delta_rule_state import L2_EPS, DeltaRuleState, DeltaRuleTape
 from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
 from refine_mcore.models.parallel_layers import (
     PackedColumnParallelLinear,
@@ -34,7 +35,6 @@ from refine_mcore.models.parallel_layers import (
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.models.transformer_config import KERNEL_CHUNK, FastWeightConfig
 
-_L2_EPS = 1e-6
 # Most tokens that the recurrent form takes, where nothing is kept for a backward: its time grows
 # with them, that of a single chunk hardly.
 _FEW_TOKENS = 4
@@ -123,16 +123,15 @@ class DeltaRuleMixer(Mixer):
         past, initial = (None, None) if state is None else state.of_streams()
         convolved, conv_tail = self.convolve(raw, past)
         q, inputs = self.recurrence_inputs(convolved, gates)
-        o, final, boundaries = self.recurrence(q, inputs, initial)
+        out = self.recurrence(q, inputs, initial, output_writes=tape is not None)
+        o = out.o if tape is None else tape.record(KERNEL_CHUNK, out)
         assert o is not None
         gate = gates["g_proj"].reshape(o.shape) if self.options.use_gate else None
         gain = shared_by_heads(self.o_norm, self.tp_group)
         y = remade(rms_norm, o, gain, self.config.layernorm_epsilon, gate)
-        if tape is not None:
-            tape.record_states(KERNEL_CHUNK, boundaries, final)
         return MixerOutput(
             y.flatten(2),
-            DeltaRuleState.of(conv_tail, final) if output_state else None,
+            DeltaRuleState.of(conv_tail, out.final_state) if output_state else None,
             tape,
         )
 
@@ -186,19 +185,40 @@ class DeltaRuleMixer(Mixer):
         )
         return q, RecurrenceInputs(k, v, *self.gates(gates, v))
 
+    def keys_and_decay(self, packed: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """k [R, T, key heads, K], before its norm, and g of the packed projections [R, T, c] that
+        follow the inputs `past` of the convolution."""
+        raw, gates = self.split_packed(packed)
+        _, k, v = raw.split(self.conv_sizes, dim=-1)
+        _, g = self.gates(gates, v.unflatten(-1, (-1, self.heads.value)))
+        activation = None if self.qk_identity else "silu"
+        if self.options.use_short_conv:
+            past_k = None if past is None else past.split(self.conv_sizes, dim=-1)[1]
+            k, _ = causal_conv1d(k, self.k_conv1d, past_k, activation)
+        elif activation is not None:
+            k = F.silu(k)
+        return k.unflatten(-1, (-1, self.heads.key)), g
+
     def recurrence(
-        self, q: Tensor | None, inputs: RecurrenceInputs, initial_state: Tensor | None
-    ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-        """Output, final state and the states before each chunk; q=None only advances the state."""
+        self,
+        q: Tensor | None,
+        inputs: RecurrenceInputs,
+        initial_state: Tensor | None,
+        *,
+        output_writes: bool = False,
+    ) -> ChunkOutput:
+        """Output, final state, the states before each chunk and the writes if asked for; q=None
+        only advances the state."""
         k, v, beta, g = inputs
-        options: dict[str, Any] = {"initial_state": initial_state, "qk_norm_eps": _L2_EPS}
-        if k.shape[1] <= _FEW_TOKENS and initial_state is not None and not torch.is_grad_enabled():
+        options: dict[str, Any] = {"initial_state": initial_state, "qk_norm_eps": L2_EPS}
+        few = k.shape[1] <= _FEW_TOKENS and initial_state is not None and not output_writes
+        if few and not torch.is_grad_enabled():
             if g is None:
                 o, final = recurrent_delta_rule(q, k, v, beta, **options)
             else:
                 o, final = recurrent_gated_delta_rule(q, k, v, beta, g, **options)
-            return o, final, [initial_state]
-        options["chunk_size"] = KERNEL_CHUNK
+            return ChunkOutput(o, final, [], None)
+        options |= {"chunk_size": KERNEL_CHUNK, "output_writes": output_writes}
         if g is None:
             return chunk_delta_rule(q, k, v, beta, **options)
         return chunk_gated_delta_rule(q, k, v, beta, g, **options)

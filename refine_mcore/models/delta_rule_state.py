@@ -2,9 +2,10 @@
 
 State of a stream: the last conv_size - 1 inputs of the convolution and S [heads, K, V], at least
 float32. The tape keeps the tensors the forward made anyway and the state every `tape_interval`
-tokens. A state in between is made again, in two parts: up to the last chunk border before it only
-its value, whose gradient goes to the border that the forward went through and so into the backward
-over the text; then the few tokens since, with their gradients.
+tokens. A state in between has its value from running the tokens since again, without gradients. Its
+gradient goes where the forward went through: to the state at the last chunk border, and to the
+writes and keys of the few tokens since, S_t = decay S_border + sum_s decay k_s u_s^T
+(refine_kernels/delta_rule/read.py), and so into the one backward over the text.
 """
 
 from __future__ import annotations
@@ -14,17 +15,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from refine_kernels.dispatch import ChunkOutput, state_from_writes
 from torch import Tensor
 
-from refine_mcore.models.state import (
-    FastWeightState,
-    LayerTape,
-    RecordedTokens,
-    gather_tokens,
-    inverse,
-    take_streams,
-)
+from refine_mcore.models.recorded_tokens import PlacesOfTokens, RecordedTokens, gather_tokens
+from refine_mcore.models.state import FastWeightState, LayerTape, inverse, take_streams
 from refine_mcore.platform import to_device
+
+L2_EPS = 1e-6  # of the norm of queries and keys
 
 if TYPE_CHECKING:
     from refine_mcore.models.delta_rule_mixer import DeltaRuleMixer
@@ -62,32 +60,48 @@ class DeltaRuleState(FastWeightState):
 
 
 class DeltaRuleTape(LayerTape):
-    """Packed projections of the text, and its states at the borders of the kernel's chunks:
-    contents every `tape_interval` tokens, places in the graph everywhere."""
+    """Packed projections of the text, and its states at the borders of the kernel's chunks and its
+    writes: of the states contents every `tape_interval` tokens, of all else places in the graph."""
 
     def __init__(self, mixer: DeltaRuleMixer, packed: Tensor, state: DeltaRuleState | None) -> None:
         self.mixer = mixer
         self.packed = RecordedTokens(packed)
         self.past = None if state is None else state.of_streams()[0]
 
-    def record_states(self, chunk: int, borders: list[Tensor], final: Tensor) -> None:
-        """Keep the states before each `chunk` tokens, of most only their places in the graph, and
-        the one after the text."""
-        states = [*borders, final]
+    def record(self, chunk: int, text: ChunkOutput) -> Tensor:
+        """Keep the states before each `chunk` tokens and the one after the text, of most only their
+        places in the graph, and the place of the writes; returns the output to go on with."""
+        states = [*text.states, text.final_state]
         self.chunk, self.every = chunk, self.mixer.config.tape_interval // chunk
         self.kept = {i: x.detach() for i, x in enumerate(states) if i % self.every == 0}
-        self.kept[len(borders)] = final.detach()
+        self.kept[len(text.states)] = text.final_state.detach()
         self.places = [_Place.apply(state) for state in states]
+        assert text.o is not None and text.writes is not None
+        self.writes = PlacesOfTokens(text.writes, text.o)
+        return self.writes.carrier
 
     def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> DeltaRuleState:
         border = [t // self.chunk for t in offset]
         kept = [i if i in self.kept else i // self.every * self.every for i in border]
-        starts, stops = [i * self.chunk for i in kept], [i * self.chunk for i in border]
+        starts = [i * self.chunk for i in kept]
+        states = torch.stack([self.kept[i][b] for i, b in zip(kept, batch_index, strict=True)])
         with torch.no_grad():
-            states = [self.kept[i][b] for i, b in zip(kept, batch_index, strict=True)]
-            values = self._replay(torch.stack(states), batch_index, starts, stops)
+            replay = self._replay(states, batch_index, starts, offset)
+        # before each stream's own chunk
+        at_border = [i - j for i, j in zip(border, kept, strict=True)]
+        borders = [*replay.states, replay.final_state]
+        values = torch.stack([borders[i][r] for r, i in enumerate(at_border)])
         places = [self.places[i][b] for i, b in zip(border, batch_index, strict=True)]
-        recurrent = self._replay(values + torch.stack(places), batch_index, stops, offset)
+        recurrent = values + torch.stack(places)
+        first = [i * self.chunk for i in border]
+        length = max(t - i for t, i in zip(offset, first, strict=True))
+        if length > 0:
+            assert replay.writes is not None
+            own = [i * self.chunk for i in at_border]
+            streams = range(len(offset))
+            writes = gather_tokens(replay.writes.flatten(2), streams, own, length)
+            writes = writes + self.writes.read(batch_index, first, length)
+            recurrent = self._advance(recurrent, batch_index, first, offset, writes)
         return DeltaRuleState.of(self._conv_tail(batch_index, offset), recurrent)
 
     def _replay(
@@ -96,21 +110,39 @@ class DeltaRuleTape(LayerTape):
         batch_index: Sequence[int],
         starts: Sequence[int],
         stops: Sequence[int],
-    ) -> Tensor:
-        """`states` after tokens starts[r] to stops[r]; shorter rows are filled with writes of
+    ) -> ChunkOutput:
+        """What tokens starts[r] to stops[r] do to `states`; shorter rows are filled with writes of
         strength zero."""
-        rest = [stop - start for start, stop in zip(starts, stops, strict=True)]
-        length = max(rest)
+        length = max(stop - start for start, stop in zip(starts, stops, strict=True))
         if length == 0:
-            return states
+            return ChunkOutput(None, states, [], None)
         raw, gates = self.mixer.split_packed(self.packed.read(batch_index, starts, length))
         convolved, _ = self.mixer.convolve(raw, self._conv_tail(batch_index, starts))
         _, inputs = self.mixer.recurrence_inputs(convolved, gates)
-        steps = torch.arange(length, device=states.device)
-        valid = (steps < to_device(rest, states.device)[:, None])[..., None]
+        valid = _in_span(starts, stops, length, states.device)
         beta = inputs.beta * valid
         g = None if inputs.g is None else inputs.g * valid
-        return self.mixer.recurrence(None, inputs._replace(beta=beta, g=g), states)[1]
+        inputs = inputs._replace(beta=beta, g=g)
+        return self.mixer.recurrence(None, inputs, states, output_writes=True)
+
+    def _advance(
+        self,
+        states: Tensor,
+        batch_index: Sequence[int],
+        starts: Sequence[int],
+        stops: Sequence[int],
+        writes: Tensor,
+    ) -> Tensor:
+        """`states` after the writes [R, T, heads * V] of tokens starts[r] to stops[r], with their
+        gradients: keys and decays are made again, the writes have theirs from the text."""
+        length = writes.shape[1]
+        packed = self.packed.read(batch_index, starts, length)
+        keys, g = self.mixer.keys_and_decay(packed, self._conv_tail(batch_index, starts))
+        valid = _in_span(starts, stops, length, states.device)
+        writes = (writes * valid).unflatten(-1, (-1, self.mixer.heads.value))
+        return state_from_writes(
+            states, keys, writes, None if g is None else g * valid, qk_norm_eps=L2_EPS
+        )
 
     def _conv_tail(self, batch_index: Sequence[int], offset: Sequence[int]) -> Tensor:
         """The last conv_size - 1 inputs of the convolution before each offset."""
@@ -130,6 +162,14 @@ class DeltaRuleTape(LayerTape):
             rows, start = [batch_index[r] for r in near], [offset[r] for r in near]
             tails.append(gather_tokens(torch.cat([past, head], dim=1), rows, start, width))
         return take_streams(torch.cat(tails), inverse(far + near))
+
+
+def _in_span(
+    starts: Sequence[int], stops: Sequence[int], length: int, device: torch.device
+) -> Tensor:
+    """[R, length, 1]: whether token starts[r] + j comes before stops[r]."""
+    rest = [stop - start for start, stop in zip(starts, stops, strict=True)]
+    return (torch.arange(length, device=device) < to_device(rest, device)[:, None])[..., None]
 
 
 class _Place(torch.autograd.Function):

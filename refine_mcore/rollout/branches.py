@@ -10,7 +10,7 @@ import torch
 from refine_kernels.dispatch import combine_keys, counter_uniform
 from torch import Tensor
 
-from refine_mcore.models.state import gather_tokens
+from refine_mcore.models.recorded_tokens import gather_tokens
 from refine_mcore.platform import to_device
 
 

@@ -16,7 +16,7 @@ from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.presets import preset
-from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.models.transformer_config import KERNEL_CHUNK, transformer_config
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.training.checkpointing import latest_checkpoint, load_weights
 
@@ -74,6 +74,15 @@ def runs_in_slices(config: Config) -> bool:
     )
 
 
+def tape_interval(config: Config) -> int:
+    """Tokens between the states that delta-rule layers keep: what branches replay of a text is then
+    an eighth of it on average, and what is kept grows with the branches."""
+    if config.training.tape_interval is not None:
+        return config.training.tape_interval
+    spread = config.data.sequence_length / (4 * config.refine.num_chunks)
+    return min(max(1, round(spread / KERNEL_CHUNK)), 8) * KERNEL_CHUNK
+
+
 def build_engine(
     config: Config, wrapped: DistributedDataParallel, pg_collection: Any
 ) -> PipelineEngine:
@@ -100,7 +109,7 @@ def training_model(
             pipeline_parallel=config.parallel.pipeline,
             layers_per_stage=config.parallel.layers_per_stage,
             sequence_parallel=config.parallel.sequence_parallel,
-            tape_interval=config.training.tape_interval,
+            tape_interval=tape_interval(config),
             fast_weight_matmul=config.model.fast_weight_matmul,
             selective_recompute=config.training.recompute == "selective",
         ),

@@ -13,6 +13,7 @@ from refine_kernels.dispatch import (
     chunk_gated_delta_rule,
     recurrent_delta_rule,
     recurrent_gated_delta_rule,
+    state_from_writes,
 )
 from refine_kernels.gated_delta_rule.naive import naive_gated_delta_rule
 from torch import Tensor
@@ -71,7 +72,7 @@ def test_chunk_and_recurrent_equal_the_definition(gated, seed, b, t, h, k_dim, v
     inputs, state = make_inputs(seed, b, t, h, k_dim, v_dim, gated)
     leaves = [*inputs, state]
     expected = NAIVE[gated](*inputs, initial_state=state)
-    o, final, boundaries = CHUNK[gated](*inputs, initial_state=state, chunk_size=chunk_size)
+    o, final, boundaries, _ = CHUNK[gated](*inputs, initial_state=state, chunk_size=chunk_size)
     recurrent = RECURRENT[gated](*inputs, initial_state=state)
     assert len(boundaries) == -(-t // chunk_size)
     assert_close((o, final), expected)
@@ -91,7 +92,7 @@ def test_norm_and_shared_heads(gated, seed, b, t, h, k_dim, v_dim, groups, chunk
     leaves = [*inputs, state]
     options: dict[str, Any] = {"initial_state": state, "qk_norm_eps": 0.5}
     expected = NAIVE[gated](*inputs, **options)
-    o, final, _ = CHUNK[gated](*inputs, **options, chunk_size=chunk_size)
+    o, final, *_ = CHUNK[gated](*inputs, **options, chunk_size=chunk_size)
     recurrent = RECURRENT[gated](*inputs, **options)
     assert_close((o, final), expected)
     assert_close(recurrent, expected)
@@ -106,7 +107,7 @@ def test_boundary_states_are_prefix_states(gated, seed, b, t, h, k_dim, v_dim, c
     """Each is the state of the prefix alone, with its gradients, output unused or not."""
     inputs, state = make_inputs(seed, b, t, h, k_dim, v_dim, gated)
     leaves = [*inputs, state]
-    _, _, boundaries = CHUNK[gated](*inputs, initial_state=state, chunk_size=chunk_size)
+    boundaries = CHUNK[gated](*inputs, initial_state=state, chunk_size=chunk_size).states
     expected = [state * 1.0]
     for i in range(1, len(boundaries)):
         prefix = [x[:, : i * chunk_size] for x in inputs]
@@ -118,16 +119,44 @@ def test_boundary_states_are_prefix_states(gated, seed, b, t, h, k_dim, v_dim, c
 
 
 @gated_or_not
+@given(groups=st.integers(1, 3), chunk_size=st.integers(1, 20), norm=st.booleans(), **shapes)
+def test_any_state_follows_from_the_writes(
+    gated, seed, b, t, h, k_dim, v_dim, groups, chunk_size, norm
+):
+    """The states of all prefixes, read from the writes of the text: values and gradients, beside
+    those of the output and the last state."""
+    inputs, state = make_inputs(seed, b, t, h, k_dim, v_dim, gated, groups)
+    leaves = [*inputs, state]
+    options: dict[str, Any] = {"qk_norm_eps": 0.5 if norm else None}
+    o, final, _, writes = CHUNK[gated](
+        *inputs, initial_state=state, chunk_size=chunk_size, output_writes=True, **options
+    )
+    _, k, _, _, *g = inputs
+    read = [
+        state_from_writes(state, k[:, :i], writes[:, :i], *(x[:, :i] for x in g), **options)
+        for i in range(1, t + 1)
+    ]
+    expected = [
+        NAIVE[gated](*(x[:, :i] for x in inputs), initial_state=state, **options)
+        for i in range(1, t + 1)
+    ]
+    states = [s for _, s in expected]
+    assert_close(read, states)
+    every = [o, final, *read], [*expected[-1], *states]
+    assert_close(gradients(every[0], leaves), gradients(every[1], leaves))
+
+
+@gated_or_not
 @given(chunk_size=st.integers(1, 20), cut=st.integers(1, 44), **shapes)
 def test_pieces_equal_the_whole(gated, seed, b, t, h, k_dim, v_dim, chunk_size, cut):
     inputs, state = make_inputs(seed, b, t + 1, h, k_dim, v_dim, gated)
     leaves = [*inputs, state]
     cut = min(cut, t)
     whole = CHUNK[gated](*inputs, initial_state=state, chunk_size=chunk_size)
-    o_1, middle, _ = CHUNK[gated](
+    o_1, middle, *_ = CHUNK[gated](
         *(x[:, :cut] for x in inputs), initial_state=state, chunk_size=chunk_size
     )
-    o_2, final, _ = CHUNK[gated](
+    o_2, final, *_ = CHUNK[gated](
         *(x[:, cut:] for x in inputs), initial_state=middle, chunk_size=chunk_size
     )
     pieces = [torch.cat((o_1, o_2), 1), final]
@@ -141,7 +170,7 @@ def test_several_groups_of_chunks(gated):
     inputs, state = make_inputs(3, 2, 2 * (2 * _CHUNKS_AT_ONCE + 3) + 1, 2, 4, 3, gated)
     leaves = [*inputs, state]
     expected = NAIVE[gated](*inputs, initial_state=state)
-    o, final, boundaries = CHUNK[gated](*inputs, initial_state=state, chunk_size=2)
+    o, final, boundaries, _ = CHUNK[gated](*inputs, initial_state=state, chunk_size=2)
     assert len(boundaries) == 2 * _CHUNKS_AT_ONCE + 4
     assert_close((o, final), expected)
     assert_close(gradients([o, final], leaves), gradients(list(expected), leaves))
@@ -152,7 +181,7 @@ def test_without_queries_only_the_state_moves(gated):
     inputs, state = make_inputs(4, 2, 11, 2, 4, 3, gated)
     rest = inputs[1:]
     expected = NAIVE[gated](*inputs, initial_state=state)[1]
-    o, final, _ = CHUNK[gated](None, *rest, initial_state=state, chunk_size=4)
+    o, final, *_ = CHUNK[gated](None, *rest, initial_state=state, chunk_size=4)
     o_r, final_r = RECURRENT[gated](None, *rest, initial_state=state)
     assert o is None and o_r is None
     assert_close([final, final_r], [expected, expected])
@@ -166,7 +195,7 @@ def test_masked_tokens_leave_the_state_bitwise_unchanged(gated):
     inputs, state = make_inputs(5, 1, 9, 2, 4, 3, gated)
     masked = [*inputs[:3], *(torch.zeros_like(x) for x in inputs[3:])]
     for chunk_size in (2, 4, 64):
-        _, final, _ = CHUNK[gated](*masked, initial_state=state, chunk_size=chunk_size)
+        _, final, *_ = CHUNK[gated](*masked, initial_state=state, chunk_size=chunk_size)
         assert torch.equal(final, state)
     assert torch.equal(RECURRENT[gated](*masked, initial_state=state)[1], state)
 
@@ -187,7 +216,7 @@ def test_strong_decay_stays_finite():
     single[4] = torch.full_like(single[4], -40.0)
     single = [x.requires_grad_() for x in single]
     expected = naive_gated_delta_rule(*single, initial_state=state.float())
-    o, final, _ = chunk_gated_delta_rule(*single, initial_state=state.float())
+    o, final, *_ = chunk_gated_delta_rule(*single, initial_state=state.float())
     assert o is not None
     assert_close((o, final), expected, 1e-5)
     assert_close(gradients([o, final], single), gradients(list(expected), single), 1e-5)
@@ -209,7 +238,7 @@ def test_repeated_keys_stay_accurate_in_float32():
 def test_low_precision_inputs_are_computed_in_float32(gated):
     inputs, state = make_inputs(9, 1, 70, 2, 8, 8, gated)
     half = [x.detach().bfloat16().requires_grad_() for x in inputs]
-    o, final, boundaries = CHUNK[gated](*half, chunk_size=16)
+    o, final, boundaries, _ = CHUNK[gated](*half, chunk_size=16)
     expected = NAIVE[gated](*(x.detach().double() for x in half))
     assert o.dtype == torch.bfloat16
     assert final.dtype == boundaries[0].dtype == torch.float32
@@ -222,6 +251,6 @@ def test_low_precision_inputs_are_computed_in_float32(gated):
 def test_no_graph_without_grad():
     inputs, state = make_inputs(10, 1, 9, 2, 4, 3, False)
     with torch.no_grad():
-        o, final, boundaries = chunk_delta_rule(*inputs, initial_state=state, chunk_size=4)
+        o, final, boundaries, _ = chunk_delta_rule(*inputs, initial_state=state, chunk_size=4)
     assert o is not None
     assert not any(x.requires_grad for x in (o, final, *boundaries[1:]))

@@ -13,14 +13,8 @@ from torch.utils._pytree import tree_leaves
 from refine_mcore.models.attention import AttentionState
 from refine_mcore.models.fast_weight_model import FastWeightModel, ModelOutput
 from refine_mcore.models.lact_state import LaCTState
-from refine_mcore.models.state import (
-    FastWeightState,
-    RecordedTokens,
-    StreamGroups,
-    TokenHistory,
-    gather_tokens,
-    map_tensors,
-)
+from refine_mcore.models.recorded_tokens import PlacesOfTokens, RecordedTokens, gather_tokens
+from refine_mcore.models.state import FastWeightState, StreamGroups, TokenHistory, map_tensors
 from refine_mcore.pipeline.cut import Cut
 from tests.models.zoo import FAMILIES, NAMES, assert_same, contents, random_tokens
 
@@ -238,6 +232,22 @@ def test_recorded_tokens_have_the_gradient_of_a_gather() -> None:
     assert torch.equal(read, expected)
     total = y[..., :2].sin().sum() + y[..., 2:].cos().sum()
     (total + expected.square().sum() + y[1, 4:5].exp().sum()).backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_places_of_tokens_have_the_gradient_of_a_gather() -> None:
+    x = torch.randn(3, 7, 2, 2, dtype=torch.float64)
+    ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    written, carrier = ours * 2, ours.sum((2, 3))
+    places = PlacesOfTokens(written, carrier)
+    read = places.read([2, 2, 0], [0, 1, 5], 3)
+    assert read.shape == (3, 3, 4) and not read.any()
+    weights = torch.randn_like(read)
+    (places.carrier.sin().sum() + (read * weights).sum()).backward()
+
+    y = (plain * 2).flatten(2)
+    gathered = torch.stack([y[2, [0, 1, 2]], y[2, [1, 2, 3]], y[0, [5, 6, 6]]])
+    (plain.sum((2, 3)).sin().sum() + (gathered * weights).sum()).backward()
     torch.testing.assert_close(ours.grad, plain.grad)
 
 

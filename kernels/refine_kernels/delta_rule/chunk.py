@@ -33,6 +33,17 @@ from torch.autograd.function import once_differentiable
 _CHUNKS_AT_ONCE = 8
 
 
+class ChunkOutput(NamedTuple):
+    """o [B,T,H,V] in the dtype of v, or None; the state after the tokens [B,H,K,V]; the states
+    before each chunk, counted from the start of the piece; the writes U [B,T,H,V] if asked for.
+    States and writes are at least float32 and part of the autograd graph."""
+
+    o: Tensor | None
+    final_state: Tensor
+    states: list[Tensor]
+    writes: Tensor | None
+
+
 def chunk_delta_rule(
     q: Tensor | None,
     k: Tensor,
@@ -43,7 +54,8 @@ def chunk_delta_rule(
     qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    output_writes: bool = False,
+) -> ChunkOutput:
     """Delta rule over a piece of text.
 
     q, k [B,T,G,K]; v [B,T,H,V]; beta [B,T,H]; initial_state [B,H,K,V] or None for zeros; scale
@@ -51,11 +63,12 @@ def chunk_delta_rule(
     ``qk_norm_eps``, q and k are first divided by sqrt(sum of squares + eps), in at least float32.
     q=None only advances the state.  A token with beta = 0 leaves the state as it is.
 
-    Returns (o [B,T,H,V] in the dtype of v, or None; final state [B,H,K,V]; the states before each
-    chunk of ``chunk_size`` tokens, counted from the start of this piece).  States are at least
-    float32 and part of the autograd graph.  Differentiable once.
+    States are returned before every ``chunk_size`` tokens; those in between follow from the writes
+    (`state_from_writes`).  Differentiable once.
     """
-    return chunk_rule(q, k, v, beta, None, scale, qk_norm_eps, initial_state, chunk_size)
+    return chunk_rule(
+        q, k, v, beta, None, scale, qk_norm_eps, initial_state, chunk_size, output_writes
+    )
 
 
 def chunk_rule(
@@ -68,7 +81,8 @@ def chunk_rule(
     qk_norm_eps: float | None,
     initial_state: Tensor | None,
     chunk_size: int,
-) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    output_writes: bool,
+) -> ChunkOutput:
     """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
     b, t, h, v_dim = v.shape
     scale = k.shape[-1] ** -0.5 if scale is None else scale
@@ -83,16 +97,24 @@ def chunk_rule(
         [None] * len(lengths) if x is None else x.split(lengths, 1)
         for x in (q, k, v, beta, g)
     ]
-    outputs = []
+    outputs, writes = [], []
     for n, *piece in zip(lengths, *pieces, strict=True):
-        options = _Options(scale, qk_norm_eps, min(chunk_size, n))
-        o, *new_states = _ChunkRule.apply(*piece, states[-1], options)
+        options = _Options(scale, qk_norm_eps, min(chunk_size, n), output_writes)
+        o, u, *new_states = _ChunkRule.apply(*piece, states[-1], options)
         outputs.append(o)
+        writes.append(u)
         states += new_states
     final_state = states.pop()
-    if q is None:
-        return None, final_state, states
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), final_state, states
+    return ChunkOutput(
+        None if q is None else _joined(outputs),
+        final_state,
+        states,
+        _joined(writes) if output_writes else None,
+    )
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
 class _Options(NamedTuple):
@@ -101,6 +123,7 @@ class _Options(NamedTuple):
     scale: float
     qk_norm_eps: float | None
     chunk_size: int
+    output_writes: bool
 
 
 def _to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
@@ -227,7 +250,7 @@ def unit_per_head(x: Tensor, heads: int, eps: float | None) -> Tensor:
 
 
 class _ChunkRule(torch.autograd.Function):
-    """The rule over full chunks: (o or None, *states after each chunk)."""
+    """The rule over full chunks: (o or None, U or None, *states after each chunk)."""
 
     @staticmethod
     def forward(
@@ -252,12 +275,13 @@ class _ChunkRule(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, beta, g, state)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return o, *(s.unflatten(0, state.shape[:2]) for s in states[1:])
+        u = _from_chunks(writes, k.shape[0], writes.dtype) if options.output_writes else None
+        return o, u, *(s.unflatten(0, state.shape[:2]) for s in states[1:])
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_o: Tensor | None, *grad_states: Tensor | None
+        ctx: Any, grad_o: Tensor | None, grad_u: Tensor | None, *grad_states: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q, k, v, beta, g, state = ctx.saved_tensors
         if grad_o is None:
@@ -268,11 +292,16 @@ class _ChunkRule(torch.autograd.Function):
         with torch.enable_grad():
             inputs = _Inputs.of(q, k, v, beta, g, state.dtype, ctx.options)
             terms = _Terms.of(inputs.q, inputs.k, inputs.g)
+        grad_o, grad_u = (
+            None if x is None else _to_chunks(x, ctx.options.chunk_size, state.dtype)
+            for x in (grad_o, grad_u)
+        )
         grad_terms, grad_v, grad_beta, grad_state = _loop_backward(
             terms,
             inputs,
             state.flatten(0, 1),
-            None if grad_o is None else _to_chunks(grad_o, ctx.options.chunk_size, state.dtype),
+            grad_o,
+            grad_u,
             [None if x is None else x.flatten(0, 1) for x in grad_states],
         )
         used = [
@@ -311,11 +340,13 @@ def _loop_backward(
     inputs: _Inputs,
     state: Tensor,
     grad_o: Tensor | None,
+    grad_u: Tensor | None,
     grad_states: Sequence[Tensor | None],
 ) -> tuple[_Terms, Tensor, Tensor, Tensor]:
-    """Gradients of (terms, V, beta, initial state), from those of O and of each chunk's end state.
+    """Gradients of (terms, V, beta, initial state), from those of O, of U and of each chunk's end
+    state.
 
-    With dU the gradient of the writes as the output and the next state use them, the adjoint of the
+    With dU the gradient of the writes as all that reads them uses them, the adjoint of the
     triangular system is L = (I + G diag(beta))^-T (beta * dU), and the gradient of U in full is
     dU - G^T L: later tokens' errors see it too.  L is the gradient of V.
     """
@@ -332,6 +363,8 @@ def _loop_backward(
         grad_writes = terms.scores.transpose(-1, -2) @ grad_o
         grad_scores = grad_o @ writes.transpose(-1, -2)
         grad_q_in = torch.empty_like(terms.q_in)
+    if grad_u is not None:
+        grad_writes += grad_u
     grad_state = torch.zeros_like(state)
     for i in reversed(range(len(writes))):
         given = grad_states[i]

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from refine_kernels.delta_rule.chunk import chunk_rule
+from refine_kernels.delta_rule.chunk import ChunkOutput, chunk_rule
 
 
 def chunk_gated_delta_rule(
@@ -16,9 +16,12 @@ def chunk_gated_delta_rule(
     qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    output_writes: bool = False,
+) -> ChunkOutput:
     """As chunk_delta_rule with the state decayed by exp(g_t) before token t; g [B,T,H] <= 0.
 
     A token with beta = 0 and g = 0 leaves the state as it is.
     """
-    return chunk_rule(q, k, v, beta, g, scale, qk_norm_eps, initial_state, chunk_size)
+    return chunk_rule(
+        q, k, v, beta, g, scale, qk_norm_eps, initial_state, chunk_size, output_writes
+    )

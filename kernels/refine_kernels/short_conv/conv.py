@@ -36,21 +36,25 @@ def causal_conv1d(
     return y, final_state
 
 
-def _taps(weight: Tensor, dtype: torch.dtype) -> list[tuple[int, Tensor]]:
-    """(tokens back, w_j [D]) of each tap."""
-    width = weight.shape[-1]
-    return [(width - 1 - j, weight[:, 0, j].to(dtype)) for j in range(width)]
+def _spans(x: Tensor, initial_state: Tensor) -> list[tuple[Tensor, slice]]:
+    """The inputs u of the first outputs, which reach back before x, and those of the others; with
+    each the outputs that they make.  x is not copied."""
+    t, tail = x.shape[1], initial_state.shape[1]
+    n = min(t, tail)
+    spans = [(torch.cat((initial_state, x[:, :n]), 1), slice(0, n))] if n else []
+    return spans + ([(x, slice(n, t))] if t > n else [])
 
 
 def _convolve(x: Tensor, weight: Tensor, initial_state: Tensor) -> Tensor:
     """The sum before the activation, in at least float32."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    t, tail = x.shape[1], initial_state.shape[1]
-    z = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    for back, w in _taps(weight, dtype):
-        z[:, back:].addcmul_(x[:, : max(0, t - back)].to(dtype), w)
-        n = min(back, t)
-        z[:, :n].addcmul_(initial_state[:, tail - back : tail - back + n].to(dtype), w)
+    z = torch.empty(x.shape, dtype=dtype, device=x.device)
+    taps = weight[:, 0].to(dtype).unbind(1)
+    for u, outputs in _spans(x, initial_state):
+        u, out = u.to(dtype), z[:, outputs]
+        torch.mul(u[:, : out.shape[1]], taps[0], out=out)
+        for j, w in enumerate(taps[1:], 1):
+            out.addcmul_(u[:, j : j + out.shape[1]], w)
     return z
 
 
@@ -71,22 +75,21 @@ class _CausalConv(torch.autograd.Function):
         if ctx.silu:
             z = _convolve(x, weight, initial_state)
             grad = torch.ops.aten.silu_backward(grad, z)
-        t, tail = x.shape[1], initial_state.shape[1]
-        grad_x = torch.zeros(x.shape, dtype=dtype, device=x.device)
-        grad_initial = torch.zeros(initial_state.shape, dtype=dtype, device=x.device)
-        grad_weight = []
-        for back, w in _taps(weight, dtype):
-            n = min(back, t)
-            inputs, reached = x[:, : t - n].to(dtype), grad[:, n:]
-            head = slice(tail - back, tail - back + n)
-            grad_x[:, : t - n].addcmul_(reached, w)
-            grad_initial[:, head].addcmul_(grad[:, :n], w)
-            grad_weight.append(
-                (reached * inputs).sum((0, 1)) + (grad[:, :n] * initial_state[:, head]).sum((0, 1))
-            )
+        tail = initial_state.shape[1]
+        # of the initial state, then of x
+        grad_u = grad.new_zeros(x.shape[0], tail + x.shape[1], x.shape[2])
+        taps = weight[:, 0].to(dtype).unbind(1)
+        grad_taps = grad.new_zeros(len(taps), x.shape[2])
+        for u, outputs in _spans(x, initial_state):
+            u, grad_z = u.to(dtype), grad[:, outputs]
+            n = grad_z.shape[1]
+            for j, w in enumerate(taps):
+                first = outputs.start + j
+                grad_u[:, first : first + n].addcmul_(grad_z, w)
+                grad_taps[j] += (grad_z * u[:, j : j + n]).sum((0, 1))
         return (
-            grad_x.to(x.dtype),
-            torch.stack(grad_weight, -1).unsqueeze(1).to(weight.dtype),
-            grad_initial.to(x.dtype),
+            grad_u[:, tail:].to(x.dtype),
+            grad_taps.t().unsqueeze(1).to(weight.dtype),
+            grad_u[:, :tail].to(x.dtype),
             None,
         )
