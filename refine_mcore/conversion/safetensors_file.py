@@ -141,10 +141,26 @@ def read_rows(path: Path, header: Header, name: str, start: int, rows: int) -> t
     entry = header.tensors[name]
     tensor = torch.empty((rows, *entry.shape[1:]), dtype=torch_dtype(entry.dtype))
     row_bytes = (entry.end - entry.begin) // entry.shape[0]
-    buffer = tensor.view(torch.uint8).numpy().data.cast("B")
+    place = header.data_start + entry.begin + start * row_bytes
+    _read_into(tensor.view(torch.uint8), path, place, name)
+    return tensor
+
+
+def read_bytes(path: Path, header: Header, name: str) -> torch.Tensor:
+    """The bytes of a tensor of any dtype, in memory of their own."""
+    import torch
+
+    entry = header.tensors[name]
+    raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+    _read_into(raw, path, header.data_start + entry.begin, name)
+    return raw
+
+
+def _read_into(raw: torch.Tensor, path: Path, place: int, name: str) -> None:
+    buffer = raw.numpy().data.cast("B") if raw.numel() else b""
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(header.data_start + entry.begin + start * row_bytes)
+            file.seek(place)
             while buffer:
                 count = file.readinto(buffer)
                 if not count:
@@ -152,11 +168,11 @@ def read_rows(path: Path, header: Header, name: str, start: int, rows: int) -> t
                 buffer = buffer[count:]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return tensor
 
 
 def write_file(path: Path, header: Header, tensor_of: Callable[[str], torch.Tensor]) -> None:
-    """Write a file tensor by tensor: `tensor_of(name)` has the dtype and shape in `header`."""
+    """Write a file tensor by tensor: `tensor_of(name)` has the dtype and shape in `header`, or is
+    the tensor's bytes."""
     import torch
 
     with path.open("wb") as file:
@@ -164,7 +180,7 @@ def write_file(path: Path, header: Header, tensor_of: Callable[[str], torch.Tens
         file.write(header.text)
         for name, entry in header.tensors.items():
             tensor = tensor_of(name)
-            assert tensor.dtype == torch_dtype(entry.dtype) and tensor.shape == entry.shape, name
+            assert tensor.nbytes == entry.end - entry.begin, name
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
 

@@ -130,7 +130,7 @@ def test_hf_tensors_by_name() -> None:
     embedding = tensors["embedding.word_embeddings.weight"]
     tensors["embedding.word_embeddings.weight"] = torch.cat([embedding, padding])
 
-    found = to_hf_tensors(architecture, tensors)
+    found = to_hf_tensors(table, tensors)
 
     assert {name: tuple(t.shape) for name, t in found.items()} == {p.name: p.shape for p in table}
     assert torch.equal(found["model.embeddings.weight"], embedding)

@@ -151,7 +151,7 @@ def test_megatron_loads_it(golden, tmp_path, single_rank, name: str) -> None:
     config = json.loads((model / "config.json").read_text())
     assert architecture == architecture_from_hf(config, "config.json")
 
-    found = to_hf_tensors(architecture, full_tensors(checkpoint, architecture))
+    found = to_hf_tensors(hf_parameter_map(architecture), full_tensors(checkpoint, architecture))
     original = load_file(model / WEIGHTS)
     assert found.keys() == original.keys()
     assert all(torch.equal(found[key], original[key].float()) for key in original)

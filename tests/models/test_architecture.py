@@ -198,10 +198,23 @@ def test_layouts_that_cannot_work(name: str, tensor: int, pipeline: int, message
 
 
 def test_layouts_of_a_hybrid_respect_its_key_value_heads() -> None:
-    hybrid = ARCHITECTURES["gated_delta_net-full_attention"]
-    with pytest.raises(UserError, match="hybrid key/value head count of 1; sizes that work: 1$"):
-        check_layout(hybrid, 2, 1)
-    check_layout(hybrid, 1, 2)
+    """They divide over the ranks, or each is shared by equally many, who hold equal parts of it."""
+    mixer = GatedDeltaNetOptions(12, head_dim=2)
+
+    def check(kv_heads: int, head_dim: int, ranks: int) -> None:
+        attention = AttentionOptions((0,), 12, kv_heads, kv_channels=head_dim)
+        check_layout(Architecture(23, 16, 2, 24, mixer, attention), ranks, 1)
+
+    for kv_heads, head_dim, ranks in [(4, 2, 2), (2, 2, 4), (1, 4, 4), (2, 6, 12), (3, 2, 3)]:
+        check(kv_heads, head_dim, ranks)
+    for kv_heads, head_dim, ranks, fitting in [
+        (3, 2, 2, "1, 3, 6"),  # neither divides the other
+        (2, 2, 12, "1, 2, 4"),  # six ranks to a head of two dimensions
+        (4, 2, 6, "1, 2, 4"),
+    ]:
+        words = f"hybrid key/value head count of {kv_heads}; sizes that work: {fitting}$"
+        with pytest.raises(UserError, match=words):
+            check(kv_heads, head_dim, ranks)
 
 
 def test_vocabulary_is_padded_to_the_tensor_parallel_size() -> None:

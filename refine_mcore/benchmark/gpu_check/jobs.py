@@ -20,7 +20,7 @@ from refine_mcore.benchmark.bench import Bench
 from refine_mcore.config import Config, ParallelConfig, config_from_dict
 from refine_mcore.conversion.hf_directory import open_hf_directory
 from refine_mcore.conversion.importing import import_hf
-from refine_mcore.evaluation.golden import POSITIONS, ROLLOUT_TOKENS
+from refine_mcore.evaluation.golden import ROLLOUT_TOKENS, rollout_positions
 from refine_mcore.evaluation.score import score_tokens
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.training.optimizer import main_gradient
@@ -200,7 +200,10 @@ def score_reference(model: Path, checkpoint: Path) -> tuple[dict[str, Tensor], d
             training_model(config, groups), groups, tokens, gradients=True, **options
         )
 
-    rollouts: dict[str, Any] = {"rollout_at": POSITIONS, "rollout_tokens": ROLLOUT_TOKENS}
+    rollouts: dict[str, Any] = {
+        "rollout_at": rollout_positions(model),
+        "rollout_tokens": ROLLOUT_TOKENS,
+    }
     return score("a", **rollouts), score("b")
 
 
