@@ -34,6 +34,54 @@ PARAMETERS = {
 }
 
 
+def _hybrid_parameters(
+    width: int,
+    mlp: int,
+    heads: tuple[int, int, int],
+    linear: tuple[int, int, int, int],
+    vocab: int,
+    embeddings: int,
+    q_per_head: int,
+    qk_gains: int,
+    layers: int,
+) -> int:
+    """Parameters of a published hybrid, counted from its table: (heads, kv heads, width) of
+    attention in every fourth layer, (key heads, value heads, key width, value width) elsewhere."""
+    queries, kv, dim = heads
+    key_heads, value_heads, key, value = linear
+    qk, v = key_heads * key, value_heads * value
+    attention = width * dim * (q_per_head * queries + 2 * kv + queries) + qk_gains
+    recurrent = width * (2 * qk + 2 * v + 2 * value_heads) + v * width  # q, k; v, z; a, b; out
+    recurrent += 4 * (2 * qk + v) + 2 * value_heads + value  # convolutions, A_log, dt_bias, norm
+    shell = 3 * width * mlp + 2 * width
+    return (
+        layers * shell
+        + layers // 4 * (attention + 3 * recurrent)
+        + embeddings * vocab * width
+        + width
+    )
+
+
+def _qwen_parameters(
+    layers: int, width: int, mlp: int, heads: int, kv: int, value_heads: int, embeddings: int
+) -> int:
+    linear = (16, value_heads, 128, 128)
+    return _hybrid_parameters(
+        width, mlp, (heads, kv, 256), linear, 248_320, embeddings, 2, 2 * 256, layers
+    )
+
+
+PARAMETERS |= {
+    "qwen3.5-0.8b": _qwen_parameters(24, 1024, 3584, 8, 2, 16, 1),
+    "qwen3.5-2b": _qwen_parameters(24, 2048, 6144, 8, 2, 16, 1),
+    "qwen3.5-4b": _qwen_parameters(32, 2560, 9216, 16, 4, 32, 1),
+    "qwen3.5-9b": _qwen_parameters(32, 4096, 12288, 16, 4, 32, 2),
+    "olmo-hybrid-7b": _hybrid_parameters(
+        3840, 11008, (30, 30, 128), (30, 30, 96, 192), 100_352, 2, 1, 2 * 3840, 32
+    ),
+}
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_build(name: str, process_groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, put there by saying that it is the current CUDA device."""
