@@ -20,6 +20,7 @@ from typing import Any
 from refine_mcore.conversion.parameters import (
     HFParameter,
     hf_parameter_map,
+    with_stored_cuts,
     with_stored_names,
 )
 from refine_mcore.conversion.safetensors_file import Header, parse_header
@@ -80,9 +81,13 @@ class Description:
         }
 
     def parameters(self) -> list[HFParameter]:
-        """The HF parameters, under the names of the original files."""
+        """The HF parameters as the class has them, under the names of the original files."""
         table = hf_parameter_map(self.architecture, self.model_type)
         return with_stored_names(table, self.stored_shapes)
+
+    def stored_parameters(self) -> list[HFParameter]:
+        """The same, cut as the original files cut them."""
+        return with_stored_cuts(self.parameters(), self.stored_shapes)
 
 
 def write_description(

@@ -34,7 +34,6 @@ from refine_mcore.conversion.parameters import (
     HFParameter,
     checkpoint_shapes,
     embeddings_name,
-    with_stored_cuts,
 )
 from refine_mcore.conversion.safetensors_file import (
     FLOAT_DTYPES,
@@ -62,7 +61,7 @@ def export_hf(checkpoint: Path, output: Path, dtype: str | None, report: Report)
     """
     directory = find_checkpoint(checkpoint)
     description = read_description(directory)
-    parameters = with_stored_cuts(description.parameters(), description.stored_shapes)
+    parameters = description.stored_parameters()
     table = {parameter.name: parameter for parameter in parameters}
     if description.architecture.tie_embeddings:  # a file may hold both
         table.setdefault(LM_HEAD, table[embeddings_name(parameters)])

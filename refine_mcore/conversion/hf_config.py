@@ -52,8 +52,8 @@ def hf_config(architecture: Architecture, model_type: str | None = None) -> dict
     """
     model_type = model_type or model_type_of(architecture)
     if model_type is None or not _holds(model_type, architecture):
-        kind = "no Hugging Face model type" if model_type is None else f"model_type {model_type}"
-        raise UserError(f"{kind} describes a model of this architecture")
+        lacks = f"model_type {model_type} lacks some of" if model_type else "no model_type has"
+        raise UserError(f"no config.json can be written: {lacks} this architecture's options")
     return _FAMILIES[model_type].write(architecture, model_type)
 
 

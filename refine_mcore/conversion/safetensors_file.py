@@ -36,6 +36,7 @@ _TORCH_NAMES = {
     "F8_E5M2": "float8_e5m2",
 }
 FLOAT_DTYPES = tuple(_TORCH_NAMES)
+_LAYOUT = (*FLOAT_DTYPES, *(name for name in _ITEM_BYTES if name not in FLOAT_DTYPES))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def build_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> Header:
     """The header that the library would write for tensors of these (dtype, shape)."""
-    order = sorted(tensors, key=lambda name: (FLOAT_DTYPES.index(tensors[name][0]), name))
+    widths = {dtype: (-_ITEM_BYTES[dtype], place) for place, dtype in enumerate(_LAYOUT)}
+    order = sorted(tensors, key=lambda name: (widths[tensors[name][0]], name))
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name in order:
