@@ -420,16 +420,16 @@ class SelfAttention(Mixer):
 
     def _heads(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v and the gate [R, T, local heads, dim]."""
-        norm, gate = self.options.qk_layernorm, None
+        norm, gate, dim = self.options.qk_layernorm, None, self.head_dim
         q, k, v = parts["q_proj"], parts["k_proj"], parts["v_proj"]
         if self.options.attention_output_gate:  # [query, gate] head by head
-            q, gate = q.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
-            q = q.flatten(2)
+            q, gate = q.unflatten(-1, (-1, 2, dim)).unbind(-2)
         if norm == "full_width":
-            q, k = self._full_width_norm(q, self.q_norm), self._full_width_norm(k, self.k_norm)
+            q = self._full_width_norm(q.flatten(2) if q.dim() == 4 else q, self.q_norm)
+            k = self._full_width_norm(k, self.k_norm)
         if self.options.kv_heads < self.tp_size:
             k, v = self._shared_head(k), self._shared_head(v)
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        q, k, v = (x if x.dim() == 4 else x.unflatten(-1, (-1, dim)) for x in (q, k, v))
         if norm == "per_head":
             q, k = self._norm_per_head(q, self.q_norm), self._norm_per_head(k, self.k_norm)
         return q, k, v, gate

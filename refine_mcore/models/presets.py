@@ -87,6 +87,10 @@ def _olmo_hybrid(
     return Architecture(vocab, hidden, layers, ffn, mixer, attention, post_norm_layers=attended)
 
 
+def _tiny(hybrid: Architecture, sizes: dict[str, object]) -> Architecture:
+    return hybrid.with_overrides({"vocab_size": 61, "mixer.head_dim": 12, **sizes})
+
+
 _PRESETS: dict[str, Callable[[], Architecture]] = {
     "lact-760m": lambda: _lact(1536, 24, 24, 4096),
     "lact-3b": lambda: _lact(3072, 26, 24, 8192),
@@ -108,6 +112,11 @@ _PRESETS: dict[str, Callable[[], Architecture]] = {
     "bench-lact": lambda: _lact(512, 6, 8, 1536, vocab=8192, chunk_size=1024, window_size=1024),
     "tiny-deltanet": lambda: _delta_net(32, 2, 2, 48, vocab=61),
     "tiny-gated-deltanet": lambda: _gated_delta_net(32, 2, 2, 12, 48, vocab=61),
+    "tiny-qwen3.5": lambda: _tiny(
+        _qwen(32, 4, 48, 4, 2, 16, True),
+        {"mixer.num_heads": 2, "mixer.num_value_heads": 4, "attention.kv_channels": 16},
+    ),
+    "tiny-olmo-hybrid": lambda: _tiny(_olmo_hybrid(32, 4, 48, 2, 12, 61), {}),
     "tiny-lact": lambda: _lact(
         32, 2, 4, 48, vocab=61, num_fast_heads=2, chunk_size=8, window_size=6, low_rank=4
     ),

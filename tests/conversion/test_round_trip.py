@@ -21,7 +21,7 @@ from refine_mcore.conversion.description import (
 )
 from refine_mcore.conversion.torch_dist import CheckpointReader, Chunk, write_checkpoint
 from refine_mcore.models.architecture import Architecture
-from refine_mcore.models.presets import preset
+from refine_mcore.models.presets import preset, preset_names
 from tests.conversion.helpers import (
     HYBRIDS,
     INDEX,
@@ -219,7 +219,7 @@ def write_random(architecture: Architecture, checkpoint: Path, dtype: torch.dtyp
     write_checkpoint(checkpoint, shapes, [chunk(key, shape) for key, shape in shapes.items()])
 
 
-@pytest.mark.parametrize("name", ["tiny-deltanet", "tiny-gated-deltanet", "tiny-lact"])
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("tiny-")])
 def test_model_that_never_was_hf(tmp_path, name: str) -> None:
     """Its config comes from the architecture, and the result imports like any other."""
     architecture = preset(name)
