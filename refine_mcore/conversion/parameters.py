@@ -122,16 +122,17 @@ _NAMES = {
         embeddings="embed_tokens.weight",
         mixer="linear_attn.",
         attention="self_attn.",
-        # the second names are those of the class that the file was saved from, or of the other kind
-        # of layer, which transformers saves under the first kind's
+        # the first names are those of published files; transformers saves a layer of attention's
+        # first norm under the name that the other layers' second one has, and its class has names
+        # of its own for these
         block={
             "input_layernorm": ("attention_layer_norm", "input_layernorm"),
             "pre_mlp_layernorm": ("feedforward_layer_norm", "post_attention_layernorm"),
             "post_self_attn_layernorm": ("post_attention_layernorm", "feedforward_layer_norm"),
             "post_mlp_layernorm": ("post_feedforward_layernorm",),
         },
-        # one convolution in the class, of which transformers saves three equal parts, whatever the
-        # widths
+        # one convolution in the class, which published files cut by the widths of q, k and v, and
+        # transformers into three equal parts
         stack=_CONVOLUTIONS,
     ),
 }
@@ -151,7 +152,7 @@ def hf_parameter_map(
     `lm_head.weight`, as in `model.named_parameters()`.
     """
     if isinstance(architecture.mixer, LaCTOptions):
-        model_type = "lact_swiglu"
+        model_type = "lact_swiglu"  # also of one that no config can describe
     names = names_of(model_type or model_type_of(architecture))
     hidden, vocab = architecture.hidden_size, architecture.vocab_size
     table = [_whole(f"{names.model}{names.embeddings}", (vocab, hidden), EMBEDDING_KEY)]

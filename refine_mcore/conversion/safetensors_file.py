@@ -183,6 +183,10 @@ def write_file(path: Path, header: Header, tensor_of: Callable[[str], torch.Tens
         for name, entry in header.tensors.items():
             tensor = tensor_of(name)
             assert tensor.nbytes == entry.end - entry.begin, name
+            if tensor.dtype != torch.uint8:
+                assert tensor.dtype == torch_dtype(entry.dtype) and tensor.shape == entry.shape, (
+                    name
+                )
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
 
