@@ -237,6 +237,8 @@ def test_sizes_that_cannot_work(mixer: Any, attention: Any, message: str) -> Non
         ("tiny-lact", 3, 1, "parallel.tensor 3 does not divide .*; sizes that work: 1, 2$"),
         ("tiny-deltanet", 4, 1, "head count of 2; sizes that work: 1, 2$"),
         ("gated-deltanet-1.3b", 4, 1, "head count of 6; sizes that work: 1, 2$"),
+        ("olmo-hybrid-7b", 3, 1, "MLP width of 11008; sizes that work: 1, 2$"),
+        ("qwen3.5-2b", 16, 1, "hybrid attention head count of 8; sizes that work: 1, 2, 4, 8$"),
         ("tiny-lact", 1, 3, "parallel.pipeline 3 is more than the model's 2 layers: use at most 2"),
     ],
 )
