@@ -103,7 +103,7 @@ def refused_job(refused: Refused, config: Path, tmp_path: Path) -> Refused:
         (["model.overrides.hidden_size=wide"], "hidden_size must be a whole number, got 'wide'"),
         (["model.overrides.vocab_size=50"], "has 2048 pieces, the model a vocabulary of 50"),
         (["data.paths=[]"], "data.paths must name at least one file"),
-        (["data.tokenizer=null"], "data.tokenizer must name the model's SentencePiece file"),
+        (["data.tokenizer=null"], "data.tokenizer must name the model's tokenizer"),
         (["data.sequence_length=60000"], "no document is as long as data.sequence_length"),
         (["data.paths=[no.txt]"], "cannot read no.txt: No such file or directory"),
         (["data.tokenizer=no.model"], "tokenizer no.model does not exist"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conversion.helpers import MODELS, to_checkpoint
+from tests.conversion.helpers import HYBRIDS, MODELS, reference, to_checkpoint
 from tests.golden_scores import (
     TEXT_A,
     TEXT_B,
@@ -32,7 +32,7 @@ def checkpoint_of(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
     def get(name: str) -> Path:
         if not (folder / name).exists():
-            to_checkpoint(golden / "models" / name, folder / name)
+            to_checkpoint(reference(golden, name), folder / name)
         return folder / name
 
     return get
@@ -50,12 +50,12 @@ def score_model(golden: Path, tmp_path: Path, checkpoint_of) -> Callable[..., Ou
     return run
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *HYBRIDS])
 def test_text_rollouts_and_gradients(golden, score_model, name: str) -> None:
     assert_text_a(score_model(name, *TEXT_A), golden, name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *HYBRIDS])
 def test_longer_text(golden, score_model, name: str) -> None:
     assert_text_b(score_model(name, *TEXT_B), golden, name)
 

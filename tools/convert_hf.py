@@ -3,8 +3,10 @@
     python tools/convert_hf.py import --hf DIR --output CKPT
     python tools/convert_hf.py export --checkpoint CKPT --output DIR [--dtype bfloat16]
 
-Model types: lact_swiglu, delta_net (hybrid attention layers included), gated_deltanet. Memory is
-that of the largest tensor. No GPU, Transformer Engine or transformers is needed.
+Model types: lact_swiglu, delta_net (hybrid attention layers included), gated_deltanet, qwen3_5
+(also its text model alone, qwen3_5_text), olmo_hybrid. Tensors that no text pass uses, such as a
+vision tower, travel inside the checkpoint as they are. Memory is that of the largest tensor. No
+GPU, Transformer Engine or transformers is needed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def main(argv: list[str]) -> None:
         source = open_hf_directory(arguments.hf)
         from refine_mcore.conversion.importing import import_hf
 
-        import_hf(source, arguments.output)
+        import_hf(source, arguments.output, _report)
     else:
         from refine_mcore.conversion.exporting import export_hf
 

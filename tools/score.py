@@ -74,6 +74,7 @@ def _score(
     import torch.distributed as dist
 
     from refine_mcore import platform
+    from refine_mcore.conversion.description import find_checkpoint, read_description
     from refine_mcore.evaluation.score import score_tokens
     from refine_mcore.training.setup import training_model
 
@@ -94,6 +95,7 @@ def _score(
         rollout_tokens=arguments.rollout_tokens,
         seed=None if arguments.greedy else config.training.seed,
         gradients=arguments.gradients,
+        parameters=read_description(find_checkpoint(Path(arguments.checkpoint))).parameters(),
     )
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +77,8 @@ def _place() -> str:
 
 @dataclass(frozen=True)
 class SavedBytes:
-    """Bytes per token kept for the backward by a layer, and by all that is not a layer; and what a
-    model of one layer keeps, the largest first."""
+    """Bytes per token kept for the backward by a layer, the mean of all layers, and by all that is
+    not a layer; and what a model of the first layer keeps, the largest first."""
 
     layer: float
     rest: float
@@ -91,33 +93,57 @@ def count_saved_bytes(
     dtype: torch.dtype = torch.bfloat16,
     selective_recompute: bool = False,
 ) -> SavedBytes:
-    """Count over a text of `tokens` tokens: the difference between two layers and one is a layer.
+    """Count over a text of `tokens` tokens: the difference between two layers and one is a layer,
+    of each kind that a hybrid has.
 
-    A hybrid's attention layers are not counted. `groups` are those of a single rank. What is made
+    `groups` are those of a single rank. What is made
     again in the backward is not counted, what it is made of is; the tape of a LaCT text holds the
     values its fast weights are written with until its branches have left, counted or not.
     """
-    one, two = (
-        _count(architecture, layers, groups, tokens, dtype, selective_recompute)
-        for layers in (1, 2)
+    kinds = Counter(map(partial(_kind, architecture), range(architecture.num_layers)))
+
+    def count(*layers: _Kind) -> list[SavedTensor]:
+        reduced = _of_layers(architecture, layers)
+        return _count(reduced, groups, tokens, dtype, selective_recompute)
+
+    first = _kind(architecture, 0)
+    one = count(first)
+    alone = sum(x.bytes for x in one)
+    bytes_of = {kind: sum(x.bytes for x in count(first, kind)) - alone for kind in kinds}
+    layer = sum(kinds[kind] * kept for kind, kept in bytes_of.items()) / architecture.num_layers
+    return SavedBytes(layer / tokens, (alone - bytes_of[first]) / tokens, one)
+
+
+class _Kind(NamedTuple):
+    attention: bool
+    post_norm: bool
+
+
+def _kind(architecture: Architecture, layer: int) -> _Kind:
+    return _Kind(architecture.is_attention_layer(layer), layer in architecture.post_norm_layers)
+
+
+def _of_layers(architecture: Architecture, kinds: Sequence[_Kind]) -> Architecture:
+    """The architecture with these layers alone."""
+    attended = tuple(index for index, kind in enumerate(kinds) if kind.attention)
+    attention = architecture.attention
+    return replace(
+        architecture,
+        num_layers=len(kinds),
+        attention=attention and replace(attention, layers=attended),
+        post_norm_layers=tuple(index for index, kind in enumerate(kinds) if kind.post_norm),
     )
-    totals = [sum(x.bytes for x in saved) for saved in (one, two)]
-    layer = totals[1] - totals[0]
-    return SavedBytes(layer / tokens, (totals[0] - layer) / tokens, one)
 
 
 def _count(
     architecture: Architecture,
-    layers: int,
     groups: Any,
     tokens: int,
     dtype: torch.dtype,
     selective_recompute: bool,
 ) -> list[SavedTensor]:
-    reduced = architecture.with_overrides({"num_layers": layers, "attention": None})
-    model: FastWeightModel = build_model(
-        transformer_config(reduced, dtype=dtype, selective_recompute=selective_recompute), groups
-    )
+    config = transformer_config(architecture, dtype=dtype, selective_recompute=selective_recompute)
+    model: FastWeightModel = build_model(config, groups)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.01)

@@ -61,7 +61,8 @@ class DataConfig:
     # Text files: `.jsonl` with a `text` field in every line, or `.txt` holding one document each.
     # Training needs one at least.
     paths: tuple[str, ...] = ()
-    # SentencePiece model file, the one the model was made with. Training needs it.
+    # The tokenizer that the model was made with, which training needs: a SentencePiece model, a
+    # `tokenizer.json`, or a Hugging Face directory that has one.
     tokenizer: str | None = None
     # Rows that the model's vocabulary may have beyond the tokenizer's pieces: vocabularies are
     # padded to round sizes.

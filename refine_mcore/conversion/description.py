@@ -4,6 +4,7 @@
     hf/                          config.json and tokenizer files, byte for byte
     hf/safetensors_headers/      the header of each original weight file, so that an export has the
                                  same files, names, dtypes and order
+    hf/untouched.safetensors     the original tensors that no text pass uses, if there are any
 
 A training run that starts from a converted checkpoint passes all of it on with `copy_description`.
 """
@@ -16,6 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refine_mcore.conversion.parameters import (
+    HFParameter,
+    hf_parameter_map,
+    with_stored_cuts,
+    with_stored_names,
+)
 from refine_mcore.conversion.safetensors_file import Header, parse_header
 from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import Architecture
@@ -25,6 +32,7 @@ HF_DIRECTORY = "hf"
 HF_CONFIG = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+UNTOUCHED_FILE = "untouched.safetensors"
 _HEADERS = "safetensors_headers"
 _LATEST_FILE = "latest_checkpointed_iteration.txt"
 
@@ -54,6 +62,32 @@ class Description:
     architecture: Architecture
     hf_directory: Path | None
     headers: dict[str, Header]
+
+    @property
+    def model_type(self) -> str | None:
+        """The `model_type` of the HF config, if there is one."""
+        if self.hf_directory is None or not (self.hf_directory / HF_CONFIG).is_file():
+            return None
+        found = read_json_object(self.hf_directory / HF_CONFIG).get("model_type")
+        return found if isinstance(found, str) else None
+
+    @property
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the original files' tensors, by name."""
+        return {
+            name: entry.shape
+            for header in self.headers.values()
+            for name, entry in header.tensors.items()
+        }
+
+    def parameters(self) -> list[HFParameter]:
+        """The HF parameters as the class has them, under the names of the original files."""
+        table = hf_parameter_map(self.architecture, self.model_type)
+        return with_stored_names(table, self.stored_shapes)
+
+    def stored_parameters(self) -> list[HFParameter]:
+        """The same, cut as the original files cut them."""
+        return with_stored_cuts(self.parameters(), self.stored_shapes)
 
 
 def write_description(

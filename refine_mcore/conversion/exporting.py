@@ -18,6 +18,7 @@ from refine_mcore.conversion.description import (
     HF_CONFIG,
     INDEX_FILE,
     SINGLE_FILE,
+    UNTOUCHED_FILE,
     Description,
     copy_travellers,
     find_checkpoint,
@@ -26,18 +27,20 @@ from refine_mcore.conversion.description import (
 )
 from refine_mcore.conversion.finite import require_finite
 from refine_mcore.conversion.hf_config import architecture_from_hf, hf_config
-from refine_mcore.conversion.hf_directory import EMBEDDINGS, LM_HEAD
 from refine_mcore.conversion.output_directory import new_directory
 from refine_mcore.conversion.parameters import (
+    LM_HEAD,
     VOCABULARY_KEYS,
     HFParameter,
     checkpoint_shapes,
-    hf_parameter_map,
+    embeddings_name,
 )
 from refine_mcore.conversion.safetensors_file import (
     FLOAT_DTYPES,
     Header,
     build_header,
+    read_bytes,
+    read_header,
     safetensors_dtype,
     torch_dtype,
     write_file,
@@ -51,37 +54,47 @@ Report = Callable[[str], None]
 def export_hf(checkpoint: Path, output: Path, dtype: str | None, report: Report) -> None:
     """Write the model of `checkpoint` as an HF directory, one tensor in memory at a time.
 
-    `dtype` (a safetensors name) converts every tensor; None keeps the dtypes recorded at import, or
-    else the checkpoint's. `report` is told once if values are converted. Raises UserError if the
-    checkpoint is incomplete or damaged, a value is not finite, or `output` cannot be written.
+    `dtype` (a safetensors name) converts every tensor of the text model; None keeps the dtypes
+    recorded at import, or else the checkpoint's. `report` is told once if values are converted.
+    Raises UserError if the checkpoint is incomplete or damaged, a value is not finite, or `output`
+    cannot be written.
     """
     directory = find_checkpoint(checkpoint)
     description = read_description(directory)
-    table = {parameter.name: parameter for parameter in hf_parameter_map(description.architecture)}
+    parameters = description.stored_parameters()
+    table = {parameter.name: parameter for parameter in parameters}
+    if description.architecture.tie_embeddings:  # a file may hold both
+        table.setdefault(LM_HEAD, table[embeddings_name(parameters)])
     reader = CheckpointReader(directory)
-    _require_complete(reader, list(table.values()), directory)
-    headers = _headers(description, reader, table, dtype, directory)
+    _require_complete(reader, parameters, directory)
+    untouched = _untouched(description)
+    headers = _headers(description, reader, table, parameters, untouched, dtype, directory)
     _report_conversion(headers, reader, table, report)
 
     with new_directory(output) as temporary:
         if description.hf_directory is not None:
             copy_travellers(description.hf_directory, temporary)
         elif dtype is None:  # no config says what the weights are: let the new one do
-            dtype = headers[SINGLE_FILE].tensors[EMBEDDINGS].dtype
+            dtype = headers[SINGLE_FILE].tensors[embeddings_name(parameters)].dtype
         _write_config(description, temporary / HF_CONFIG, dtype, report)
         _update_index(temporary / INDEX_FILE, headers)
         for file, header in headers.items():
 
             def read(name: str, header: Header = header) -> torch.Tensor:
+                if untouched is not None and name in untouched[1].tensors:
+                    return read_bytes(*untouched, name)
                 target = torch_dtype(header.tensors[name].dtype)
-                return _read(reader, _source(table, name), target, directory)
+                return _read(reader, table[name], target, directory)
 
             write_file(temporary / file, header, read)
 
 
-def _source(table: dict[str, HFParameter], name: str) -> HFParameter:
-    """The parameter behind an HF tensor: a tied `lm_head.weight` is the embedding."""
-    return table[EMBEDDINGS if name == LM_HEAD and name not in table else name]
+def _untouched(description: Description) -> tuple[Path, Header] | None:
+    """The file of tensors that no text pass uses."""
+    if description.hf_directory is None:
+        return None
+    path = description.hf_directory / UNTOUCHED_FILE
+    return (path, read_header(path)) if path.is_file() else None
 
 
 def _read(
@@ -117,34 +130,36 @@ def _headers(
     description: Description,
     reader: CheckpointReader,
     table: dict[str, HFParameter],
+    parameters: list[HFParameter],
+    untouched: tuple[Path, Header] | None,
     dtype: str | None,
     directory: Path,
 ) -> dict[str, Header]:
     """The headers to write: the original ones wherever nothing differs."""
     if not description.headers:
         tensors = {
-            name: (dtype or _stored_dtype(reader, parameter), parameter.shape)
-            for name, parameter in table.items()
+            parameter.name: (dtype or _stored_dtype(reader, parameter), parameter.shape)
+            for parameter in parameters
         }
         return {SINGLE_FILE: build_header(tensors, {"format": "pt"})}
-    shapes = {
-        name: entry.shape
-        for header in description.headers.values()
-        for name, entry in header.tensors.items()
-    }
-    expected = {name: parameter.shape for name, parameter in table.items()}
-    if description.architecture.tie_embeddings and LM_HEAD in shapes:
-        expected[LM_HEAD] = expected[EMBEDDINGS]
+    passed_on = untouched[1].tensors if untouched else {}
+    shapes = description.stored_shapes
+    expected = {parameter.name: parameter.shape for parameter in parameters}
+    expected |= {name: entry.shape for name, entry in passed_on.items()}
+    if LM_HEAD in shapes and LM_HEAD in table:
+        expected[LM_HEAD] = table[LM_HEAD].shape
     if shapes != expected:
         raise UserError(f"{directory}: hf/ and architecture.json describe different models")
-    return {
-        file: header
-        if dtype is None or all(entry.dtype == dtype for entry in header.tensors.values())
-        else build_header(
-            {name: (dtype, entry.shape) for name, entry in header.tensors.items()}, header.metadata
-        )
-        for file, header in description.headers.items()
-    }
+
+    def converted(header: Header) -> Header:
+        tensors = {
+            name: (entry.dtype if dtype is None or name in passed_on else dtype, entry.shape)
+            for name, entry in header.tensors.items()
+        }
+        same = all(entry.dtype == tensors[name][0] for name, entry in header.tensors.items())
+        return header if same else build_header(tensors, header.metadata)
+
+    return {file: converted(header) for file, header in description.headers.items()}
 
 
 def _stored_dtype(reader: CheckpointReader, parameter: HFParameter) -> str:
@@ -160,9 +175,10 @@ def _report_conversion(
     report: Report,
 ) -> None:
     converted = {
-        (_stored_dtype(reader, _source(table, name)), entry.dtype)
+        (_stored_dtype(reader, table[name]), entry.dtype)
         for header in headers.values()
         for name, entry in header.tensors.items()
+        if name in table
     }
     changes = sorted(f"{stored} to {written}" for stored, written in converted if stored != written)
     if changes:
@@ -172,19 +188,50 @@ def _report_conversion(
 def _write_config(description: Description, path: Path, dtype: str | None, report: Report) -> None:
     """Leave the original config as it is unless training or `dtype` changed what it says."""
     config: dict[str, Any] = {}
-    changed = hf_config(description.architecture)
+    changed = hf_config(description.architecture, description.model_type)
     if path.exists():
         config = read_json_object(path)
-        before = hf_config(architecture_from_hf(config, str(path)))
-        changed = {key: value for key, value in changed.items() if before.get(key) != value}
+        before = hf_config(architecture_from_hf(config, str(path)), description.model_type)
+        changed = _difference(before, changed)
         if changed:
-            report(f"config.json is changed in {', '.join(sorted(changed))}, as the model was")
+            report(f"config.json is changed in {', '.join(_leaves(changed))}, as the model was")
     if dtype is not None:
         name = "dtype" if "dtype" in config else "torch_dtype"  # newer and older transformers
         changed[name] = str(torch_dtype(dtype)).removeprefix("torch.")
-    if any(config.get(key) != value for key, value in changed.items()):
-        text = json.dumps(config | changed, indent=2, sort_keys=True)
-        path.write_text(text + "\n")
+    merged = _merged(config, changed)
+    if merged != config:
+        path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+
+
+def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What of `after` is not so in `before`, setting by setting in nested ones too."""
+    found: dict[str, Any] = {}
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            value = _difference(old, value)
+            if value:
+                found[key] = value
+        elif old != value:
+            found[key] = value
+    return found
+
+
+def _leaves(settings: dict[str, Any]) -> list[str]:
+    return sorted(
+        f"{key}.{leaf}" if leaf else key
+        for key, value in settings.items()
+        for leaf in (_leaves(value) if isinstance(value, dict) else [""])
+    )
+
+
+def _merged(config: dict[str, Any], changed: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: _merged(config[key], value)
+        for key, value in changed.items()
+        if isinstance(value, dict) and isinstance(config.get(key), dict)
+    }
+    return config | changed | nested
 
 
 def _update_index(path: Path, headers: dict[str, Header]) -> None:

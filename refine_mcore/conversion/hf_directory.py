@@ -12,24 +12,31 @@ from refine_mcore.conversion.description import (
     read_json_object,
 )
 from refine_mcore.conversion.hf_config import architecture_from_hf
-from refine_mcore.conversion.parameters import HFParameter, hf_parameter_map
+from refine_mcore.conversion.parameters import (
+    LM_HEAD,
+    HFParameter,
+    embeddings_name,
+    hf_parameter_map,
+    names_of,
+    with_stored_cuts,
+    with_stored_names,
+)
 from refine_mcore.conversion.safetensors_file import FLOAT_DTYPES, Header, read_header
 from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import Architecture
 
-EMBEDDINGS = "model.embeddings.weight"
-LM_HEAD = "lm_head.weight"
-
 
 @dataclass(frozen=True)
 class HFDirectory:
-    """A directory whose tensors are exactly those of its config: names, shapes, float dtypes."""
+    """A directory whose tensors are exactly those of its config: names, shapes, float dtypes; and
+    those that no text pass uses, as they are."""
 
     path: Path
     architecture: Architecture
     parameters: list[HFParameter]
     headers: dict[str, Header]  # by file name
     file_of: dict[str, str]  # tensor name -> file name
+    untouched: tuple[str, ...]  # names of the tensors that no text pass uses
 
     def dtype(self, name: str) -> str:
         """The safetensors dtype of a tensor."""
@@ -53,8 +60,13 @@ def open_hf_directory(path: Path) -> HFDirectory:
             f"{config_path}: num_hidden_layers {architecture.num_layers} contradicts the weights, "
             f"which are {len(file_of)} tensors"
         )
-    parameters = hf_parameter_map(architecture)
-    directory = HFDirectory(path, architecture, parameters, headers, file_of)
+    model_type = config["model_type"]
+    shapes = {name: headers[file].tensors[name].shape for name, file in file_of.items()}
+    parameters = with_stored_names(hf_parameter_map(architecture, model_type), shapes)
+    parameters = with_stored_cuts(parameters, shapes)
+    passed_on = names_of(model_type).untouched
+    untouched = tuple(name for name in file_of if name.startswith(passed_on)) if passed_on else ()
+    directory = HFDirectory(path, architecture, parameters, headers, file_of, untouched)
     _compare(directory)
     return directory
 
@@ -101,14 +113,15 @@ def _compare(directory: HFDirectory) -> None:
     path, config = directory.path, directory.path / HF_CONFIG
     expected = {parameter.name: parameter.shape for parameter in directory.parameters}
     if directory.architecture.tie_embeddings and LM_HEAD in directory.file_of:
-        expected[LM_HEAD] = expected[EMBEDDINGS]
+        expected[LM_HEAD] = expected[embeddings_name(directory.parameters)]
     missing = [name for name in expected if name not in directory.file_of]
     if missing:
         raise UserError(f"{path} lacks {_count(missing)} that {config} asks for")
-    extra = [name for name in directory.file_of if name not in expected]
+    extra = [n for n in directory.file_of if n not in expected and n not in directory.untouched]
     if extra:
         raise UserError(f"{path} holds {_count(extra)} that {config} has no place for")
-    for name, file in directory.file_of.items():
+    for name in expected:
+        file = directory.file_of[name]
         entry = directory.headers[file].tensors[name]
         if entry.shape != expected[name]:
             raise UserError(

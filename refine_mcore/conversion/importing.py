@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from refine_mcore.conversion.description import write_description
+from refine_mcore.conversion.description import (
+    HF_DIRECTORY,
+    UNTOUCHED_FILE,
+    write_description,
+)
 from refine_mcore.conversion.finite import require_finite
-from refine_mcore.conversion.hf_directory import EMBEDDINGS, LM_HEAD, HFDirectory
+from refine_mcore.conversion.hf_directory import HFDirectory
 from refine_mcore.conversion.output_directory import new_directory
-from refine_mcore.conversion.parameters import checkpoint_shapes
-from refine_mcore.conversion.safetensors_file import read_rows, torch_dtype
+from refine_mcore.conversion.parameters import LM_HEAD, checkpoint_shapes, embeddings_name
+from refine_mcore.conversion.safetensors_file import (
+    Header,
+    build_header,
+    read_bytes,
+    read_rows,
+    torch_dtype,
+    write_file,
+)
 from refine_mcore.conversion.torch_dist import Chunk, write_checkpoint
 from refine_mcore.errors import UserError
+
+Report = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 1024
 
 
-def import_hf(source: HFDirectory, output: Path) -> None:
-    """Write the model as a checkpoint, dtypes kept, one tensor in memory at a time.
+def import_hf(source: HFDirectory, output: Path, report: Report = logger.info) -> None:
+    """Write the model as a checkpoint, dtypes kept, one tensor in memory at a time. `report` is
+    told of tensors that no text pass uses: they travel as they are.
 
     Raises UserError if a weight is not finite, if a tied `lm_head.weight` differs from the
     embedding, if tensors that become one differ in dtype, or if `output` cannot be written.
@@ -31,6 +48,24 @@ def import_hf(source: HFDirectory, output: Path) -> None:
         shapes = checkpoint_shapes(source.parameters)
         write_checkpoint(directory, shapes, _chunks(source))
         write_description(directory, source.architecture, source.path, source.headers)
+        if source.untouched:
+            _pass_on(source, directory / HF_DIRECTORY / UNTOUCHED_FILE, report)
+
+
+def _pass_on(source: HFDirectory, target: Path, report: Report) -> None:
+    """Tensors that no text pass uses, byte for byte."""
+
+    def header_of(name: str) -> Header:
+        return source.headers[source.file_of[name]]
+
+    entries = {name: header_of(name).tensors[name] for name in source.untouched}
+    header = build_header({name: (e.dtype, e.shape) for name, e in entries.items()}, {})
+    write_file(
+        target,
+        header,
+        lambda name: read_bytes(source.path / source.file_of[name], header_of(name), name),
+    )
+    report(f"{len(entries)} tensors that no text pass uses travel untouched: {', '.join(entries)}")
 
 
 def _chunks(source: HFDirectory) -> list[Chunk]:
@@ -59,14 +94,14 @@ def _read_finite(source: HFDirectory, name: str, start: int, rows: int) -> torch
 
 
 def _require_tied(source: HFDirectory) -> None:
-    rows = source.architecture.vocab_size
+    rows, embeddings = source.architecture.vocab_size, embeddings_name(source.parameters)
     for start in range(0, rows, _ROWS_AT_ONCE):
         count = min(_ROWS_AT_ONCE, rows - start)
         head, embedding = (
-            _read_finite(source, name, start, count) for name in (LM_HEAD, EMBEDDINGS)
+            _read_finite(source, name, start, count) for name in (LM_HEAD, embeddings)
         )
         if head.dtype != embedding.dtype or not torch.equal(head, embedding):
             raise UserError(
                 f"{source.path}: config.json sets tie_word_embeddings, but {LM_HEAD} and "
-                f"{EMBEDDINGS} differ"
+                f"{embeddings} differ"
             )

@@ -36,6 +36,7 @@ _TORCH_NAMES = {
     "F8_E5M2": "float8_e5m2",
 }
 FLOAT_DTYPES = tuple(_TORCH_NAMES)
+_LAYOUT = (*FLOAT_DTYPES, *(name for name in _ITEM_BYTES if name not in FLOAT_DTYPES))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def build_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> Header:
     """The header that the library would write for tensors of these (dtype, shape)."""
-    order = sorted(tensors, key=lambda name: (FLOAT_DTYPES.index(tensors[name][0]), name))
+    widths = {dtype: (-_ITEM_BYTES[dtype], place) for place, dtype in enumerate(_LAYOUT)}
+    order = sorted(tensors, key=lambda name: (widths[tensors[name][0]], name))
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name in order:
@@ -141,10 +143,26 @@ def read_rows(path: Path, header: Header, name: str, start: int, rows: int) -> t
     entry = header.tensors[name]
     tensor = torch.empty((rows, *entry.shape[1:]), dtype=torch_dtype(entry.dtype))
     row_bytes = (entry.end - entry.begin) // entry.shape[0]
-    buffer = tensor.view(torch.uint8).numpy().data.cast("B")
+    place = header.data_start + entry.begin + start * row_bytes
+    _read_into(tensor.view(torch.uint8), path, place, name)
+    return tensor
+
+
+def read_bytes(path: Path, header: Header, name: str) -> torch.Tensor:
+    """The bytes of a tensor of any dtype, in memory of their own."""
+    import torch
+
+    entry = header.tensors[name]
+    raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+    _read_into(raw, path, header.data_start + entry.begin, name)
+    return raw
+
+
+def _read_into(raw: torch.Tensor, path: Path, place: int, name: str) -> None:
+    buffer = raw.numpy().data.cast("B") if raw.numel() else b""
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(header.data_start + entry.begin + start * row_bytes)
+            file.seek(place)
             while buffer:
                 count = file.readinto(buffer)
                 if not count:
@@ -152,11 +170,11 @@ def read_rows(path: Path, header: Header, name: str, start: int, rows: int) -> t
                 buffer = buffer[count:]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return tensor
 
 
 def write_file(path: Path, header: Header, tensor_of: Callable[[str], torch.Tensor]) -> None:
-    """Write a file tensor by tensor: `tensor_of(name)` has the dtype and shape in `header`."""
+    """Write a file tensor by tensor: `tensor_of(name)` has the dtype and shape in `header`, or is
+    the tensor's bytes."""
     import torch
 
     with path.open("wb") as file:
@@ -164,7 +182,11 @@ def write_file(path: Path, header: Header, tensor_of: Callable[[str], torch.Tens
         file.write(header.text)
         for name, entry in header.tensors.items():
             tensor = tensor_of(name)
-            assert tensor.dtype == torch_dtype(entry.dtype) and tensor.shape == entry.shape, name
+            assert tensor.nbytes == entry.end - entry.begin, name
+            if tensor.dtype != torch.uint8:
+                assert tensor.dtype == torch_dtype(entry.dtype) and tensor.shape == entry.shape, (
+                    name
+                )
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
 

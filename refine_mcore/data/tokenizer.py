@@ -1,11 +1,17 @@
-"""The tokenizer: Megatron-Core's SentencePiece wrapper as it is, with errors that name the file."""
+"""Tokenizers: Megatron-Core's SentencePiece wrapper as it is, and `tokenizer.json` files of Hugging
+Face by the `tokenizers` library, with errors that name the file. Both are data: nothing in them
+runs, and no other file of a directory is opened.
+"""
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 from refine_mcore.errors import UserError
+
+_IN_DIRECTORIES = ("tokenizer.json", "tokenizer.model")
 
 
 class Tokenizer(Protocol):
@@ -21,16 +27,70 @@ class Tokenizer(Protocol):
         """Inverse of `text_to_ids`."""
 
 
+class JsonTokenizer:
+    """A `tokenizer.json`. Special tokens that a text spells out become those tokens, as everywhere
+    with these files; none are added."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError if the file is not a tokenizer."""
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception:  # the library raises nothing narrower
+            raise UserError(f"tokenizer {path} is not a readable tokenizer.json") from None
+        # settings of a file that would drop what is long, or make up what is short
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # ids may have gaps
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self._path = path
+
+    def text_to_ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def ids_to_text(self, ids: list[int]) -> str:
+        for token in ids:
+            if not 0 <= token < self.vocab_size:  # the library would leave it out
+                raise UserError(
+                    f"tokenizer {self._path} has no token {token}: its ids are below "
+                    f"{self.vocab_size}"
+                )
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The file that `path` means: itself, or the tokenizer in a Hugging Face directory. Raises
+    UserError if the directory has none."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in _IN_DIRECTORIES if (path / name).is_file()), None)
+    if found is None:
+        raise UserError(f"tokenizer {path} is a directory without {' or '.join(_IN_DIRECTORIES)}")
+    return found
+
+
+def tokenizer_library(path: Path) -> str:
+    """Name and version of the library that reads the tokenizer file `path`."""
+    library = "tokenizers" if path.suffix == ".json" else "sentencepiece"
+    return f"{library} {version(library)}"
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The SentencePiece model in file `path`. Raises UserError if it is missing or not one."""
+    """The tokenizer `path`: a SentencePiece model, a `.json` file, or a directory that holds one.
+    Raises UserError if it is missing or not one."""
+    path = tokenizer_file(path)
+    if not path.is_file():
+        raise UserError(f"tokenizer {path} does not exist or is not a file")
+    if path.suffix == ".json":
+        return JsonTokenizer(path)
     # Imported here, so that reading documents does not take the seconds that Megatron's import
     # does.
     from megatron.core.tokenizers.text.libraries.sentencepiece_tokenizer import (
         SentencePieceTokenizer,
     )
 
-    if not Path(path).is_file():
-        raise UserError(f"tokenizer {path} does not exist or is not a file")
     try:
         return SentencePieceTokenizer(str(path))
     except (RuntimeError, OSError):

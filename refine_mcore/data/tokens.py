@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ import numpy as np
 from refine_mcore import platform
 from refine_mcore.config import DataConfig
 from refine_mcore.data.documents import read_documents
-from refine_mcore.data.tokenizer import Tokenizer
+from refine_mcore.data.tokenizer import Tokenizer, tokenizer_file, tokenizer_library
 from refine_mcore.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,9 +124,10 @@ class _Work:
         return ", ".join(map(str, self._config.paths))
 
     def _name(self) -> Generator[None, None, str]:
-        parts = [version("sentencepiece"), str(self._tokenizer.vocab_size)]
+        parts = [str(self._tokenizer.vocab_size)]
         if self._config.tokenizer is not None:
-            parts.append((yield from _hash_file(Path(self._config.tokenizer))))
+            file = tokenizer_file(self._config.tokenizer)
+            parts += [tokenizer_library(file), (yield from _hash_file(file))]
         for path in map(Path, self._config.paths):
             parts.append(path.suffix + (yield from _hash_file(path)))
         return f"{_PREFIX}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"

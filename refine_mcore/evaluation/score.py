@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from torch import Tensor
 
 from refine_mcore.config import OptimizerConfig, RefineConfig
-from refine_mcore.conversion.parameters import to_hf_tensors
+from refine_mcore.conversion.parameters import HFParameter, hf_parameter_map, to_hf_tensors
 from refine_mcore.models.fast_weight_model import FastWeightModel, LanguageModel
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.pipeline.whole_model import whole_model
@@ -36,6 +36,7 @@ def score_tokens(
     rollout_tokens: int = RefineConfig.rollout_tokens,
     seed: int | None = None,
     gradients: bool = False,
+    parameters: Sequence[HFParameter] | None = None,
 ) -> dict[str, Tensor]:
     """Everything `tools/score.py` writes, by name, for tokens [B, T].
 
@@ -43,7 +44,8 @@ def score_tokens(
     loss [1] (mean over the B (T - 1) next tokens). For each position in `rollout_at`:
     `rollout_t{position}.tokens` [B, k] and `.logits` [B, k, V], branched in place from that one
     forward, greedy or drawn with `seed`. With `gradients`, `gradient.<Hugging Face name>` of the
-    loss, in at least float32; those are on rank 0 only.
+    loss, in at least float32; those are on rank 0 only, and named as in `parameters`, or else as
+    the architecture's model type has them.
 
     `stage` is this rank's part of the model. Every rank calls it; replicas would add up.
     """
@@ -75,7 +77,8 @@ def score_tokens(
         stage.config.finalize_model_grads_func([wrapped])
         by_key = full_tensors(stage, main_gradient)
         if by_key:
-            by_name = to_hf_tensors(model.config.arch, by_key)
+            table = parameters or hf_parameter_map(model.config.arch)
+            by_name = to_hf_tensors(table, by_key)
             result |= {f"gradient.{name}": gradient for name, gradient in by_name.items()}
     return {name: tensor.contiguous().cpu() for name, tensor in result.items()}
 

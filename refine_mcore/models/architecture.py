@@ -1,5 +1,5 @@
 """What a fast-weight language model *is*: family, sizes and options, and nothing about how it is
-run.
+run. Options that Megatron's `TransformerConfig` knows too have its names.
 
 An `Architecture` is plain data. Presets and Hugging Face configs produce one, a checkpoint carries
 one as JSON, and `transformer_config.py` joins it with a run's dtype and parallel sizes. This module
@@ -9,6 +9,7 @@ heavy is loaded.
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from types import NoneType, UnionType
@@ -65,6 +66,7 @@ class GatedDeltaNetOptions:
     use_short_conv: bool = True
     use_gate: bool = True
     allow_neg_eigval: bool = False
+    norm_eps: float | None = None  # of the output norm; None: the model's
 
     @property
     def value_heads(self) -> int:
@@ -144,30 +146,50 @@ class AttentionOptions:
     num_kv_heads: int | None = None
     window_size: int | None = None
     qkv_bias: bool = False
-    rope_theta: float = 10000.0
+    rope_theta: float | None = 10000.0  # None: no positions
+    rotary_percent: float = 1.0  # of a head's dimensions, the first ones, that are rotated
+    kv_channels: int | None = None  # a head's width; None: hidden_size / num_heads
+    # RMS norm of q and k before they are rotated: of each head, with one gain for all of them, or
+    # over all heads together
+    qk_layernorm: str = "none"
+    # q_proj makes a gate beside each head's query; sigmoid of it multiplies the head's output
+    attention_output_gate: bool = False
 
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
 
+    def head_dim(self, hidden_size: int) -> int:
+        return self.kv_channels or hidden_size // self.num_heads
+
+    def rotary_dim(self, hidden_size: int) -> int:
+        """How many dimensions of a head are rotated."""
+        if self.rope_theta is None:
+            return 0
+        return int(self.head_dim(hidden_size) * self.rotary_percent)
+
     def validate(self, hidden_size: int, num_layers: int) -> None:
         _positive(num_heads=self.num_heads, num_kv_heads=self.kv_heads)
-        _divides("attention num_heads", self.num_heads, "hidden_size", hidden_size)
+        if self.kv_channels is None:
+            _divides("attention num_heads", self.num_heads, "hidden_size", hidden_size)
+        else:
+            _positive(kv_channels=self.kv_channels)
         _divides("attention num_kv_heads", self.kv_heads, "num_heads", self.num_heads)
-        _rotatable(hidden_size // self.num_heads)
+        _one_of("qk_layernorm", self.qk_layernorm, ("none", "per_head", "full_width"))
+        if not 0 < self.rotary_percent <= 1:
+            raise UserError(
+                f"rotary_percent must be more than 0 and at most 1, got {self.rotary_percent}"
+            )
+        _rotatable(self.rotary_dim(hidden_size))
         if self.window_size is not None:
             _positive(window_size=self.window_size)
-        for layer in self.layers:
-            if not 0 <= layer < num_layers:
-                raise UserError(
-                    f"attention layer {layer} does not exist: "
-                    f"the model has layers 0 to {num_layers - 1}"
-                )
+        _layers_exist("attention", self.layers, num_layers)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A fast-weight language model: pre-norm blocks of (mixer or attention) and SwiGLU MLP."""
+    """A fast-weight language model: blocks of (mixer or attention) and SwiGLU MLP, with norms
+    before both or, in the listed (0-based) layers, after both."""
 
     vocab_size: int
     hidden_size: int
@@ -178,6 +200,9 @@ class Architecture:
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     initializer_range: float = 0.02
+    # gain 1 + w, where w is what is stored, of every norm but the mixers' output norms
+    layernorm_zero_centered_gamma: bool = False
+    post_norm_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _positive(
@@ -187,6 +212,7 @@ class Architecture:
             intermediate_size=self.intermediate_size,
         )
         self.mixer.validate(self.hidden_size)
+        _layers_exist("post-norm", self.post_norm_layers, self.num_layers)
         if self.attention is not None:
             self.attention.validate(self.hidden_size, self.num_layers)
 
@@ -288,17 +314,26 @@ def _divides(divisor_name: str, divisor: int, name: str, value: int) -> None:
         raise UserError(f"{divisor_name} {divisor} does not divide {name} {value}")
 
 
-def _rotatable(head_dim: int) -> None:
-    if head_dim % 2:
+def _layers_exist(kind: str, layers: tuple[int, ...], num_layers: int) -> None:
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise UserError(
+                f"{kind} layer {layer} does not exist: the model has layers 0 to {num_layers - 1}"
+            )
+
+
+def _rotatable(dim: int) -> None:
+    if dim % 2:
         raise UserError(
-            f"the attention head dimension {head_dim} is odd, rotary embedding needs an even one"
+            f"the attention head dimension {dim} is odd, rotary embedding needs an even one"
         )
 
 
 def _whole(value: float, what: str) -> int:
-    if value <= 0 or value != int(value):
+    # a ratio of widths times the width: two roundings
+    if value <= 0 or not math.isclose(value, round(value), rel_tol=1e-12):
         raise UserError(f"{what} must be a positive whole number, got {value:g}")
-    return int(value)
+    return round(value)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -17,6 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
+)
+from refine_kernels.dispatch import rms_norm
 from refine_kernels.recompute import recomputed, remade, remaking
 from torch import Tensor
 
@@ -25,6 +29,11 @@ from refine_mcore.models.parallel_layers import (
     PackedColumnParallelLinear,
     Projection,
     at_least_float32,
+    full_width_norm,
+    norm_gain,
+    replicated_parameter,
+    row_sharded_parameter,
+    shared_by_heads,
 )
 from refine_mcore.models.state import (
     FastWeightState,
@@ -59,10 +68,12 @@ def rotary_table(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [R, T, heads, dim] by a `rotary_table`, in halves: dimension i is
-    paired with i + dim/2."""
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    """Rotary embedding of x [R, T, heads, dim] by a `rotary_table` of its first n dimensions, in
+    halves: dimension i is paired with i + n/2. Those past n stay as they are."""
+    half = cos.shape[-1]
+    first, second, rest = x.to(cos.dtype).split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
+    return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 def attend(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:
@@ -334,8 +345,12 @@ class AttentionTape(LayerTape):
 
 
 class SelfAttention(Mixer):
-    """Grouped-query softmax attention with rotary positions, heads sharded over tensor-parallel
-    ranks."""
+    """Grouped-query softmax attention, heads sharded over tensor-parallel ranks.
+
+    With more ranks than key/value heads, keys and values are gathered and each rank takes the head
+    that its queries meet, as in Megatron: weights stay shards, and the gather's backward sums what
+    the ranks of a head have found.
+    """
 
     def __init__(
         self,
@@ -348,41 +363,101 @@ class SelfAttention(Mixer):
         options = config.arch.attention
         assert options is not None
         self.options = options
-        self.head_dim = config.hidden_size // options.num_heads
-        kv_size = options.kv_heads * self.head_dim
+        self.head_dim = options.head_dim(config.hidden_size)
+        self.rotary_dim = options.rotary_dim(config.hidden_size)
+        q_size, kv_size = options.num_heads * self.head_dim, options.kv_heads * self.head_dim
+        gated = options.attention_output_gate
         self.in_proj = PackedColumnParallelLinear(
             submodules.in_proj,
             config,
             [
-                Projection("q_proj", config.hidden_size, options.qkv_bias),
+                Projection("q_proj", 2 * q_size if gated else q_size, options.qkv_bias),
                 Projection("k_proj", kv_size, options.qkv_bias),
                 Projection("v_proj", kv_size, options.qkv_bias),
             ],
             self.tp_group,
         )
-        self.o_proj = self.build_output_projection(submodules, config.hidden_size)
+        if options.qk_layernorm != "none":
+            self._build_qk_norms({"q_norm": q_size, "k_norm": kv_size})
+        self.o_proj = self.build_output_projection(submodules, q_size)
+
+    def _build_qk_norms(self, widths: dict[str, int]) -> None:
+        self.raw_parameters = {name: f"{name}.weight" for name in widths}
+        full_width = self.options.qk_layernorm == "full_width"
+        if full_width:
+            self.row_sharded = frozenset(widths)
+        dtype = at_least_float32(self.config.params_dtype)
+        for name, width in widths.items():
+            self.register_parameter(
+                name,
+                row_sharded_parameter((width // self.tp_size,), self.config, dtype)
+                if full_width
+                else replicated_parameter((self.head_dim,), self.config),
+            )
 
     def mix(
         self, tokens: Tensor, state: FastWeightState | None, output_state: bool, record: bool
     ) -> MixerOutput:
         assert state is None or isinstance(state, AttentionState)
         streams, length = tokens.shape[:2]
-        parts = self.in_proj.split(tokens)
-        q, k, v = (
-            parts[name].reshape(streams, length, -1, self.head_dim)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
+        q, k, v, gate = self._heads(self.in_proj.split(tokens))
         position = state.position if state is not None else (0,) * streams
-        table = rotary_table(position, length, self.head_dim, self.options.rope_theta, q)
-        q, k = remade(rotate, q, *table), rotate(k, *table)
+        if self.rotary_dim:
+            assert self.options.rope_theta is not None
+            table = rotary_table(position, length, self.rotary_dim, self.options.rope_theta, q)
+            q, k = remade(rotate, q, *table), rotate(k, *table)
         past = state.history if state is not None else None
         window = self.options.window_size
         history = TokenHistory.extend(past, (k, v))
+        out = attend(q, history, window)
+        if gate is not None:
+            out = remade(_gated, out, gate)
         return MixerOutput(
-            attend(q, history, window).flatten(2),
+            out.flatten(2),
             next_attention_state(history, position, length, window) if output_state else None,
             record_text(history, position, length, window) if record else None,
         )
+
+    def _heads(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v and the gate [R, T, local heads, dim]."""
+        norm, gate, dim = self.options.qk_layernorm, None, self.head_dim
+        q, k, v = parts["q_proj"], parts["k_proj"], parts["v_proj"]
+        if self.options.attention_output_gate:  # [query, gate] head by head
+            q, gate = q.unflatten(-1, (-1, 2, dim)).unbind(-2)
+        if norm == "full_width":
+            q = self._full_width_norm(q.flatten(2) if q.dim() == 4 else q, self.q_norm)
+            k = self._full_width_norm(k, self.k_norm)
+        if self.options.kv_heads < self.tp_size:
+            k, v = self._shared_head(k), self._shared_head(v)
+        q, k, v = (x if x.dim() == 4 else x.unflatten(-1, (-1, dim)) for x in (q, k, v))
+        if norm == "per_head":
+            q, k = self._norm_per_head(q, self.q_norm), self._norm_per_head(k, self.k_norm)
+        return q, k, v, gate
+
+    def _shared_head(self, x: Tensor) -> Tensor:
+        """[R, T, kv_heads * dim / tp], a part of a head, to the head of this rank's queries."""
+        whole = all_gather_last_dim_from_tensor_parallel_region(x, group=self.tp_group)
+        head = self.tp_group.rank() * self.options.kv_heads // self.tp_size
+        return whole[..., head * self.head_dim : (head + 1) * self.head_dim]
+
+    def _full_width_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        gain = norm_gain(weight, self.config.layernorm_zero_centered_gamma)
+        return full_width_norm(x, gain, self.config.layernorm_epsilon, self.tp_group)
+
+    def _norm_per_head(self, x: Tensor, weight: Tensor) -> Tensor:
+        shared = shared_by_heads(weight, self.tp_group)
+        gain = norm_gain(shared, self.config.layernorm_zero_centered_gamma)
+        return remade(rms_norm, x, gain, self.config.layernorm_epsilon)
+
+
+def _gated(x: Tensor, gate: Tensor) -> Tensor:
+    """x * sigmoid(gate), in at least float32, of which the backward keeps nothing."""
+
+    def product(x: Tensor, gate: Tensor) -> Tensor:
+        wide = at_least_float32(x.dtype)
+        return (x.to(wide) * gate.to(wide).sigmoid()).to(x.dtype)
+
+    return recomputed(product, x, gate)
 
 
 def next_attention_state(

@@ -73,6 +73,7 @@ class DeltaRuleMixer(Mixer):
         mixer: Any = config.arch.mixer
         self.options = mixer
         self.heads = self.head_layout(config.hidden_size)
+        self.norm_eps = getattr(mixer, "norm_eps", None) or config.layernorm_epsilon
         key_size = self.heads.key_heads * self.heads.key
         value_size = self.heads.value_heads * self.heads.value
         self.in_proj = PackedColumnParallelLinear(
@@ -128,7 +129,7 @@ class DeltaRuleMixer(Mixer):
         assert o is not None
         gate = gates["g_proj"].reshape(o.shape) if self.options.use_gate else None
         gain = shared_by_heads(self.o_norm, self.tp_group)
-        y = remade(rms_norm, o, gain, self.config.layernorm_epsilon, gate)
+        y = remade(rms_norm, o, gain, self.norm_eps, gate)
         return MixerOutput(
             y.flatten(2),
             DeltaRuleState.of(conv_tail, out.final_state) if output_state else None,

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 from megatron.core.utils import make_viewless_tensor
 from refine_kernels.recompute import remaking
 from torch import Tensor
@@ -23,13 +29,35 @@ from refine_mcore.models.token_layout import TokenLayout
 from refine_mcore.models.transformer_config import FastWeightConfig
 
 
+@dataclass
+class FastWeightLayerSubmodules(TransformerLayerSubmodules):
+    """Megatron's, and the norms of a post-norm layer."""
+
+    post_self_attn_layernorm: ModuleSpec | type = IdentityOp
+    post_mlp_layernorm: ModuleSpec | type = IdentityOp
+
+
 class FastWeightLayer(TransformerLayer):
-    """x + mixer(norm(x)), then x + mlp(norm(x)), on [s, 1, h].
+    """x + post(mixer(pre(x))), then x + post(mlp(pre(x))), on [s, 1, h]: either the norms before or
+    those after are identities.
 
     With selective recomputation it keeps the inputs of what it calls `remade`, and not the outputs.
     """
 
     config: FastWeightConfig
+
+    def __init__(
+        self, config: FastWeightConfig, submodules: FastWeightLayerSubmodules, *args: Any, **kw: Any
+    ) -> None:
+        super().__init__(config, submodules, *args, **kw)
+        for name in ("post_self_attn_layernorm", "post_mlp_layernorm"):
+            norm = build_module(
+                getattr(submodules, name),
+                config=config,
+                hidden_size=config.hidden_size,
+                eps=config.layernorm_epsilon,
+            )
+            self.add_module(name, norm)
 
     def forward(
         self,
@@ -49,8 +77,13 @@ class FastWeightLayer(TransformerLayer):
                 record=record,
             )
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-            hidden_states = add((mixed.hidden_states, None), hidden_states, self.hidden_dropout)
+            out = self.post_self_attn_layernorm(mixed.hidden_states)
+            hidden_states = add((out, None), hidden_states, self.hidden_dropout)
             return mixed._replace(hidden_states=self._forward_mlp(hidden_states))
+
+    def _forward_post_mlp(self, mlp_output_with_bias: Any, residual: Tensor) -> Tensor:
+        out, bias = mlp_output_with_bias
+        return super()._forward_post_mlp((self.post_mlp_layernorm(out), bias), residual)
 
 
 class BlockOutput(NamedTuple):

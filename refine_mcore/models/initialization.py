@@ -19,6 +19,7 @@ from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.sharding import sharded_tensors
 
 _VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+_OUTPUT_NORMS = ("o_norm.weight", "ttt_norm.weight")  # of the mixers, never zero-centred
 _LEAST_DECAY = 0.01
 _DRAW = Callable[[torch.Generator, tuple[int, ...]], Tensor]
 
@@ -54,8 +55,10 @@ def _distribution(key: str, arch: Architecture) -> _DRAW:
     name = key.rpartition("self_attention.")[2] if "self_attention." in key else key
     if name.endswith((".bias", "qk_offset")):
         return _constant(0.0)
-    if name.endswith(("norm.weight", "layernorm.weight", "qk_scale")):
+    if name == "qk_scale" or name in _OUTPUT_NORMS:
         return _constant(1.0)
+    if name.endswith("norm.weight"):
+        return _constant(0.0 if arch.layernorm_zero_centered_gamma else 1.0)
     if name == "A_log":
         # the reference draws from 0 on: a head whose A is next to nothing never forgets
         return lambda generator, shape: (

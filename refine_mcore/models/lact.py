@@ -24,10 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from refine_kernels.dispatch import (
     FastWeights,
     RowNorms,
@@ -62,6 +58,8 @@ from refine_mcore.models.parallel_layers import (
     PackedColumnParallelLinear,
     Projection,
     at_least_float32,
+    full_width_norm,
+    norm_gain,
     replicated_parameter,
     row_sharded_parameter,
     shared_by_heads,
@@ -145,10 +143,7 @@ class LaCT(Mixer):
         parts = self.in_proj.split(tokens)
         q, k, v = parts["q_proj"], parts["k_proj"], parts["v_proj"]
         if self.options.qk_norm:
-            q, k = (
-                self._full_width_norm(q, self.q_norm_weight),
-                self._full_width_norm(k, self.k_norm_weight),
-            )
+            q, k = self._qk_norm(q, self.q_norm_weight), self._qk_norm(k, self.k_norm_weight)
         position = state.position if state is not None else (0,) * streams
         table = rotary_table(position, length, self.head_dim, self.options.rope_theta, q)
         fq, inputs = self._fast_inputs(q, k, v, parts, table)
@@ -213,14 +208,9 @@ class LaCT(Mixer):
         by_attention_head = x.reshape(*x.shape[:2], -1, self.head_dim)
         return rotate(by_attention_head, cos, sin).reshape(x.shape)
 
-    def _full_width_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm over all heads of all ranks; the mean square and its gradient are summed over
-        ranks."""
-        square = recomputed(_sum_of_squares, x)
-        square = reduce_from_tensor_model_parallel_region(square, group=self.tp_group)
-        square = copy_to_tensor_model_parallel_region(square, group=self.tp_group)
-        mean = square / (x.shape[-1] * self.tp_size)
-        return recomputed(_scaled, x, torch.rsqrt(mean + _NORM_EPS), weight)
+    def _qk_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        gain = norm_gain(weight, self.config.layernorm_zero_centered_gamma)
+        return full_width_norm(x, gain, _NORM_EPS, self.tp_group)
 
     def initial_weights(self, streams: int) -> tuple[FastWeights, RowNorms]:
         """The learned initial fast weights for each stream, and their row norms."""
@@ -377,16 +367,6 @@ def _fast_features(
     x = x * scale + offset
     x = F.silu(x) if silu else x
     return _unit_norm(x.reshape(*x.shape[:2], -1, head_dim))
-
-
-def _sum_of_squares(x: Tensor) -> Tensor:
-    """Over the last dimension, kept as 1, in at least float32."""
-    return x.to(at_least_float32(x.dtype)).square().sum(dim=-1, keepdim=True)
-
-
-def _scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
-    """x * factor * weight in the dtype of the factor, returned in that of x."""
-    return (x.to(factor.dtype) * factor * weight).to(x.dtype)
 
 
 def _add_read(attended: Tensor, read: Tensor, gain: Tensor, gate: Tensor | None) -> Tensor:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import (
-    TransformerLayerSubmodules,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import (
@@ -25,7 +23,7 @@ from refine_mcore.models.architecture import (
 )
 from refine_mcore.models.attention import SelfAttention
 from refine_mcore.models.delta_net import DeltaNet
-from refine_mcore.models.fast_weight_block import FastWeightLayer
+from refine_mcore.models.fast_weight_block import FastWeightLayer, FastWeightLayerSubmodules
 from refine_mcore.models.gated_delta_net import GatedDeltaNet
 from refine_mcore.models.lact import LaCT
 from refine_mcore.models.mixer import Mixer, MixerSubmodules
@@ -47,30 +45,32 @@ def block_spec(
     backend, norm = _backend(transformer_engine)
     start = get_transformer_layer_offset(config, None, pipeline_rank)
     count = _layers_of_stage(config, pipeline_rank)
-    specs = [
-        _layer_spec(config.arch.is_attention_layer(index), config, backend, norm)
-        for index in range(start, start + count)
-    ]
+    specs = [_layer_spec(index, config, backend, norm) for index in range(start, start + count)]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
 def _layer_spec(
-    attention: bool, config: FastWeightConfig, backend: LocalSpecProvider, norm: type
+    index: int, config: FastWeightConfig, backend: LocalSpecProvider, norm: type
 ) -> ModuleSpec:
     column, row = backend.column_parallel_linear(), backend.row_parallel_linear()
+    attention = config.arch.is_attention_layer(index)
     mixer = SelfAttention if attention else _MIXERS[config.arch.family]
+    post_norm = index in config.arch.post_norm_layers
+    before, after = (IdentityOp, norm) if post_norm else (norm, IdentityOp)
     return ModuleSpec(
         module=FastWeightLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+        submodules=FastWeightLayerSubmodules(
+            input_layernorm=before,
             self_attention=ModuleSpec(module=mixer, submodules=MixerSubmodules(column, row)),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
+            post_self_attn_layernorm=after,
+            pre_mlp_layernorm=before,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(linear_fc1=column, activation_func=SwiGLU, linear_fc2=row),
             ),
             mlp_bda=get_bias_dropout_add,
+            post_mlp_layernorm=after,
         ),
     )
 

@@ -23,7 +23,10 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -34,7 +37,7 @@ from megatron.core.transformer.utils import (
 )
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from refine_kernels.dispatch import rms_norm, swiglu
-from refine_kernels.recompute import remade
+from refine_kernels.recompute import recomputed, remade
 from torch import Tensor
 
 _PACKED_WEIGHT = "linear.weight"
@@ -91,6 +94,11 @@ def shared_by_heads(parameter: Tensor, tp_group: torch.distributed.ProcessGroup)
     return copy_to_tensor_model_parallel_region(parameter, group=tp_group)
 
 
+def norm_gain(weight: Tensor, zero_centered: bool) -> Tensor:
+    """The gain of a norm whose checkpoint holds `weight`, in at least float32 as that is."""
+    return 1 + weight if zero_centered else weight
+
+
 def with_zero_gradients(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """x; backward gives every one of `parameters` a gradient of zeros.
 
@@ -111,18 +119,41 @@ class _ZeroGradients(torch.autograd.Function):
         return grad, *map(torch.zeros_like, ctx.saved_tensors)
 
 
+def full_width_norm(
+    x: Tensor, gain: Tensor, eps: float, tp_group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """RMS norm of x [..., width / tp] over the last dimensions of all ranks, with this rank's part
+    of the gain; the mean square and its gradient are summed over ranks."""
+    square = recomputed(_sum_of_squares, x)
+    square = reduce_from_tensor_model_parallel_region(square, group=tp_group)
+    square = copy_to_tensor_model_parallel_region(square, group=tp_group)
+    mean = square / (x.shape[-1] * tp_group.size())
+    return recomputed(_scaled, x, torch.rsqrt(mean + eps), gain)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """Over the last dimension, kept as 1, in at least float32."""
+    return x.to(at_least_float32(x.dtype)).square().sum(dim=-1, keepdim=True)
+
+
+def _scaled(x: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    """x * factor * weight in the dtype of the factor, returned in that of x."""
+    return (x.to(factor.dtype) * factor * weight).to(x.dtype)
+
+
 class RMSNorm(torch.nn.Module):
-    """RMS norm over the hidden dimension of [s, b, h]; under sequence parallelism its gain's
-    gradient is summed."""
+    """RMS norm over the hidden dimension of [s, b, h], of gain w, or 1 + w if that is zero-centred;
+    under sequence parallelism the gradient of w is summed."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
         self.weight = replicated_parameter((hidden_size,), config)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return remade(rms_norm, x, self.weight, self.eps)
+        return remade(rms_norm, x, norm_gain(self.weight, self.zero_centered), self.eps)
 
 
 class SwiGLU(MegatronModule):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from refine_kernels.dispatch import Precision
 from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import Architecture, DeltaNetOptions, LaCTOptions
 
+_SHARED_HEADS = "hybrid key/value head count"
 KERNEL_CHUNK = 64  # tokens the delta rules take at a time
 
 
@@ -76,10 +78,10 @@ def transformer_config(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.intermediate_size,
-        num_attention_heads=_attention_heads(architecture),
-        kv_channels=architecture.hidden_size // _attention_heads(architecture),
+        **_attention_sizes(architecture),
         normalization="RMSNorm",
         layernorm_epsilon=architecture.norm_eps,
+        layernorm_zero_centered_gamma=architecture.layernorm_zero_centered_gamma,
         gated_linear_unit=True,
         activation_func=F.silu,
         # the MLP takes its activation from the spec (layer_specs.py), whoever made it
@@ -114,13 +116,19 @@ def check_layout(
 ) -> None:
     """Raise UserError unless heads, MLP width and layers divide as the layout asks."""
     sharded = {"MLP width": architecture.intermediate_size, **_sharded_heads(architecture)}
-    for name, size in sharded.items():
-        if size % tensor_parallel:
-            fitting = ", ".join(str(n) for n in _common_divisors(sharded.values()))
-            raise UserError(
-                f"parallel.tensor {tensor_parallel} does not divide the model's {name} "
-                f"of {size}; sizes that work: {fitting}"
-            )
+    divided = {name: size for name, size in sharded.items() if name != _SHARED_HEADS}
+    fitting = [
+        ranks for ranks in _common_divisors(divided.values()) if _shares_heads(architecture, ranks)
+    ]
+    if tensor_parallel not in fitting:
+        name, size = next(
+            ((name, size) for name, size in divided.items() if size % tensor_parallel),
+            (_SHARED_HEADS, sharded.get(_SHARED_HEADS)),
+        )
+        raise UserError(
+            f"parallel.tensor {tensor_parallel} does not divide the model's {name} "
+            f"of {size}; sizes that work: {', '.join(map(str, fitting))}"
+        )
     if pipeline_parallel > architecture.num_layers:
         raise UserError(
             f"parallel.pipeline {pipeline_parallel} is more than the model's "
@@ -151,9 +159,19 @@ def padded_vocab_size(architecture: Architecture, tensor_parallel: int) -> int:
     return -(-architecture.vocab_size // tensor_parallel) * tensor_parallel
 
 
-def _attention_heads(architecture: Architecture) -> int:
-    mixer = architecture.mixer
-    return mixer.num_attention_heads if isinstance(mixer, LaCTOptions) else mixer.num_heads
+def _attention_sizes(architecture: Architecture) -> dict[str, Any]:
+    """What Megatron's configuration says of heads: those of the attention, or else the mixer's."""
+    mixer, attention = architecture.mixer, architecture.attention
+    if attention is not None:
+        return {
+            "num_attention_heads": attention.num_heads,
+            "num_query_groups": attention.kv_heads,
+            "kv_channels": attention.head_dim(architecture.hidden_size),
+            "qk_layernorm": attention.qk_layernorm != "none",
+            "attention_output_gate": attention.attention_output_gate,
+        }
+    heads = mixer.num_attention_heads if isinstance(mixer, LaCTOptions) else mixer.num_heads
+    return {"num_attention_heads": heads, "kv_channels": architecture.hidden_size // heads}
 
 
 def _sharded_heads(architecture: Architecture) -> dict[str, int]:
@@ -169,8 +187,18 @@ def _sharded_heads(architecture: Architecture) -> dict[str, int]:
         heads = {"head count": mixer.num_heads, "value head count": mixer.value_heads}
     if architecture.attention is not None:
         heads["hybrid attention head count"] = architecture.attention.num_heads
-        heads["hybrid key/value head count"] = architecture.attention.kv_heads
+        heads[_SHARED_HEADS] = architecture.attention.kv_heads
     return heads
+
+
+def _shares_heads(architecture: Architecture, ranks: int) -> bool:
+    """True if `ranks` divide the key/value heads of the attention, or these divide them and several
+    ranks share each, of which all hold an equal part of the weights."""
+    attention = architecture.attention
+    if attention is None or attention.kv_heads % ranks == 0:
+        return True
+    width = attention.kv_heads * attention.head_dim(architecture.hidden_size)
+    return ranks % attention.kv_heads == 0 and width % ranks == 0
 
 
 def _common_divisors(sizes: Iterable[int]) -> list[int]:

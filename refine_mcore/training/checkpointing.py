@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -33,6 +33,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -49,7 +50,11 @@ from refine_mcore.errors import UserError, failed_elsewhere
 from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.sharding import sharded_tensors
-from refine_mcore.training.optimizer_state import load_optimizer_state, sharded_optimizer_state
+from refine_mcore.training.optimizer_state import (
+    fill_main_weights,
+    load_optimizer_state,
+    sharded_optimizer_state,
+)
 from refine_mcore.training.progress import Progress
 
 T = TypeVar("T")
@@ -62,14 +67,25 @@ _GROUP_OPTIONS = ("max_lr", "min_lr", "betas", "eps")
 def load_weights(model: FastWeightModel, checkpoint: Path) -> None:
     """Fill the model from a checkpoint of any layout and dtype, from the optimizer's fp32 copy
     where the checkpoint has one. Raises UserError if it does not fit."""
+    model.load_state_dict(_read_weights(model, checkpoint, lambda parameter: parameter))
+
+
+def _read_weights(
+    model: FastWeightModel, checkpoint: Path, target_of: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The model's weights by name, each read into the `target_of` its parameter."""
     directory = find_checkpoint(checkpoint)
     stored = read_metadata(directory).state_dict_metadata
     sharded = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
     for entry in nested_values(sharded):
+        entry.data = target_of(entry.data)
+        if isinstance(entry, ShardedTensor):
+            entry.dtype = entry.data.dtype
         parts = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
         key = next(iter(nested_values({"": parts}))).key
         entry.key = most_precise_key(key, stored).removesuffix(key) + entry.key
-    model.load_state_dict(_load(model, {"model": sharded}, directory)["model"])
+    found: dict[str, Tensor] = _load(model, {"model": sharded}, directory)["model"]
+    return found
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -84,15 +100,10 @@ def load_main_weights(model: FastWeightModel, optimizer: Any, checkpoint: Path) 
 
     Megatron begins them from the model's weights, which in a bf16 model have lost digits.
     """
-    parameters = list(model.parameters())
-    rounded = [parameter.data for parameter in parameters]
-    # Megatron copies from the model only: for a moment the model is in fp32.
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    load_weights(model, checkpoint)
-    optimizer.reload_model_params()
-    for parameter, data in zip(parameters, rounded, strict=True):
-        parameter.data = data
+    # not by way of the model in fp32: a parameter that changes its dtype, if for a moment only,
+    # loses the hook by which its gradient reaches the optimizer
+    exact = _read_weights(model, checkpoint, lambda parameter: parameter.detach().float())
+    fill_main_weights(optimizer, {p: exact[name] for name, p in model.named_parameters()})
 
 
 class CheckpointWriter:

@@ -11,7 +11,7 @@ rank that resumes where it saved reads back exactly what it wrote.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -49,6 +49,21 @@ def load_optimizer_state(optimizer: Any, template: dict[str, Any], loaded: dict[
         for own, value in zip(template.pop(_SHARES), loaded.pop(_SHARES), strict=True):
             own.data.copy_(value)  # itself, unless another rank read it
     optimizer.load_state_dict(loaded)
+
+
+def fill_main_weights(optimizer: Any, values: Mapping[Tensor, Tensor]) -> None:
+    """Copy exact values of whole parameters into the optimizer's fp32 main weights, where it keeps
+    such beside the parameters themselves."""
+    sharded = _as_sharded(optimizer)
+    for parameter, value in values.items():
+        main = getattr(parameter, "main_param", None)
+        if main is None:  # is its own, or other ranks have all of it
+            continue
+        flat = value.view(-1)
+        if sharded is not None:
+            own = sharded._get_model_param_range_map(parameter)["param"]
+            flat = flat[own.start : own.end]
+        main.data.view(-1).copy_(flat)
 
 
 def _as_sharded(optimizer: Any) -> DistributedOptimizer | None:

@@ -14,6 +14,7 @@ from megatron.core import dist_checkpointing
 from refine_mcore.config import Config
 from refine_mcore.conversion.description import find_checkpoint
 from refine_mcore.conversion.torch_dist import read_metadata
+from refine_mcore.data import tokenizer_file
 from refine_mcore.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def data_identity(config: Config) -> dict[str, Any]:
     assert config.data.tokenizer is not None
     return {
         "data.paths": [_fingerprint(Path(path)) for path in config.data.paths],
-        "data.tokenizer": _fingerprint(Path(config.data.tokenizer)),
+        "data.tokenizer": _fingerprint(tokenizer_file(config.data.tokenizer)),
         "data.sequence_length": config.data.sequence_length,
         "data.seed": config.data.seed,
         "training.seed": config.training.seed,

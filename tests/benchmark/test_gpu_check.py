@@ -54,7 +54,7 @@ def test_everything_passes_in_tiny_on_the_cpu(tmp_path: Path) -> None:
     checks = [result["check"] for result in results]
     assert set(operations()) <= set(checks)
     assert checks.count("lact") == 3 and {"TP 2, lact", "PP 2, lact", "DP 2, lact"} <= set(checks)
-    assert sum(result["section"] == "models" for result in results) == 6
+    assert sum(result["section"] == "models" for result in results) == 9
     table = [line for line in finished.output.splitlines() if line.startswith("| ")]
     assert len(table) == 1 + len(results)  # under its heading
     assert report["versions"]["torch"] == torch.__version__

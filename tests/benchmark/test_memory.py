@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from refine_mcore.benchmark.memory import (
     estimate_memory,
     saved_tensors,
 )
+from refine_mcore.models.architecture import AttentionOptions
 from refine_mcore.models.presets import preset
 from tools.estimate_memory import main
 
@@ -66,6 +68,28 @@ def test_the_estimate_adds_up(single_rank: Any) -> None:
     assert one.optimizer == 2 * one.weights_and_gradients == 4 * four.optimizer
     assert one.activations == 64 * (2 * counted.layer + counted.rest) == four.activations
     assert one.total == sum(one)
+
+
+def test_layers_of_a_hybrid_count_as_what_they_are(single_rank: Any) -> None:
+    """The mean of its kinds of layers, each as in a model of that kind alone."""
+    base = preset("tiny-gated-deltanet").with_overrides({"num_layers": 4})
+    attention = AttentionOptions((), 2, kv_channels=64, attention_output_gate=True)
+
+    def layer(attended: tuple[int, ...], post_norm: tuple[int, ...]) -> float:
+        hybrid = replace(
+            base,
+            attention=replace(attention, layers=attended),
+            post_norm_layers=post_norm,
+        )
+        return count_saved_bytes(hybrid, single_rank, tokens=64).layer
+
+    mixers, attentions, last_ones = layer((), ()), layer((0, 1, 2, 3), ()), (2, 3)
+    assert attentions > 1.2 * mixers
+    assert layer((3,), ()) == pytest.approx((3 * mixers + attentions) / 4)
+    post_norms = layer((), (0, 1, 2, 3))
+    assert layer((3,), last_ones) == pytest.approx(
+        (2 * mixers + post_norms + layer((0, 1, 2, 3), (0, 1, 2, 3))) / 4
+    )
 
 
 def test_the_command(capsys: Any) -> None:

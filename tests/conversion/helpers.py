@@ -21,16 +21,22 @@ MODELS = (
     "lact_lowrank_momentum",
     "lact_lowrank_momentum_muon",
 )
+HYBRIDS = ("olmo_hybrid", "qwen35_text", "qwen35_vl_tied")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, torch.Tensor]
+
+
+def reference(golden: Path, name: str) -> Path:
+    """The folder of a reference model."""
+    return golden / ("hybrids" if name in HYBRIDS else "models") / name
 
 
 def copy_model(golden: Path, name: str, target: Path) -> Path:
     """A writable copy of a reference model: config, generation config and weights."""
     target.mkdir()
     for file in ("config.json", "generation_config.json", WEIGHTS):
-        shutil.copyfile(golden / "models" / name / file, target / file)
+        shutil.copyfile(reference(golden, name) / file, target / file)
     return target
 
 

@@ -10,10 +10,10 @@ from refine_mcore.conversion.description import copy_description, read_descripti
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.training.checkpointing import load_weights
-from tests.conversion.helpers import MODELS, copy_model, files, to_checkpoint, to_hf
+from tests.conversion.helpers import HYBRIDS, MODELS, copy_model, files, to_checkpoint, to_hf
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *HYBRIDS])
 def test_through_the_model(golden, tmp_path: Path, single_rank, name: str) -> None:
     from megatron.core.dist_checkpointing import save
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 
@@ -18,6 +19,8 @@ from refine_mcore.conversion import (
     hf_parameter_map,
     to_hf_tensors,
 )
+from refine_mcore.conversion.parameters import with_stored_cuts
+from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import (
     Architecture,
     AttentionOptions,
@@ -28,6 +31,40 @@ from refine_mcore.models.architecture import (
 from refine_mcore.models.presets import preset
 
 FLAGS = st.booleans()
+
+
+@st.composite
+def hybrids(draw: st.DrawFn) -> Architecture:
+    """As Qwen3.5 or OLMo-Hybrid, of any sizes."""
+    heads, dim = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4))
+    value_dim, layers = draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    attended = tuple(sorted(draw(st.sets(st.integers(0, layers - 1)))))
+    mixer = GatedDeltaNetOptions(heads, dim, heads, expand_v=value_dim / dim)
+    attention = AttentionOptions(attended, 2 * heads, heads)
+    shell = Architecture(7, 12 * heads, layers, 5, mixer, attention, tie_embeddings=draw(FLAGS))
+    if draw(FLAGS):
+        return replace(
+            shell,
+            mixer=replace(mixer, norm_eps=1e-5, allow_neg_eigval=draw(FLAGS)),
+            attention=replace(
+                attention,
+                rope_theta=draw(st.sampled_from([None, 500.0])),
+                qk_layernorm="full_width",
+            ),
+            post_norm_layers=attended,
+        )
+    return replace(
+        shell,
+        mixer=replace(mixer, num_value_heads=heads * draw(st.integers(1, 2))),
+        attention=replace(
+            attention,
+            kv_channels=8,
+            rotary_percent=draw(st.sampled_from([0.25, 1.0])),
+            qk_layernorm="per_head",
+            attention_output_gate=True,
+        ),
+        layernorm_zero_centered_gamma=True,
+    )
 
 
 @st.composite
@@ -101,7 +138,7 @@ def test_gated_delta_net_without_gate() -> None:
     assert sum(prod(parameter.shape) for parameter in table) == 1_255_228_156
 
 
-@given(architectures())
+@given(architectures() | hybrids())
 def test_every_checkpoint_row_belongs_to_one_parameter(architecture: Architecture) -> None:
     table = hf_parameter_map(architecture)
     assert len({parameter.name for parameter in table}) == len(table)
@@ -116,9 +153,55 @@ def test_every_checkpoint_row_belongs_to_one_parameter(architecture: Architectur
     }
 
 
-@given(architectures())
+@given(architectures() | hybrids())
 def test_config_round_trip(architecture: Architecture) -> None:
     assert architecture_from_hf(hf_config(architecture), "config.json") == architecture
+
+
+@given(hybrids())
+def test_config_of_a_wrapped_model(architecture: Architecture) -> None:
+    if architecture.layernorm_zero_centered_gamma:
+        config = hf_config(architecture, "qwen3_5")
+        assert config["text_config"]["model_type"] == "qwen3_5_text"
+        assert architecture_from_hf(config, "config.json") == architecture
+    else:
+        with pytest.raises(UserError, match="model_type qwen3_5 lacks some of this arch"):
+            hf_config(architecture, "qwen3_5")
+
+
+def test_an_architecture_that_no_config_describes() -> None:
+    gated = AttentionOptions((0,), 2, attention_output_gate=True)
+    architecture = replace(preset("tiny-deltanet"), attention=gated)
+    with pytest.raises(UserError, match="no model_type has this architecture's options"):
+        hf_config(architecture)
+    assert "model.layers.0.attn.q_proj.weight" in {p.name for p in hf_parameter_map(architecture)}
+
+
+@given(hybrids(), st.data())
+def test_stacks_cut_elsewhere(architecture: Architecture, data: st.DataObject) -> None:
+    """Files that cut q, k and v of the convolutions at other rows hold the same stack."""
+    table = hf_parameter_map(architecture, "olmo_hybrid")
+    stored = {p.name: p.shape for p in table}
+    cut: dict[str, int] = {}
+    for p in table:
+        if p.stack is not None and p.name.endswith("q_conv1d.weight"):
+            names = [p.name.replace("q_conv1d", f"{n}_conv1d") for n in "qkv"]
+            total = sum(stored[name][0] for name in names)
+            first = data.draw(st.integers(1, total - 2))
+            second = data.draw(st.integers(1, total - first - 1))
+            cut |= dict(zip(names, (first, second, total - first - second), strict=True))
+    stored |= {name: (rows, *stored[name][1:]) for name, rows in cut.items()}
+    tensors = {key: torch.randn(shape) for key, shape in checkpoint_shapes(table).items()}
+    expected = to_hf_tensors(table, tensors)
+
+    found = to_hf_tensors(with_stored_cuts(table, stored), tensors)
+
+    assert {name: tuple(t.shape) for name, t in found.items()} == stored
+    assert torch.equal(_stacked(found, cut), _stacked(expected, cut))
+
+
+def _stacked(tensors: dict[str, torch.Tensor], names: Iterable[str]) -> torch.Tensor:
+    return torch.cat([torch.zeros(0, 1, 4), *(tensors[name] for name in names)])
 
 
 def test_hf_tensors_by_name() -> None:
@@ -130,7 +213,7 @@ def test_hf_tensors_by_name() -> None:
     embedding = tensors["embedding.word_embeddings.weight"]
     tensors["embedding.word_embeddings.weight"] = torch.cat([embedding, padding])
 
-    found = to_hf_tensors(architecture, tensors)
+    found = to_hf_tensors(table, tensors)
 
     assert {name: tuple(t.shape) for name, t in found.items()} == {p.name: p.shape for p in table}
     assert torch.equal(found["model.embeddings.weight"], embedding)

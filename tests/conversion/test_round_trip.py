@@ -21,8 +21,9 @@ from refine_mcore.conversion.description import (
 )
 from refine_mcore.conversion.torch_dist import CheckpointReader, Chunk, write_checkpoint
 from refine_mcore.models.architecture import Architecture
-from refine_mcore.models.presets import preset
+from refine_mcore.models.presets import preset, preset_names
 from tests.conversion.helpers import (
+    HYBRIDS,
     INDEX,
     MODELS,
     WEIGHTS,
@@ -43,7 +44,7 @@ def round_trip(model: Path) -> Path:
     return to_hf(checkpoint, model.parent / "exported")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *HYBRIDS])
 def test_byte_identical(golden, tmp_path, name: str) -> None:
     model = copy_model(golden, name, tmp_path / "model")
     assert files(round_trip(model)) == files(model)
@@ -68,7 +69,7 @@ def test_mixed_dtypes(golden, tmp_path) -> None:
     assert files(round_trip(model)) == files(model)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *HYBRIDS])
 def test_shards(golden, tmp_path, name: str) -> None:
     model = copy_model(golden, name, tmp_path / "model")
     shard(model)
@@ -141,18 +142,20 @@ def full_tensors(checkpoint: Path, architecture: Architecture) -> dict[str, torc
     return tensors
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *HYBRIDS])
 def test_megatron_loads_it(golden, tmp_path, single_rank, name: str) -> None:
     """bf16 on disk, into fp32 parameters, over other shard borders than were written."""
     model = copy_model(golden, name, tmp_path / "model")
     change_weights(model, lambda tensors: {key: t.bfloat16() for key, t in tensors.items()})
     checkpoint = to_checkpoint(model, tmp_path / "checkpoint")
-    architecture = read_description(checkpoint).architecture
+    description = read_description(checkpoint)
+    architecture = description.architecture
     config = json.loads((model / "config.json").read_text())
     assert architecture == architecture_from_hf(config, "config.json")
 
-    found = to_hf_tensors(architecture, full_tensors(checkpoint, architecture))
-    original = load_file(model / WEIGHTS)
+    tensors = full_tensors(checkpoint, architecture)
+    found = to_hf_tensors(description.stored_parameters(), tensors)
+    original = {k: t for k, t in load_file(model / WEIGHTS).items() if "visual" not in k}
     assert found.keys() == original.keys()
     assert all(torch.equal(found[key], original[key].float()) for key in original)
 
@@ -216,7 +219,7 @@ def write_random(architecture: Architecture, checkpoint: Path, dtype: torch.dtyp
     write_checkpoint(checkpoint, shapes, [chunk(key, shape) for key, shape in shapes.items()])
 
 
-@pytest.mark.parametrize("name", ["tiny-deltanet", "tiny-gated-deltanet", "tiny-lact"])
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("tiny-")])
 def test_model_that_never_was_hf(tmp_path, name: str) -> None:
     """Its config comes from the architecture, and the result imports like any other."""
     architecture = preset(name)

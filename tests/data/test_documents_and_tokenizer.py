@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from refine_mcore.data import load_tokenizer, read_documents
+from refine_mcore.data import load_tokenizer, read_documents, tokenizer_file
 from refine_mcore.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -83,12 +85,77 @@ def test_shipped_tokenizer_keeps_the_text_exactly():
 def test_bad_tokenizers(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer .*/no\.model does not exist"):
         load_tokenizer(tmp_path / "no.model")
-    with pytest.raises(UserError, match="does not exist or is not a file"):
+    with pytest.raises(UserError, match="is a directory without tokenizer.json or tokenizer.model"):
         load_tokenizer(tmp_path)
     truncated = tmp_path / "truncated.model"
     truncated.write_bytes(MODEL.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"truncated\.model is not a readable SentencePiece model"):
         load_tokenizer(truncated)
+
+
+@pytest.fixture(scope="module")
+def json_tokenizer(tmp_path_factory) -> Path:
+    """A byte-level BPE tokenizer trained on the corpus, saved as its checkpoints have it."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<bos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((d.text for d in read_documents([CORPUS])), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", 0)])
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8, pad_id=0, pad_token="<bos>")
+    tokenizer.save(str(path))
+    return path
+
+
+def test_json_tokenizers_keep_the_text_exactly(json_tokenizer):
+    """Without the truncation, padding and special tokens that the file asks for."""
+    tokenizer = load_tokenizer(json_tokenizer)
+    assert tokenizer.vocab_size == 400
+    for document in read_documents([CORPUS]):
+        ids = tokenizer.text_to_ids(document.text[:5000])
+        assert len(ids) > 1000 and 0 not in ids
+        assert tokenizer.ids_to_text(ids) == document.text[:5000]
+    for text in ("  two  spaces \n\n\tand a tab", "日本語 🙂", "", "x", "a<bos>b"):
+        assert tokenizer.ids_to_text(tokenizer.text_to_ids(text)) == text
+    assert tokenizer.text_to_ids("a<bos>b")[1] == 0
+
+
+def test_ids_past_a_gap_count(json_tokenizer, tmp_path):
+    """Checkpoints have rows between the last piece and the first added token."""
+    data = json.loads(json_tokenizer.read_text())
+    data["added_tokens"].append(data["added_tokens"][0] | {"id": 450, "content": "<end>"})
+    data["model"]["vocab"]["<end>"] = 450
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 451
+    assert tokenizer.text_to_ids("<end>") == [450]
+    with pytest.raises(UserError, match=r"\.json has no token 451: its ids are below 451$"):
+        tokenizer.ids_to_text([3, 451])
+
+
+def test_directories_hold_one_tokenizer_of_two_kinds(json_tokenizer, tmp_path):
+    shutil.copy(MODEL, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": "code.py"}')
+    assert load_tokenizer(tmp_path).vocab_size == 2048
+    shutil.copy(json_tokenizer, tmp_path / "tokenizer.json")
+    assert load_tokenizer(tmp_path).vocab_size == 400
+    assert tokenizer_file(tmp_path) == tmp_path / "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"{}", b"[1]", b"\xff", b'{"model": {"type": "X"}}']
+)
+def test_bad_json_tokenizers(tmp_path, content: bytes):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a readable tokenizer\.json$"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """score.py on several ranks gives the numbers of the Hugging Face originals too.
 
 Three layers do not divide over two stages, 97 token ids not over any ranks, nor two texts of 83
-tokens and their rollouts over four.
+tokens and their rollouts over four. `qwen35_vl_tied` on four ranks has two key/value heads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from refine_mcore import platform
 from refine_mcore.errors import UserError
-from tests.conversion.helpers import MODELS, to_checkpoint
+from tests.conversion.helpers import HYBRIDS, MODELS, reference, to_checkpoint
 from tests.distributed.harness import run_distributed
 from tests.distributed.launcher import run_nodes
 from tests.golden_scores import (
@@ -34,17 +34,25 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "TP2+SP": ("parallel.tensor=2", SEQUENCE_PARALLEL),
     "PP2": ("parallel.pipeline=2",),
     "PP3": ("parallel.pipeline=3",),
+    "TP3": ("parallel.tensor=3",),
+    "TP3+SP": ("parallel.tensor=3", SEQUENCE_PARALLEL),
     "TP4": ("parallel.tensor=4",),
     "TP4+SP": ("parallel.tensor=4", SEQUENCE_PARALLEL),
     "TP2xPP2": ("parallel.tensor=2", "parallel.pipeline=2"),
     "TP2xPP2+SP": ("parallel.tensor=2", "parallel.pipeline=2", SEQUENCE_PARALLEL),
 }
-FOUR_HEADS = ("deltanet",)  # the others have two of some kind
+FOUR_HEADS = ("deltanet", "qwen35_vl_tied")  # the others have two or six of some kind
+ALL = (*MODELS, *HYBRIDS)
 Case = tuple[str, str]  # model, layout
 
 
-def test_two_models_on_four_ranks(golden: Path, tmp_path: Path) -> None:
-    cases = [("deltanet_hybrid", "TP2xPP2+SP"), ("lact_lowrank_momentum", "TP2xPP2")]
+def test_some_models_on_four_ranks(golden: Path, tmp_path: Path) -> None:
+    cases = [
+        ("deltanet_hybrid", "TP2xPP2+SP"),
+        ("lact_lowrank_momentum", "TP2xPP2"),
+        ("olmo_hybrid", "TP2xPP2"),
+        ("qwen35_vl_tied", "TP4+SP"),
+    ]
     _check(golden, tmp_path, 4, cases)
 
 
@@ -53,9 +61,10 @@ def test_two_models_on_four_ranks(golden: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "ranks, cases",
     [
-        (2, [(name, layout) for name in MODELS for layout in ("TP2", "TP2+SP", "PP2")]),
-        (3, [(name, "PP3") for name in MODELS]),
-        (4, [(name, layout) for name in MODELS for layout in ("TP2xPP2", "TP2xPP2+SP")]),
+        (2, [(name, layout) for name in ALL for layout in ("TP2", "TP2+SP", "PP2")]),
+        (3, [(name, "PP3") for name in ALL]),
+        (3, [("olmo_hybrid", layout) for layout in ("TP3", "TP3+SP")]),
+        (4, [(name, layout) for name in ALL for layout in ("TP2xPP2", "TP2xPP2+SP")]),
         (4, [(name, layout) for name in FOUR_HEADS for layout in ("TP4", "TP4+SP")]),
     ],
 )
@@ -77,7 +86,7 @@ def _check(golden: Path, directory: Path, ranks: int, cases: list[Case]) -> None
     """Every case's scores of both texts, against the reference."""
     checkpoints = {name for name, _ in cases}
     for name in checkpoints:
-        to_checkpoint(golden / "models" / name, directory / name)
+        to_checkpoint(reference(golden, name), directory / name)
     run_distributed(_score_all, ranks, golden, directory, cases, timeout=1000)
     for name, layout in cases:
         for text, check in (("a", assert_text_a), ("b", assert_text_b)):

@@ -34,6 +34,54 @@ PARAMETERS = {
 }
 
 
+def _hybrid_parameters(
+    width: int,
+    mlp: int,
+    heads: tuple[int, int, int],
+    linear: tuple[int, int, int, int],
+    vocab: int,
+    embeddings: int,
+    q_per_head: int,
+    qk_gains: int,
+    layers: int,
+) -> int:
+    """Parameters of a published hybrid, counted from its table: (heads, kv heads, width) of
+    attention in every fourth layer, (key heads, value heads, key width, value width) elsewhere."""
+    queries, kv, dim = heads
+    key_heads, value_heads, key, value = linear
+    qk, v = key_heads * key, value_heads * value
+    attention = width * dim * (q_per_head * queries + 2 * kv + queries) + qk_gains
+    recurrent = width * (2 * qk + 2 * v + 2 * value_heads) + v * width  # q, k; v, z; a, b; out
+    recurrent += 4 * (2 * qk + v) + 2 * value_heads + value  # convolutions, A_log, dt_bias, norm
+    shell = 3 * width * mlp + 2 * width
+    return (
+        layers * shell
+        + layers // 4 * (attention + 3 * recurrent)
+        + embeddings * vocab * width
+        + width
+    )
+
+
+def _qwen_parameters(
+    layers: int, width: int, mlp: int, heads: int, kv: int, value_heads: int, embeddings: int
+) -> int:
+    linear = (16, value_heads, 128, 128)
+    return _hybrid_parameters(
+        width, mlp, (heads, kv, 256), linear, 248_320, embeddings, 2, 2 * 256, layers
+    )
+
+
+PARAMETERS |= {
+    "qwen3.5-0.8b": _qwen_parameters(24, 1024, 3584, 8, 2, 16, 1),
+    "qwen3.5-2b": _qwen_parameters(24, 2048, 6144, 8, 2, 16, 1),
+    "qwen3.5-4b": _qwen_parameters(32, 2560, 9216, 16, 4, 32, 1),
+    "qwen3.5-9b": _qwen_parameters(32, 4096, 12288, 16, 4, 32, 2),
+    "olmo-hybrid-7b": _hybrid_parameters(
+        3840, 11008, (30, 30, 128), (30, 30, 96, 192), 100_352, 2, 1, 2 * 3840, 32
+    ),
+}
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_build(name: str, process_groups: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, put there by saying that it is the current CUDA device."""
@@ -189,6 +237,8 @@ def test_sizes_that_cannot_work(mixer: Any, attention: Any, message: str) -> Non
         ("tiny-lact", 3, 1, "parallel.tensor 3 does not divide .*; sizes that work: 1, 2$"),
         ("tiny-deltanet", 4, 1, "head count of 2; sizes that work: 1, 2$"),
         ("gated-deltanet-1.3b", 4, 1, "head count of 6; sizes that work: 1, 2$"),
+        ("olmo-hybrid-7b", 3, 1, "MLP width of 11008; sizes that work: 1, 2$"),
+        ("qwen3.5-2b", 16, 1, "hybrid attention head count of 8; sizes that work: 1, 2, 4, 8$"),
         ("tiny-lact", 1, 3, "parallel.pipeline 3 is more than the model's 2 layers: use at most 2"),
     ],
 )
@@ -198,10 +248,23 @@ def test_layouts_that_cannot_work(name: str, tensor: int, pipeline: int, message
 
 
 def test_layouts_of_a_hybrid_respect_its_key_value_heads() -> None:
-    hybrid = ARCHITECTURES["gated_delta_net-full_attention"]
-    with pytest.raises(UserError, match="hybrid key/value head count of 1; sizes that work: 1$"):
-        check_layout(hybrid, 2, 1)
-    check_layout(hybrid, 1, 2)
+    """They divide over the ranks, or each is shared by equally many, who hold equal parts of it."""
+    mixer = GatedDeltaNetOptions(12, head_dim=2)
+
+    def check(kv_heads: int, head_dim: int, ranks: int) -> None:
+        attention = AttentionOptions((0,), 12, kv_heads, kv_channels=head_dim)
+        check_layout(Architecture(23, 16, 2, 24, mixer, attention), ranks, 1)
+
+    for kv_heads, head_dim, ranks in [(4, 2, 2), (2, 2, 4), (1, 4, 4), (2, 6, 12), (3, 2, 3)]:
+        check(kv_heads, head_dim, ranks)
+    for kv_heads, head_dim, ranks, fitting in [
+        (3, 2, 2, "1, 3, 6"),  # neither divides the other
+        (2, 2, 12, "1, 2, 4"),  # six ranks to a head of two dimensions
+        (4, 2, 6, "1, 2, 4"),
+    ]:
+        words = f"hybrid key/value head count of {kv_heads}; sizes that work: {fitting}$"
+        with pytest.raises(UserError, match=words):
+            check(kv_heads, head_dim, ranks)
 
 
 def test_vocabulary_is_padded_to_the_tensor_parallel_size() -> None:

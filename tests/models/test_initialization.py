@@ -17,6 +17,7 @@ from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
 
 FAMILIES = ("tiny-deltanet", "tiny-gated-deltanet", "tiny-lact")
+HYBRIDS = ("tiny-qwen3.5", "tiny-olmo-hybrid")
 # Wide enough for a standard deviation to be estimated.
 WIDE = {"hidden_size": 192, "intermediate_size": 128}
 
@@ -53,7 +54,7 @@ def test_function_of_seed_and_name(process_groups, name: str) -> None:
         assert not torch.equal(deeper[one], deeper[two])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *HYBRIDS])
 def test_weights_in_another_dtype_are_the_same_rounded(process_groups, name: str) -> None:
     exact = weights(process_groups, name)
     rounded = weights(process_groups, name, dtype=torch.bfloat16)
@@ -82,6 +83,16 @@ def test_projections_and_norms(process_groups, name: str) -> None:
     assert all((found[key] == 1).all() for key in norms)
     biases = [key for key in found if key.endswith((".bias", "qk_offset"))]
     assert all((found[key] == 0).all() for key in biases)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_norms_begin_with_a_gain_of_one(process_groups, name: str) -> None:
+    """What is stored is the gain, or what it is more than one."""
+    zero_centered = preset(name).layernorm_zero_centered_gamma
+    norms = {k: w for k, w in weights(process_groups, name).items() if k.endswith("norm.weight")}
+    assert len(norms) == 4 * 2 + 3 + 2 + 1
+    for key, weight in norms.items():
+        assert (weight == (0 if zero_centered and "o_norm" not in key else 1)).all(), key
 
 
 def test_decay_of_gated_delta_net(process_groups) -> None:

@@ -39,15 +39,24 @@ VOCAB = 23
 
 
 def _architecture(
-    mixer: MixerOptions, attention: AttentionOptions | None = None, tie_embeddings: bool = False
+    mixer: MixerOptions, attention: AttentionOptions | None = None, **options: Any
 ) -> Architecture:
-    return Architecture(
-        VOCAB, 16, 2, 24, mixer, attention, tie_embeddings=tie_embeddings, initializer_range=0.3
-    )
+    return Architecture(VOCAB, 16, 2, 24, mixer, attention, initializer_range=0.3, **options)
 
 
 _FULL = AttentionOptions(layers=(0,), num_heads=2)
 _WINDOW = AttentionOptions((1,), num_heads=4, num_kv_heads=2, window_size=3, qkv_bias=True)
+# As in Qwen3.5 and in OLMo-Hybrid.
+_GATED = AttentionOptions(
+    (1,),
+    num_heads=4,
+    num_kv_heads=2,
+    kv_channels=6,
+    rotary_percent=0.7,
+    qk_layernorm="per_head",
+    attention_output_gate=True,
+)
+_NORMED = AttentionOptions((1,), num_heads=2, rope_theta=None, qk_layernorm="full_width")
 _LACT = LaCTOptions(
     num_attention_heads=4,
     num_fast_heads=2,
@@ -84,6 +93,23 @@ ARCHITECTURES = {
     "gated_delta_net-window_attention": _architecture(
         GatedDeltaNetOptions(2, 6), replace(_WINDOW, window_size=5)
     ),
+    "gated_delta_net-gated-zero_centered-tied-full_attention": _architecture(
+        GatedDeltaNetOptions(2, 6, num_value_heads=4, expand_v=1.0),
+        _GATED,
+        layernorm_zero_centered_gamma=True,
+        tie_embeddings=True,
+    ),
+    "gated_delta_net-negative-post_norm-full_attention": _architecture(
+        GatedDeltaNetOptions(2, 4, expand_v=2.5, allow_neg_eigval=True, norm_eps=1e-2),
+        _NORMED,
+        post_norm_layers=(1,),
+    ),
+    "delta_net-post_norm-gated_window_attention": _architecture(
+        DeltaNetOptions(2),
+        replace(_GATED, num_kv_heads=1, window_size=4, qkv_bias=True, qk_layernorm="full_width"),
+        post_norm_layers=(0, 1),
+        layernorm_zero_centered_gamma=True,
+    ),
     "lact": _architecture(_LACT),
     "lact-full_rank": _architecture(
         replace(
@@ -103,6 +129,11 @@ ARCHITECTURES = {
             qkv_bias=True,
             window_size=1,
         )
+    ),
+    "lact-post_norm-zero_centered": _architecture(
+        replace(_LACT, use_muon=False, qk_norm=True),
+        post_norm_layers=(0,),
+        layernorm_zero_centered_gamma=True,
     ),
     "lact-linear-full_attention": _architecture(
         replace(_LACT, use_muon=False, qkv_silu=False, num_fast_heads=4, chunk_size=3), _FULL

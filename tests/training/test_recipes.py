@@ -21,6 +21,11 @@ RECIPES = {
         f"{{{SMALL}, mixer.num_attention_heads: 4, mixer.num_fast_heads: 2, mixer.chunk_size: 32,"
         " mixer.window_size: 32, mixer.low_rank: 4}"
     ),
+    "pretrain_qwen3.5_2b": (
+        f"{{{SMALL}, mixer.num_heads: 2, mixer.head_dim: 8, mixer.num_value_heads: 4,"
+        " attention.layers: [1], attention.num_heads: 2, attention.num_kv_heads: 1,"
+        " attention.kv_channels: 16}"
+    ),
 }
 LAYOUTS = {
     "slices": ("parallel.slices=4",),

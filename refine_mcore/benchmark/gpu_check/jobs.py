@@ -18,9 +18,10 @@ from torch import Tensor
 from refine_mcore import platform
 from refine_mcore.benchmark.bench import Bench
 from refine_mcore.config import Config, ParallelConfig, config_from_dict
+from refine_mcore.conversion.description import read_description
 from refine_mcore.conversion.hf_directory import open_hf_directory
 from refine_mcore.conversion.importing import import_hf
-from refine_mcore.evaluation.golden import POSITIONS, ROLLOUT_TOKENS
+from refine_mcore.evaluation.golden import ROLLOUT_TOKENS, rollout_positions
 from refine_mcore.evaluation.score import score_tokens
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.training.optimizer import main_gradient
@@ -197,10 +198,18 @@ def score_reference(model: Path, checkpoint: Path) -> tuple[dict[str, Tensor], d
         tokens = inputs[f"input_ids_{text}"].to(platform.device())
         # gradients gather in a model: each text has its own
         return score_tokens(
-            training_model(config, groups), groups, tokens, gradients=True, **options
+            training_model(config, groups),
+            groups,
+            tokens,
+            gradients=True,
+            parameters=read_description(checkpoint).parameters(),
+            **options,
         )
 
-    rollouts: dict[str, Any] = {"rollout_at": POSITIONS, "rollout_tokens": ROLLOUT_TOKENS}
+    rollouts: dict[str, Any] = {
+        "rollout_at": rollout_positions(model),
+        "rollout_tokens": ROLLOUT_TOKENS,
+    }
     return score("a", **rollouts), score("b")
 
 

@@ -12,10 +12,10 @@ from refine_mcore.benchmark.gpu_check.results import Result, compared, raised
 from refine_mcore.evaluation.golden import text_a_differences, text_b_differences
 
 
-def check_models(models: Path, scratch: Path) -> Iterator[Result]:
-    """One row per folder of `models`: logits, entropies, losses, rollouts, gradients. The converted
+def check_models(golden: Path, scratch: Path) -> Iterator[Result]:
+    """One row per reference model: logits, entropies, losses, rollouts, gradients. The converted
     weights go to `scratch`."""
-    for model in sorted(path for path in models.iterdir() if path.is_dir()):
+    for model in sorted(config.parent for config in golden.glob("*/*/config.json")):
         try:
             text_a, text_b = score_reference(model, scratch / model.name)
         except Exception as error:  # says nothing of the other models

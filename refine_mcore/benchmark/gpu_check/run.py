@@ -39,7 +39,7 @@ def sections(root: Path, scratch: Path) -> dict[str, Callable[[], Iterator[Resul
     return {
         "machine": check_machine,
         "operations": lambda: check_operations(device, op_cases(sizes)),
-        "models": lambda: check_models(root / "tests" / "golden" / "models", scratch),
+        "models": lambda: check_models(root / "tests" / "golden", scratch),
         "steps": lambda: check_steps(texts, fused),
         "branching": lambda: check_branching(texts, fused),
         "waits": lambda: check_host_waits(texts),
