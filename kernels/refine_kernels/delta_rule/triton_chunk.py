@@ -2,7 +2,7 @@
 
 Arguments, results and the states handed out are those of chunk.py, whose docstrings say what they
 are; the kernels and where they deviate in precision are in triton_kernels.py.  The whole piece of
-text is one call of three kernels, and of five in the backward, whatever number of states has a
+text is one call of five kernels, and of eight in the backward, whatever number of states has a
 gradient.  The backward keeps the inputs as they came and the initial state, and makes the rest again.
 
 On CPU tensors the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 was set before the
@@ -21,8 +21,7 @@ from refine_kernels.delta_rule import triton_kernels as kernels
 # By input dtype: the products' operands on a GPU.  float16 takes TF32, which holds each of its
 # numbers and the range of float32, so that states and gradients cannot overflow.
 PRODUCTS = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
-EXACT = "tf32x3"  # of the triangular inverse, always
-CHUNKS = (64, 32, 16)
+_CHUNKS = (64, 32, 16)  # tokens a kernel takes at a time
 LARGEST_KEY = 256
 
 
@@ -63,9 +62,14 @@ def refusal(k: Tensor, v: Tensor, chunk_size: int) -> str | None:
         return f"{v.dtype} is none of bfloat16, float16 and float32"
     if k.shape[-1] > LARGEST_KEY:
         return f"keys are {k.shape[-1]} wide, above {LARGEST_KEY}"
-    if chunk_size % CHUNKS[-1]:
-        return f"chunks of {chunk_size} are no multiple of {CHUNKS[-1]}"
+    if chunk_size % _CHUNKS[-1]:
+        return f"chunks of {chunk_size} are no multiple of {_CHUNKS[-1]}"
     return None
+
+
+def chunk_of(tap_interval: int) -> int:
+    """Tokens the kernels take at a time where the states between have this distance."""
+    return next(c for c in _CHUNKS if tap_interval % c == 0)
 
 
 def chunk_rule(
@@ -101,16 +105,57 @@ class _Options(NamedTuple):
     tap_interval: int  # tokens between the states handed out
 
 
-def launch_options(kernel: str, k_dim: int, v_dim: int, itemsize: int) -> dict[str, int]:
-    """Columns of V that a program takes at a time, warps and pipeline stages."""
-    wide = k_dim > 128
-    block = 32 if kernel in ("scan", "reverse") else 64
-    block = min(block, max(16, triton.next_power_of_2(v_dim)))
-    return {
-        "BV": block,
-        "num_warps": 8 if wide else 4,
-        "num_stages": 1,
-    }
+class Call(NamedTuple):
+    """What a kernel is compiled for."""
+
+    k_dim: int
+    v_dim: int
+    groups: int  # value heads that share a key head
+    chunk: int  # tokens a kernel takes at a time
+    gated: bool
+    norm: bool
+    output: bool  # there are queries (forward) or the output has a gradient (backward)
+    products: str
+
+    def constants(self, kernel: str) -> dict[str, Any]:
+        """The compile-time arguments of the kernel of this name."""
+        every = {
+            "GROUPS": self.groups,
+            "K": self.k_dim,
+            "V": self.v_dim,
+            "C": self.chunk,
+            "BK": max(16, triton.next_power_of_2(self.k_dim)),
+            "BV": min(_COLUMNS[kernel], max(16, triton.next_power_of_2(self.v_dim))),
+            "GATED": self.gated,
+            "NORM": self.norm,
+            "OUTPUT": self.output,
+            "PRODUCTS": self.products,
+        }
+        return {x: every[x] for x in getattr(kernels, kernel).arg_names if x in every}
+
+    def launch(self, kernel: str) -> dict[str, int]:
+        """Warps and pipeline stages of the kernel of this name."""
+        if kernel == "invert":
+            return {"num_warps": 1, "num_stages": 1}
+        wide = self.k_dim > 128
+        return {
+            "num_warps": 8 if wide or kernel in ("queries", "inputs") else 4,
+            "num_stages": 2 if kernel in ("scan", "reverse") and not wide else 1,
+        }
+
+
+# Columns of V that a program takes at a time.
+_COLUMNS = {
+    "gram": 64,
+    "invert": 64,
+    "apply": 64,
+    "scan": 32,
+    "output": 64,
+    "local": 64,
+    "reverse": 32,
+    "queries": 64,
+    "inputs": 32,
+}
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -118,7 +163,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-class _Call:
+class _Run:
     """The inputs of one call as the kernels take them, and the kernels run on them."""
 
     def __init__(
@@ -134,83 +179,82 @@ class _Call:
             x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)
         )
         self.beta, self.g = beta.contiguous(), None if g is None else g.contiguous()
-        self.batch, self.n, self.heads, self.v_dim = v.shape
-        self.k_dim = k.shape[-1]
-        self.chunk = next(c for c in CHUNKS if options.tap_interval % c == 0)
-        self.count = triton.cdiv(self.n, self.chunk)
-        self.products = PRODUCTS[v.dtype]
-        if self.products == "bf16" and v.device.type == "cpu":
-            self.products = "bf16-as-fp32"
-        self.scratch_dtype = v.dtype if self.products.startswith("bf16") else torch.float32
-        self.eps = 0.0 if options.qk_norm_eps is None else options.qk_norm_eps
-        self.norm = options.qk_norm_eps is not None
-        self.scale = options.scale
+        self.batch, self.n, self.heads, v_dim = v.shape
+        products = PRODUCTS[v.dtype]
+        self.scratch_dtype = v.dtype if products == "bf16" else torch.float32
+        if products == "bf16" and v.device.type == "cpu":
+            products = "bf16-as-fp32"
+        self.compiled = Call(
+            k_dim=k.shape[-1],
+            v_dim=v_dim,
+            groups=self.heads // k.shape[2],
+            chunk=chunk_of(options.tap_interval),
+            gated=g is not None,
+            norm=options.qk_norm_eps is not None,
+            output=q is not None,
+            products=products,
+        )
+        self.count = triton.cdiv(self.n, self.compiled.chunk)
+        self.size = (self.n, self.heads)
+        self.numbers = (options.scale, options.qk_norm_eps or 0.0)
+        self.q_strides = (0, 0, 0) if q is None else self.q.stride()[:3]
+        self.k_strides, self.v_strides = self.k.stride()[:3], self.v.stride()[:3]
 
     def scratch(self, *width: int, dtype: torch.dtype | None = None) -> Tensor:
         """[B*H, chunks, *width]."""
         shape = (self.batch * self.heads, self.count, *width)
         return _empty(shape, dtype or self.scratch_dtype, self.v.device)
 
-    def run(self, name: str, *arguments: Any, scan: bool = False, **constants: Any) -> None:
-        """Launch a kernel: over blocks of V and heads, chunks too unless `scan`."""
-        launch = launch_options(name, self.k_dim, self.v_dim, self.v.element_size())
-        grid = (self.count, self.batch * self.heads)
-        if name not in ("prepare", "inputs"):
-            blocks = triton.cdiv(self.v_dim, launch["BV"])
-            grid = (blocks, grid[1]) if scan else (blocks, *grid)
-        getattr(kernels, name)[grid](
-            *arguments,
-            GROUPS=self.heads // self.k.shape[2],
-            K=self.k_dim,
-            V=self.v_dim,
-            C=self.chunk,
-            BK=max(16, triton.next_power_of_2(self.k_dim)),
-            GATED=self.g is not None,
-            PRODUCTS=self.products,
-            **launch,
-            **constants,
-        )
+    def run(self, name: str, *arguments: Any) -> None:
+        """Launch a kernel: a program for each head and, as it is made, chunk and block of V."""
+        constants = self.compiled.constants(name)
+        heads = self.batch * self.heads
+        if name == "invert":
+            grid: tuple[int, ...] = (heads * self.count,)
+        elif name in ("gram", "apply", "queries", "inputs"):
+            grid = (self.count, heads)
+        else:
+            blocks = triton.cdiv(self.compiled.v_dim, constants["BV"])
+            grid = (blocks, heads) if name in ("scan", "reverse") else (blocks, self.count, heads)
+        getattr(kernels, name)[grid](*arguments, **constants, **self.compiled.launch(name))
 
-    def q_strides(self) -> tuple[int, ...]:
-        return (0, 0, 0) if self.q is None else self.q.stride()[:3]
-
-    def scan(self, state: Tensor, keep_inverse: bool) -> "_Scanned":
-        """Kernels prepare and scan."""
-        c, w = self.chunk, self.scratch(self.chunk, self.k_dim)
-        errors = self.scratch(c, self.v_dim)
-        inverse = self.scratch(c, c) if keep_inverse else None
-        log_decays = self.scratch(c, dtype=torch.float32)
-        k_norms = self.scratch(c, dtype=torch.float32)
-        k_strides, v_strides = self.k.stride()[:3], self.v.stride()[:3]
-        size = (self.n, self.heads)
+    def scan(self, state: Tensor) -> "_Scanned":
+        """Kernels gram, invert, apply and scan."""
+        c, k_dim, v_dim = self.compiled.chunk, self.compiled.k_dim, self.compiled.v_dim
+        w, errors = self.scratch(c, k_dim), self.scratch(c, v_dim)
+        inverse = self.scratch(c, c, dtype=torch.float32)
+        norms = self.scratch(c, dtype=torch.float32)
+        decays = self.scratch(c, dtype=torch.float32) if self.g is not None else None
         self.run(
-            "prepare",
-            *(self.k, self.v, self.beta, self.g, w, errors, inverse, log_decays, k_norms),
-            *(*size, self.eps, *k_strides, *v_strides),
-            NORM=self.norm,
-            KEEP_INVERSE=keep_inverse,
-            EXACT=EXACT,
+            "gram",
+            *(self.k, self.beta, self.g, inverse, decays, norms),
+            *(*self.size, self.numbers[1], *self.k_strides),
+        )
+        self.run("invert", inverse)
+        self.run(
+            "apply",
+            *(self.k, self.v, inverse, decays, norms, w, errors),
+            *(*self.size, *self.k_strides, *self.v_strides),
         )
         state = state.contiguous()
         states = _empty((self.count, *state.shape), torch.float32, state.device)
         final_state = _empty(tuple(state.shape), torch.float32, state.device)
         self.run(
             "scan",
-            *(self.k, self.beta, w, errors, log_decays, k_norms, state, states, final_state),
-            *(*size, *k_strides),
-            scan=True,
+            *(self.k, self.beta, w, errors, decays, norms, state, states, final_state),
+            *(*self.size, *self.k_strides),
         )
-        return _Scanned(w, errors, inverse, log_decays, k_norms, states, final_state)
+        return _Scanned(w, errors, inverse, decays, norms, states, final_state)
 
 
 class _Scanned(NamedTuple):
-    """What the kernels prepare and scan leave."""
+    """What the kernels gram, invert, apply and scan leave."""
 
     w: Tensor
     errors: Tensor
-    inverse: Tensor | None
-    log_decays: Tensor
-    k_norms: Tensor
+    inverse: Tensor
+    decays: Tensor | None
+    norms: Tensor
     states: Tensor
     final_state: Tensor
 
@@ -229,23 +273,21 @@ class _ChunkRule(torch.autograd.Function):
         state: Tensor,
         options: _Options,
     ) -> tuple[Tensor | None, ...]:
-        call = _Call(q, k, v, beta, g, options)
-        scanned = call.scan(state, keep_inverse=False)
+        call = _Run(q, k, v, beta, g, options)
+        _, errors, _, decays, norms, states, final_state = call.scan(state)
         o = None
-        if call.q is not None:
+        if q is not None:
             o = _empty(tuple(v.shape), v.dtype, v.device)
             call.run(
                 "output",
-                *(call.q, call.k, call.beta, scanned.errors, scanned.log_decays, scanned.k_norms),
-                *(scanned.states, o, call.n, call.heads, call.scale, call.eps),
-                *(*call.q_strides(), *call.k.stride()[:3]),
-                NORM=call.norm,
+                *(call.q, call.k, call.beta, errors, decays, norms, states, o),
+                *(*call.size, *call.numbers, *call.q_strides, *call.k_strides),
             )
         ctx.save_for_backward(q, k, v, beta, g, state)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        step = options.tap_interval // call.chunk
-        return o, scanned.final_state, *scanned.states[step::step].unbind(0)
+        step = options.tap_interval // call.compiled.chunk
+        return o, final_state, *states[step::step].unbind(0)
 
     @staticmethod
     @once_differentiable
@@ -253,68 +295,69 @@ class _ChunkRule(torch.autograd.Function):
         ctx: Any, grad_o: Tensor | None, grad_final: Tensor | None, *grad_states: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         q, k, v, beta, g, state = ctx.saved_tensors
-        call = _Call(None if grad_o is None else q, k, v, beta, g, ctx.options)
-        scanned = call.scan(state, keep_inverse=True)
-        slots, given = _given(call, ctx.options, grad_final, grad_states)
-        grad_writes = call.scratch(call.chunk, call.v_dim)
-        q_norms = None
-        strides = (*call.q_strides(), *call.k.stride()[:3])
+        call = _Run(None if grad_o is None else q, k, v, beta, g, ctx.options)
+        w, errors, inverse, decays, norms, states, _ = call.scan(state)
+        c, k_dim, v_dim = call.compiled.chunk, call.compiled.k_dim, call.compiled.v_dim
+        step = ctx.options.tap_interval // c
+        after = [(i * step - 1, x) for i, x in enumerate(grad_states, 1) if x is not None]
+        if grad_final is not None:
+            after.append((call.count - 1, grad_final))
+        slots, given = _given(after, call.count, v.device)
+
+        q_norms, grad_q, grad_scores, grad_decays = None, None, None, None
+        shared = call.compiled.groups > 1
+        keyed, keyed_dtype = (*v.shape[:3], k_dim), torch.float32 if shared else k.dtype
+        grad_writes = call.scratch(c, v_dim)
+        strides = (*call.q_strides, *call.k_strides)
         if grad_o is not None:
             grad_o = grad_o.contiguous()
-            q_norms = call.scratch(call.chunk, dtype=torch.float32)
+            q_norms = call.scratch(c, dtype=torch.float32)
             call.run(
                 "local",
-                *(call.q, call.k, grad_o, scanned.log_decays, scanned.k_norms, q_norms),
-                *(grad_writes, call.n, call.heads, call.scale, call.eps, *strides),
-                NORM=call.norm,
+                *(call.q, call.k, grad_o, decays, norms, q_norms, grad_writes),
+                *(*call.size, *call.numbers, *strides),
             )
-        after_chunks = call.scratch(call.k_dim, call.v_dim)
+            grad_q = _empty(keyed, keyed_dtype, v.device)
+            grad_scores = call.scratch(c, c)
+            grad_decays = call.scratch(c, dtype=torch.float32)
+            call.run(
+                "queries",
+                *(call.q, call.k, call.beta, grad_o, errors, decays, norms, states),
+                *(grad_q, grad_scores, grad_decays, *call.size, *call.numbers, *strides),
+            )
+        grad_after = call.scratch(k_dim, v_dim)
         grad_state = _empty(tuple(state.shape), torch.float32, v.device)
         call.run(
             "reverse",
-            *(call.q, call.k, call.beta, grad_o, scanned.w, scanned.log_decays, scanned.k_norms),
-            *(q_norms, slots, given, grad_writes, after_chunks, grad_state),
-            *(call.n, call.heads, *strides),
-            scan=True,
-            OUTPUT=grad_o is not None,
+            *(call.q, call.k, call.beta, grad_o, w, decays, norms, q_norms),
+            *(slots, given, grad_writes, grad_after, grad_state, *call.size, *strides),
         )
-        per_head = k.shape[2] == call.heads
-        keyed = (*v.shape[:3], call.k_dim)
-        dtype = k.dtype if per_head else torch.float32
-        grad_q = None if grad_o is None else _empty(keyed, dtype, v.device)
-        grad_k = _empty(keyed, dtype, v.device)
+        grad_k = _empty(keyed, keyed_dtype, v.device)
         grad_v = _empty(tuple(v.shape), v.dtype, v.device)
         grad_beta = _empty(tuple(beta.shape), beta.dtype, v.device)
         grad_g = None if g is None else _empty(tuple(g.shape), g.dtype, v.device)
         call.run(
             "inputs",
-            *(call.q, call.k, call.beta, call.g, grad_o, scanned.inverse, scanned.errors),
-            *(scanned.log_decays, scanned.k_norms, scanned.states, after_chunks, grad_writes),
-            *(grad_q, grad_k, grad_v, grad_beta, grad_g),
-            *(call.n, call.heads, call.scale, call.eps, *strides),
-            NORM=call.norm,
-            OUTPUT=grad_o is not None,
+            *(call.q, call.k, call.beta, call.g, inverse, errors, decays, norms, q_norms),
+            *(states, grad_after, grad_writes, grad_scores, grad_decays),
+            *(grad_k, grad_v, grad_beta, grad_g, *call.size, *strides),
         )
-        if not per_head:  # value heads that share a key
+        if shared:
             grad_q, grad_k = (
-                None if x is None else x.unflatten(2, (k.shape[2], -1)).sum(3).to(k.dtype)
+                None if x is None else x.unflatten(2, k.shape[2:3] + (-1,)).sum(3).to(k.dtype)
                 for x in (grad_q, grad_k)
             )
         return grad_q, grad_k, grad_v, grad_beta, grad_g, grad_state, None
 
 
 def _given(
-    call: _Call, options: _Options, grad_final: Tensor | None, grad_states: tuple[Tensor | None, ...]
+    after: list[tuple[int, Tensor]], count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """slots and given of the kernel `reverse`: the gradients that the states have."""
-    step = options.tap_interval // call.chunk
-    after = [(i * step - 1, x) for i, x in enumerate(grad_states, 1) if x is not None]
-    if grad_final is not None:
-        after.append((call.count - 1, grad_final))
-    slots = torch.full((call.count,), -1, dtype=torch.int32)
+    """slots and given of the kernel `reverse`: gradients of states after chunks of these numbers."""
+    slots = torch.full((count,), -1, dtype=torch.int32)
     for slot, (chunk, _) in enumerate(after):
         slots[chunk] = slot
-    if call.v.device.type == "cuda":  # from pinned memory the host does not wait for the copy
+    if device.type == "cuda":  # from pinned memory the host does not wait for the copy
         slots = slots.pin_memory()
-    given = torch.stack([x for _, x in after]) if after else call.v.new_empty(0).float()
-    return slots.to(call.v.device, non_blocking=True), given
+    given = torch.stack([x for _, x in after]) if after else torch.empty(0, device=device)
+    return slots.to(device, non_blocking=True), given

@@ -87,18 +87,29 @@ def _store_per_token(x, value, b, head, first, n, H, C: tl.constexpr):
 
 
 @triton.jit
-def _chunk_pointers(x, chunk, cols, D: tl.constexpr, C: tl.constexpr):
-    """Addresses of chunk number `chunk` of [BH*N,C,D], and which of them exist."""
-    rows = tl.arange(0, C)
-    mask = (rows >= 0)[:, None] & (cols < D)[None, :]
-    return x + chunk * (C * D) + rows[:, None] * D + cols[None, :], mask
+def _load_chunk(x, number, cols, D: tl.constexpr, C: tl.constexpr):
+    """Columns `cols` of chunk `number` of [BH*N,C,D], zero past D."""
+    at = x + number * (C * D) + tl.arange(0, C)[:, None] * D + cols[None, :]
+    return tl.load(at, mask=(cols < D)[None, :], other=0.0)
 
 
 @triton.jit
-def _state_pointers(x, number, rows, cols, K: tl.constexpr, V: tl.constexpr):
-    """Addresses of state number `number` of [...,K,V], and which of them exist."""
-    mask = (rows < K)[:, None] & (cols < V)[None, :]
-    return x + number * (K * V) + rows[:, None] * V + cols[None, :], mask
+def _store_chunk(x, value, number, cols, D: tl.constexpr, C: tl.constexpr):
+    at = x + number * (C * D) + tl.arange(0, C)[:, None] * D + cols[None, :]
+    tl.store(at, value, mask=(cols < D)[None, :])
+
+
+@triton.jit
+def _load_state(x, number, rows, cols, K: tl.constexpr, V: tl.constexpr):
+    """Part of state `number` of [...,K,V], zero past its edges."""
+    at = x + number * (K * V) + rows[:, None] * V + cols[None, :]
+    return tl.load(at, mask=(rows < K)[:, None] & (cols < V)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_state(x, value, number, rows, cols, K: tl.constexpr, V: tl.constexpr):
+    at = x + number * (K * V) + rows[:, None] * V + cols[None, :]
+    tl.store(at, value, mask=(rows < K)[:, None] & (cols < V)[None, :])
 
 
 @triton.jit
@@ -121,56 +132,125 @@ def _decays(c, C: tl.constexpr):
 
 
 @triton.jit
-def _unit_lower_inverse(a, C: tl.constexpr, EXACT: tl.constexpr):
-    """(I + a)^-1 for strictly lower triangular a [C,C], in float32.
+def _block(a, row, col, C: tl.constexpr):
+    """Block (row, col) of 16 by 16 of a [C,C]."""
+    i = tl.arange(0, 16)
+    return tl.load(a + (16 * row + i)[:, None] * C + (16 * col + i)[None, :])
 
-    The diagonal blocks of 16 by forward substitution, all at once; then pairs of blocks are joined,
-    the lower left part of a pair being -(second inverse) a (first inverse).  No powers of a, which
-    explode where keys repeat.
-    """
-    B: tl.constexpr = 16
-    i = tl.arange(0, C)
-    same = (i // B)[:, None] == (i // B)[None, :]
-    blocks = tl.reshape(tl.where(same, a, 0.0), (C // B, B, C // B, B))
-    blocks = tl.sum(blocks, 2)  # [C/B,B,B]
-    row = tl.arange(0, B)[None, :, None]
-    x = tl.where(row == tl.arange(0, B)[None, None, :], 1.0, 0.0) + tl.zeros_like(blocks)
-    for r in range(1, B):
-        a_r = tl.sum(tl.where(row == r, blocks, 0.0), 1)
-        known = tl.sum(a_r[:, :, None] * x, 1)
-        x = tl.where(row == r, x - known[:, None, :], x)
-    x = tl.broadcast_to(tl.reshape(x, (C // B, B, 1, B)), (C // B, B, C // B, B))
-    x = tl.where(same, tl.reshape(x, (C, C)), 0.0)
-    if C >= 2 * B:
-        x = _join_pairs(x, a, B, C, EXACT)
-    if C >= 4 * B:
-        x = _join_pairs(x, a, 2 * B, C, EXACT)
+
+@triton.jit
+def _store_block(a, value, row, col, C: tl.constexpr):
+    i = tl.arange(0, 16)
+    tl.store(a + (16 * row + i)[:, None] * C + (16 * col + i)[None, :], value)
+
+
+@triton.jit
+def _invert_block(transposed):
+    """(I + a)^-1 from a^T, a strictly lower triangular [16,16]: forward substitution."""
+    i = tl.arange(0, 16)
+    x = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
+    for row in range(1, 16):
+        a_row = tl.sum(tl.where(i[None, :] == row, transposed, 0.0), 1)
+        known = tl.sum(a_row[:, None] * x, 0)
+        x = tl.where(i[:, None] == row, x - known[None, :], x)
     return x
 
 
 @triton.jit
-def _join_pairs(x, a, B: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
-    """From the inverses of the diagonal blocks of B to those of 2B."""
-    i = tl.arange(0, C)
-    pair = (i // (2 * B))[:, None] == (i // (2 * B))[None, :]
-    lower_left = pair & ((i // B)[:, None] != (i // B)[None, :])
-    return x - _product(x, _product(tl.where(lower_left, a, 0.0), x, EXACT), EXACT)
+def _dot32(a, b):
+    """a @ b in float32 proper."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def invert(matrices, C: tl.constexpr):
+    """(I + a)^-1 in place of each strictly lower triangular a of [.,C,C], float32, C <= 64.
+
+    Blocks of 16 by forward substitution, row of blocks after row of blocks.  No powers of a, which
+    explode where keys repeat.
+    """
+    a = matrices + tl.program_id(0).to(tl.int64) * (C * C)
+    x00 = _invert_block(tl.trans(_block(a, 0, 0, C)))
+    if C >= 32:
+        a10 = _block(a, 1, 0, C)
+        x11 = _invert_block(tl.trans(_block(a, 1, 1, C)))
+        x10 = -_dot32(x11, _dot32(a10, x00))
+    if C >= 64:
+        a20, a21 = _block(a, 2, 0, C), _block(a, 2, 1, C)
+        x22 = _invert_block(tl.trans(_block(a, 2, 2, C)))
+        x21 = -_dot32(x22, _dot32(a21, x11))
+        x20 = -_dot32(x22, _dot32(a20, x00) + _dot32(a21, x10))
+        a30, a31, a32 = _block(a, 3, 0, C), _block(a, 3, 1, C), _block(a, 3, 2, C)
+        x33 = _invert_block(tl.trans(_block(a, 3, 3, C)))
+        x32 = -_dot32(x33, _dot32(a32, x22))
+        x31 = -_dot32(x33, _dot32(a31, x11) + _dot32(a32, x21))
+        x30 = -_dot32(x33, _dot32(a30, x00) + _dot32(a31, x10) + _dot32(a32, x20))
+        _store_block(a, x20, 2, 0, C)
+        _store_block(a, x21, 2, 1, C)
+        _store_block(a, x22, 2, 2, C)
+        _store_block(a, x30, 3, 0, C)
+        _store_block(a, x31, 3, 1, C)
+        _store_block(a, x32, 3, 2, C)
+        _store_block(a, x33, 3, 3, C)
+    if C >= 32:
+        _store_block(a, x10, 1, 0, C)
+        _store_block(a, x11, 1, 1, C)
+    _store_block(a, x00, 0, 0, C)
 
 
 @triton.jit(do_not_specialize=["n"])
-def prepare(
+def gram(
     k,
-    v,
     beta,
     g,
-    w,
-    errors,
-    inverse,
+    matrices,
     log_decays,
     k_norms,
     n,
     H,
     eps,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    GROUPS: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    GATED: tl.constexpr,
+    NORM: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    """G diag(beta), c and the inverse norms of the keys."""
+    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    first = chunk * C
+    place = bh * tl.num_programs(0) + chunk
+    i, cols_k = tl.arange(0, C), tl.arange(0, BK)
+    keys = _load_rows(k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C)
+    norms = _inverse_norms(keys, first, n, eps, NORM, C)
+    rates = _load_per_token(beta, b, h, first, n, H, C)
+    a = _product(keys, tl.trans(keys), PRODUCTS) * norms[:, None] * (norms * rates)[None, :]
+    if GATED:
+        steps = tl.maximum(_load_per_token(g, b, h, first, n, H, C), LEAST_LOG_DECAY)
+        c = tl.cumsum(steps, 0)
+        a *= _decays(c, C)
+        tl.store(log_decays + place * C + i, c)
+    tl.store(k_norms + place * C + i, norms)
+    at = matrices + place * (C * C) + i[:, None] * C + i[None, :]
+    tl.store(at, tl.where(i[:, None] > i[None, :], a, 0.0))
+
+
+@triton.jit(do_not_specialize=["n"])
+def apply(
+    k,
+    v,
+    inverse,
+    log_decays,
+    k_norms,
+    w,
+    errors,
+    n,
+    H,
     stride_kb,
     stride_kt,
     stride_kh,
@@ -184,44 +264,25 @@ def prepare(
     BK: tl.constexpr,
     BV: tl.constexpr,
     GATED: tl.constexpr,
-    NORM: tl.constexpr,
-    KEEP_INVERSE: tl.constexpr,
     PRODUCTS: tl.constexpr,
-    EXACT: tl.constexpr,
 ):
-    """W, (I + G diag(beta))^-1 V, c and the inverse norms of the keys; the inverse if kept."""
+    """W and (I + G diag(beta))^-1 V."""
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     first = chunk * C
     place = bh * tl.num_programs(0) + chunk
     i, cols_k = tl.arange(0, C), tl.arange(0, BK)
-    keys = _load_rows(
-        k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C
-    )
-    norms = _inverse_norms(keys, first, n, eps, NORM, C)
-    rates = _load_per_token(beta, b, h, first, n, H, C)
-    gram = _product(keys, tl.trans(keys), PRODUCTS) * norms[:, None] * norms[None, :]
+    x = tl.load(inverse + place * (C * C) + i[:, None] * C + i[None, :])
+    keys = _load_rows(k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C)
+    from_start = tl.load(k_norms + place * C + i)
     if GATED:
-        g_ = tl.maximum(_load_per_token(g, b, h, first, n, H, C), LEAST_LOG_DECAY)
-        c = tl.cumsum(g_, 0)
-        gram *= _decays(c, C)
-        from_start = norms * tl.exp(c)
-    else:
-        c = tl.zeros((C,), tl.float32)
-        from_start = norms
-    a = tl.where(i[:, None] > i[None, :], gram * rates[None, :], 0.0)
-    x = _unit_lower_inverse(a, C, EXACT)
-    tl.store(log_decays + place * C + i, c)
-    tl.store(k_norms + place * C + i, norms)
-    if KEEP_INVERSE:
-        tl.store(inverse + place * (C * C) + i[:, None] * C + i[None, :], x)
-    to, mask = _chunk_pointers(w, place, cols_k, K, C)
-    tl.store(to, _product(x * from_start[None, :], keys, PRODUCTS), mask=mask)
+        from_start *= tl.exp(tl.load(log_decays + place * C + i))
+    of_keys = _product(x * from_start[None, :], keys, PRODUCTS)
+    _store_chunk(w, of_keys, place, cols_k, K, C)
     for start in range(0, V, BV):
         cols = start + tl.arange(0, BV)
         values = _load_rows(v, stride_vb, stride_vt, stride_vh, b, h, first, n, cols, V, C)
-        to, mask = _chunk_pointers(errors, place, cols, V, C)
-        tl.store(to, _product(x, values, PRODUCTS), mask=mask)
+        _store_chunk(errors, _product(x, values, PRODUCTS), place, cols, V, C)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -255,18 +316,14 @@ def scan(
     count = tl.cdiv(n, C)
     i, cols_k = tl.arange(0, C), tl.arange(0, BK)
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
-    at, mask_s = _state_pointers(initial_state, bh, cols_k, cols, K, V)
-    state = tl.load(at, mask=mask_s, other=0.0)
+    state = _load_state(initial_state, bh, cols_k, cols, K, V)
     for chunk in range(count):
         first = chunk * C
         place = bh * count + chunk
-        at, _ = _state_pointers(states, chunk * tl.num_programs(1) + bh, cols_k, cols, K, V)
-        tl.store(at, state, mask=mask_s)
-        at, mask = _chunk_pointers(w, place, cols_k, K, C)
-        w_ = tl.load(at, mask=mask, other=0.0)
-        at, mask = _chunk_pointers(errors, place, cols, V, C)
-        e = tl.load(at, mask=mask, other=0.0) - _product(w_, state, PRODUCTS)
-        tl.store(at, e, mask=mask)
+        _store_state(states, state, chunk * tl.num_programs(1) + bh, cols_k, cols, K, V)
+        w_ = _load_chunk(w, place, cols_k, K, C)
+        e = _load_chunk(errors, place, cols, V, C) - _product(w_, state, PRODUCTS)
+        _store_chunk(errors, e, place, cols, V, C)
         keys = _load_rows(
             k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C
         )
@@ -278,8 +335,7 @@ def scan(
             weight *= tl.exp(last - c)
             state *= tl.exp(last)
         state += _product(tl.trans(keys), e * weight[:, None], PRODUCTS)
-    at, _ = _state_pointers(final_state, bh, cols_k, cols, K, V)
-    tl.store(at, state, mask=mask_s)
+    _store_state(final_state, state, bh, cols_k, cols, K, V)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -334,12 +390,9 @@ def output(
         q_norms *= tl.exp(c)
     else:
         scores = tl.where(i[:, None] >= i[None, :], scores, 0.0)
-    at, mask = _state_pointers(
-        states, chunk * tl.num_programs(2) + bh, cols_k, cols, K, V
-    )
-    out = _product(queries, tl.load(at, mask=mask, other=0.0), PRODUCTS) * q_norms[:, None]
-    at, mask = _chunk_pointers(errors, place, cols, V, C)
-    out += _product(scores, tl.load(at, mask=mask, other=0.0), PRODUCTS)
+    state = _load_state(states, chunk * tl.num_programs(2) + bh, cols_k, cols, K, V)
+    out = _product(queries, state, PRODUCTS) * q_norms[:, None]
+    out += _product(scores, _load_chunk(errors, place, cols, V, C), PRODUCTS)
     _store_dense(o, out, b, h, first, n, cols, H, V, C)
 
 
@@ -395,8 +448,7 @@ def local(
     else:
         scores = tl.where(i[:, None] <= i[None, :], scores, 0.0)
     d_o = _load_dense(grad_o, b, h, first, n, cols, H, V, C)
-    at, mask = _chunk_pointers(grad_writes, place, cols, V, C)
-    tl.store(at, _product(scores, d_o, PRODUCTS), mask=mask)
+    _store_chunk(grad_writes, _product(scores, d_o, PRODUCTS), place, cols, V, C)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -448,12 +500,10 @@ def reverse(
         first = chunk * C
         place = bh * count + chunk
         slot = tl.load(slots + chunk)
-        at, mask_s = _state_pointers(
-            given, tl.cast(slot, tl.int64) * tl.num_programs(1) + bh, cols_k, cols, K, V
-        )
-        d_state += tl.load(at, mask=mask_s & (slot >= 0), other=0.0)
-        at, _ = _state_pointers(grad_states, place, cols_k, cols, K, V)
-        tl.store(at, d_state, mask=mask_s)
+        if slot >= 0:
+            number = tl.cast(slot, tl.int64) * tl.num_programs(1) + bh
+            d_state += _load_state(given, number, cols_k, cols, K, V)
+        _store_state(grad_states, d_state, place, cols_k, cols, K, V)
         keys = _load_rows(
             k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C
         )
@@ -463,10 +513,9 @@ def reverse(
             last = tl.load(log_decays + place * C + C - 1)
             out_weight *= tl.exp(last - c)
         d_u = _product(keys, d_state, PRODUCTS) * out_weight[:, None]
-        at, mask = _chunk_pointers(grad_writes, place, cols, V, C)
         if OUTPUT:
-            d_u += tl.load(at, mask=mask, other=0.0)
-        tl.store(at, d_u, mask=mask)
+            d_u += _load_chunk(grad_writes, place, cols, V, C)
+        _store_chunk(grad_writes, d_u, place, cols, V, C)
         if GATED:
             d_state *= tl.exp(last)
         if OUTPUT:
@@ -478,33 +527,25 @@ def reverse(
                 in_weight *= tl.exp(c)
             d_o = _load_dense(grad_o, b, h, first, n, cols, H, V, C)
             d_state += _product(tl.trans(queries), d_o * in_weight[:, None], PRODUCTS)
-        at, mask = _chunk_pointers(w, place, cols_k, K, C)
-        w_ = tl.load(at, mask=mask, other=0.0)
+        w_ = _load_chunk(w, place, cols_k, K, C)
         rates = _load_per_token(beta, b, h, first, n, H, C)
         d_state -= _product(tl.trans(w_), d_u * rates[:, None], PRODUCTS)
-    at, mask_s = _state_pointers(grad_initial, bh, cols_k, cols, K, V)
-    tl.store(at, d_state, mask=mask_s)
+    _store_state(grad_initial, d_state, bh, cols_k, cols, K, V)
 
 
 @triton.jit(do_not_specialize=["n"])
-def inputs(
+def queries(
     q,
     k,
     beta,
-    g,
     grad_o,
-    inverse,
     errors,
     log_decays,
     k_norms,
     states,
-    grad_states,
-    grad_writes,
     grad_q,
-    grad_k,
-    grad_v,
-    grad_beta,
-    grad_g,
+    grad_scores,
+    grad_log_decays,
     n,
     H,
     scale,
@@ -523,19 +564,11 @@ def inputs(
     BV: tl.constexpr,
     GATED: tl.constexpr,
     NORM: tl.constexpr,
-    OUTPUT: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
-    """Gradients of q, k (one for each value head), v, beta and g.
+    """Gradients of q (one for each value head), of P before its decay and, by O alone, of c.
 
-    With L = (I + G diag(beta))^-T (beta dU), the gradient of V: dG = -L U^T, the gradient of beta
-    is the sum of (dU - G^T L) E over columns, and with X = L E^T
-
-        exp(c) K:        -L S^T          exp(c_C - c) K:   U dS^T
-        exp(c) Q:        dO S^T          P:                dO U^T.
-
-    A gradient of log decay g_j gathers what depends on exp(c_t), t >= j, on exp(c_C - c_s), s < j,
-    and on exp(c_t - c_s), s < j <= t: each sum has no terms that cancel.
+    That of exp(c) Q is dO S^T, that of P is dO U^T.
     """
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -543,109 +576,158 @@ def inputs(
     place = bh * tl.num_programs(0) + chunk
     number = chunk * tl.num_programs(1) + bh
     i, cols_k = tl.arange(0, C), tl.arange(0, BK)
-    keys = _load_rows(
-        k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C
-    )
+    d_q = tl.zeros((C, BK), tl.float32)
+    d_scores = tl.zeros((C, C), tl.float32)
+    for start in range(0, V, BV):
+        cols = start + tl.arange(0, BV)
+        d_o = _load_dense(grad_o, b, h, first, n, cols, H, V, C)
+        d_scores += _product(d_o, tl.trans(_load_chunk(errors, place, cols, V, C)), PRODUCTS)
+        state = _load_state(states, number, cols_k, cols, K, V)
+        d_q += _product(d_o, tl.trans(state), PRODUCTS)
+    d_scores *= _load_per_token(beta, b, h, first, n, H, C)[None, :]
     norms_k = tl.load(k_norms + place * C + i)
+    q_ = _load_rows(q, stride_qb, stride_qt, stride_qh, b, h // GROUPS, first, n, cols_k, K, C)
+    k_ = _load_rows(k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C)
+    inverse_q = _inverse_norms(q_, first, n, eps, NORM, C)
+    norms_q = scale * inverse_q
+    if GATED:
+        c = tl.load(log_decays + place * C + i)
+        d_q *= tl.exp(c)[:, None]
+        d_scores *= _decays(c, C)
+        d_c = tl.sum(d_q * q_, 1) * norms_q
+        between = _product(q_, tl.trans(k_), PRODUCTS) * norms_q[:, None] * norms_k[None, :]
+        between *= d_scores
+        d_c += tl.sum(between, 1) - tl.sum(between, 0)
+        tl.store(grad_log_decays + place * C + i, d_c)
+    else:
+        d_scores = tl.where(i[:, None] >= i[None, :], d_scores, 0.0)
+    tl.store(grad_scores + place * (C * C) + i[:, None] * C + i[None, :], d_scores)
+    d_q += _product(d_scores * norms_k[None, :], k_, PRODUCTS)
+    d_q *= norms_q[:, None]
+    if NORM:
+        d_q -= (tl.sum(d_q * q_, 1) * inverse_q * inverse_q)[:, None] * q_
+    _store_dense(grad_q, d_q, b, h, first, n, cols_k, H, K, C)
+
+
+@triton.jit(do_not_specialize=["n"])
+def inputs(
+    q,
+    k,
+    beta,
+    g,
+    inverse,
+    errors,
+    log_decays,
+    k_norms,
+    q_norms,
+    states,
+    grad_states,
+    grad_writes,
+    grad_scores,
+    grad_log_decays,
+    grad_k,
+    grad_v,
+    grad_beta,
+    grad_g,
+    n,
+    H,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    GROUPS: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    GATED: tl.constexpr,
+    NORM: tl.constexpr,
+    OUTPUT: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    """Gradients of k (one for each value head), v, beta and g.
+
+    With L = (I + G diag(beta))^-T (beta dU), the gradient of V, that of exp(c) K is -L S^T, that of
+    exp(c_C - c) K is U dS^T, that of G is -L U^T, and that of beta the sum over columns of
+    (dU - G^T L) E.
+
+    The gradient of g_j gathers what depends on exp(c_t), t >= j, on exp(c_C - c_s), s < j, and on
+    exp(c_t - c_s), s < j <= t.  The last comes as sums of rows less sums of columns of one matrix,
+    so that what lies on one side of j alone cancels but for float32's rounding.
+    """
+    chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    first = chunk * C
+    place = bh * tl.num_programs(0) + chunk
+    number = chunk * tl.num_programs(1) + bh
+    i, cols_k = tl.arange(0, C), tl.arange(0, BK)
     rates = _load_per_token(beta, b, h, first, n, H, C)
+    d_k = tl.zeros((C, BK), tl.float32)
+    crossed = tl.zeros((C, C), tl.float32)  # L E^T
+    d_rates = tl.zeros((C,), tl.float32)
+    adjoint = tl.trans(tl.load(inverse + place * (C * C) + i[:, None] * C + i[None, :]))
+    for start in range(0, V, BV):
+        cols = start + tl.arange(0, BV)
+        d_u = _load_chunk(grad_writes, place, cols, V, C)
+        d_v = _product(adjoint, d_u * rates[:, None], PRODUCTS)
+        _store_dense(grad_v, d_v, b, h, first, n, cols, H, V, C)
+        e = _load_chunk(errors, place, cols, V, C)
+        d_rates += tl.sum(d_u.to(tl.float32) * e, 1)
+        crossed += _product(d_v, tl.trans(e), PRODUCTS)
+        state = _load_state(states, number, cols_k, cols, K, V)
+        d_k -= _product(d_v, tl.trans(state), PRODUCTS)
+
+    k_ = _load_rows(k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C)
+    norms_k = tl.load(k_norms + place * C + i)
+    writes = rates
     if GATED:
         c = tl.load(log_decays + place * C + i)
         last = tl.load(log_decays + place * C + C - 1)
-        decays = _decays(c, C)
-        from_start = tl.exp(c)
-        to_end = tl.exp(last - c)
-    else:
-        decays = tl.where(i[:, None] >= i[None, :], 1.0, 0.0)
-        from_start = tl.full((C,), 1.0, tl.float32)
-        to_end = from_start
-    by_start = tl.zeros((C,), tl.float32)
-    between = tl.zeros((C, C), tl.float32)
-    d_scores = tl.zeros((C, C), tl.float32)
-
-    # d_q, and d_scores for d_k
-    if OUTPUT:
-        queries = _load_rows(
-            q, stride_qb, stride_qt, stride_qh, b, h // GROUPS, first, n, cols_k, K, C
-        )
-        inverse_q = _inverse_norms(queries, first, n, eps, NORM, C)
-        norms_q = scale * inverse_q
-        d_q = tl.zeros((C, BK), tl.float32)
-        for start in range(0, V, BV):
-            cols = start + tl.arange(0, BV)
-            d_o = _load_dense(grad_o, b, h, first, n, cols, H, V, C)
-            at, mask = _chunk_pointers(errors, place, cols, V, C)
-            e = tl.load(at, mask=mask, other=0.0)
-            at, mask = _state_pointers(states, number, cols_k, cols, K, V)
-            state = tl.load(at, mask=mask, other=0.0)
-            d_q += _product(d_o, tl.trans(state), PRODUCTS)
-            d_scores += _product(d_o, tl.trans(e), PRODUCTS)
-        d_q *= from_start[:, None]
-        d_scores *= decays * rates[None, :]
-        if GATED:
-            by_start += tl.sum(d_q * queries, 1) * norms_q
-            scores = _product(queries, tl.trans(keys), PRODUCTS)
-            between += d_scores * scores * norms_q[:, None] * norms_k[None, :]
-        d_q += _product(d_scores * norms_k[None, :], keys, PRODUCTS)
-        d_q *= norms_q[:, None]
-        if NORM:
-            along = tl.sum(d_q * queries, 1) * inverse_q * inverse_q
-            d_q -= along[:, None] * queries
-        _store_dense(grad_q, d_q, b, h, first, n, cols_k, H, K, C)
-
-    # d_v, d_beta, and of d_k what comes through exp(c) K
-    d_k = tl.zeros((C, BK), tl.float32)
-    crossed = tl.zeros((C, C), tl.float32)  # X
-    d_rates = tl.zeros((C,), tl.float32)
-    x = tl.load(inverse + place * (C * C) + i[:, None] * C + i[None, :])
+        d_k *= tl.exp(c)[:, None]
+        writes = rates * tl.exp(last - c)
+        by_start = tl.sum(d_k * k_, 1) * norms_k
+    kept = 0.0
     for start in range(0, V, BV):
         cols = start + tl.arange(0, BV)
-        at, mask = _chunk_pointers(grad_writes, place, cols, V, C)
-        d_u = tl.load(at, mask=mask, other=0.0)
-        d_v = _product(tl.trans(x), d_u * rates[:, None], PRODUCTS)
-        _store_dense(grad_v, d_v, b, h, first, n, cols, H, V, C)
-        at, mask = _chunk_pointers(errors, place, cols, V, C)
-        e = tl.load(at, mask=mask, other=0.0)
-        d_rates += tl.sum(d_u.to(tl.float32) * e, 1)
-        crossed += _product(d_v, tl.trans(e), PRODUCTS)
-        at, mask = _state_pointers(states, number, cols_k, cols, K, V)
-        state = tl.load(at, mask=mask, other=0.0)
-        d_k -= _product(d_v, tl.trans(state), PRODUCTS)
-    d_k *= from_start[:, None]
-    of_start = tl.sum(d_k * keys, 1) * norms_k
-    by_start += of_start
-
-    # what comes through exp(c_C - c) K
-    kept = tl.zeros((BK,), tl.float32)
-    for start in range(0, V, BV):
-        cols = start + tl.arange(0, BV)
-        at, mask = _chunk_pointers(errors, place, cols, V, C)
-        u = tl.load(at, mask=mask, other=0.0) * (rates * to_end)[:, None]
-        at, mask = _state_pointers(grad_states, place, cols_k, cols, K, V)
-        d_state = tl.load(at, mask=mask, other=0.0)
+        u = _load_chunk(errors, place, cols, V, C) * writes[:, None]
+        d_state = _load_state(grad_states, place, cols_k, cols, K, V)
         d_k += _product(u, tl.trans(d_state), PRODUCTS)
         if GATED:
-            at, mask = _state_pointers(states, number, cols_k, cols, K, V)
-            kept += tl.sum(tl.load(at, mask=mask, other=0.0) * d_state, 1)
-    by_end = tl.sum(d_k * keys, 1) * norms_k - of_start
+            state = _load_state(states, number, cols_k, cols, K, V)
+            kept += tl.sum(tl.sum(state * d_state, 1), 0)
 
-    # what comes through G and P
-    gram = tl.where(i[:, None] > i[None, :], _product(keys, tl.trans(keys), PRODUCTS), 0.0)
-    gram *= norms_k[:, None] * norms_k[None, :]
-    d_rates -= tl.sum(gram * decays * crossed, 0)
-    _store_per_token(grad_beta, d_rates, b, h, first, n, H, C)
-    d_gram = tl.where(i[:, None] > i[None, :], -crossed * decays * rates[None, :], 0.0)
-    d_k += _product((d_gram + tl.trans(d_gram)) * norms_k[None, :], keys, PRODUCTS)
-    if OUTPUT:
-        d_k += _product(tl.trans(d_scores) * norms_q[None, :], queries, PRODUCTS)
-    d_k *= norms_k[:, None]
-    if NORM:
-        along = tl.sum(d_k * keys, 1) * norms_k * norms_k
-        d_k -= along[:, None] * keys
-    _store_dense(grad_k, d_k, b, h, first, n, cols_k, H, K, C)
-
+    lower = i[:, None] > i[None, :]
+    matrix = _product(k_, tl.trans(k_), PRODUCTS) * norms_k[:, None] * norms_k[None, :]
+    matrix = tl.where(lower, matrix, 0.0)
     if GATED:
-        between += d_gram * gram
-        d_g = tl.cumsum(by_start + tl.sum(between, 1) - tl.sum(between, 0), 0, reverse=True)
-        d_g += tl.cumsum(by_end, 0) - by_end + tl.exp(last) * tl.sum(kept, 0)
+        matrix *= _decays(c, C)  # G
+        d_k_in_and_out = tl.sum(d_k * k_, 1) * norms_k
+        by_end = d_k_in_and_out - by_start
+        between = -crossed * rates[None, :] * matrix
+        d_c = by_start + tl.sum(between, 1) - tl.sum(between, 0)
+        if OUTPUT:
+            d_c += tl.load(grad_log_decays + place * C + i)
+        d_g = tl.cumsum(d_c, 0, reverse=True)
+        d_g += tl.cumsum(by_end, 0) - by_end + tl.exp(last) * kept
         counted = _load_per_token(g, b, h, first, n, H, C) >= LEAST_LOG_DECAY
         _store_per_token(grad_g, tl.where(counted, d_g, 0.0), b, h, first, n, H, C)
+    d_rates -= tl.sum(matrix * crossed, 0)
+    _store_per_token(grad_beta, d_rates, b, h, first, n, H, C)
+    d_gram = tl.where(lower, -crossed * rates[None, :], 0.0)
+    if GATED:
+        d_gram *= _decays(c, C)
+    d_k += _product((d_gram + tl.trans(d_gram)) * norms_k[None, :], k_, PRODUCTS)
+    if OUTPUT:
+        d_scores = tl.load(grad_scores + place * (C * C) + i[:, None] * C + i[None, :])
+        q_ = _load_rows(
+            q, stride_qb, stride_qt, stride_qh, b, h // GROUPS, first, n, cols_k, K, C
+        )
+        norms_q = tl.load(q_norms + place * C + i)
+        d_k += _product(tl.trans(d_scores) * norms_q[None, :], q_, PRODUCTS)
+    d_k *= norms_k[:, None]
+    if NORM:
+        d_k -= (tl.sum(d_k * k_, 1) * norms_k * norms_k)[:, None] * k_
+    _store_dense(grad_k, d_k, b, h, first, n, cols_k, H, K, C)
