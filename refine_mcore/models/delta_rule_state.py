@@ -75,7 +75,7 @@ class DeltaRuleTape(LayerTape):
         the one after the text."""
         states = [*borders, final]
         self.chunk, self.every = chunk, self.mixer.config.tape_interval // chunk
-        self.kept = {i: x.detach() for i, x in enumerate(states) if i % self.every == 0}
+        self.kept = {i: _own(x) for i, x in enumerate(states) if i % self.every == 0}
         self.kept[len(borders)] = final.detach()
         self.places = [_Place.apply(state) for state in states]
 
@@ -130,6 +130,13 @@ class DeltaRuleTape(LayerTape):
             rows, start = [batch_index[r] for r in near], [offset[r] for r in near]
             tails.append(gather_tokens(torch.cat([past, head], dim=1), rows, start, width))
         return take_streams(torch.cat(tails), inverse(far + near))
+
+
+def _own(state: Tensor) -> Tensor:
+    """The state outside the graph; a copy where it would keep its neighbours' memory alive."""
+    state = state.detach()
+    alone = state.untyped_storage().nbytes() == state.numel() * state.element_size()
+    return state if alone else state.clone()
 
 
 class _Place(torch.autograd.Function):

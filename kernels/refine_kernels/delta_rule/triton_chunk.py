@@ -1,14 +1,16 @@
 """Chunkwise parallel form of both delta rules by Triton kernels: what chunk.py computes, on a GPU.
 
 Arguments, results and the states handed out are those of chunk.py, whose docstrings say what they
-are; the kernels and where they deviate in precision are in triton_kernels.py.  The whole piece of
-text is one call of five kernels, and of eight in the backward, whatever number of states has a
-gradient.  The backward keeps the inputs as they came and the initial state, and makes the rest again.
+are; the kernels and where they deviate in precision are in triton_kernels.py.  A piece of text of
+any length is five launches, and eight in the backward, however many states have a gradient.  The
+backward keeps the inputs as they came and the initial state, and makes the rest again.
 
 On CPU tensors the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 was set before the
 first import of triton.  That is slow and for tests.
 """
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +18,21 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from refine_kernels.delta_rule import chunk
 from refine_kernels.delta_rule import triton_kernels as kernels
 
-# By input dtype: the products' operands on a GPU.  float16 takes TF32, which holds each of its
-# numbers and the range of float32, so that states and gradients cannot overflow.
-PRODUCTS = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
-_CHUNKS = (64, 32, 16)  # tokens a kernel takes at a time
-LARGEST_KEY = 256
+# By input dtype: the products' operands on a GPU, and the most tokens the kernels take at a time.
+# float16 takes TF32, which holds each of its numbers and the range of float32, so that states and
+# gradients cannot overflow.  float32 is for checks; its chunks of 64 would not fit into registers.
+_PRODUCTS = {
+    torch.bfloat16: ("bf16", 64),
+    torch.float16: ("tf32", 64),
+    torch.float32: ("tf32x3", 32),
+}
+_LEAST_CHUNK = 16
+_LARGEST_KEY = 256
+# Largest relative difference (of norms) from the torch form that `refusal` lets pass.
+_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 
 def chunk_delta_rule(
@@ -36,7 +46,7 @@ def chunk_delta_rule(
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    """As chunk.chunk_delta_rule.  States are views of one buffer, but for the first and the last."""
+    """As chunk.chunk_delta_rule.  The states between first and last are views of one buffer."""
     return chunk_rule(q, k, v, beta, None, scale, qk_norm_eps, initial_state, chunk_size)
 
 
@@ -56,20 +66,80 @@ def chunk_gated_delta_rule(
     return chunk_rule(q, k, v, beta, g, scale, qk_norm_eps, initial_state, chunk_size)
 
 
-def refusal(k: Tensor, v: Tensor, chunk_size: int) -> str | None:
-    """Why the kernels do not take these arguments, None if they do."""
-    if v.dtype not in PRODUCTS:
+def refusal(
+    k: Tensor,
+    v: Tensor,
+    *,
+    gated: bool,
+    qk_norm_eps: float | None = None,
+    chunk_size: int = 64,
+) -> str | None:
+    """Why the kernels are not for these arguments here, None if they are.
+
+    The first arguments of a kind on a device have the kernels compared with the torch form on a
+    small text, gradients too: a miscompiled kernel is not noticed otherwise.
+    """
+    if v.dtype not in _PRODUCTS:
         return f"{v.dtype} is none of bfloat16, float16 and float32"
-    if k.shape[-1] > LARGEST_KEY:
-        return f"keys are {k.shape[-1]} wide, above {LARGEST_KEY}"
-    if chunk_size % _CHUNKS[-1]:
-        return f"chunks of {chunk_size} are no multiple of {_CHUNKS[-1]}"
-    return None
+    if k.shape[-1] > _LARGEST_KEY:
+        return f"keys are {k.shape[-1]} wide, above {_LARGEST_KEY}"
+    if chunk_size % _LEAST_CHUNK:
+        return f"chunks of {chunk_size} are no multiple of {_LEAST_CHUNK}"
+    groups = v.shape[2] // k.shape[2]
+    shape = (k.shape[-1], v.shape[-1], groups, chunk_of(chunk_size, v.dtype))
+    return _disagreement(shape, gated, qk_norm_eps, v.dtype, v.device)
 
 
-def chunk_of(tap_interval: int) -> int:
+@functools.cache
+def _disagreement(
+    shape: tuple[int, int, int, int],
+    gated: bool,
+    qk_norm_eps: float | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """What differs most between the kernels and the torch form on a small text, if too much."""
+    k_dim, v_dim, groups, size = shape
+    n = 2 * size + 5
+    gen = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, n, 2, k_dim, generator=gen) for _ in range(2))
+    if qk_norm_eps is None:
+        q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    heads = 2 * groups
+    v, beta = torch.randn(1, n, heads, v_dim, generator=gen), torch.rand(1, n, heads, generator=gen)
+    inputs = [q, k, v, beta, *([-torch.rand(1, n, heads, generator=gen)] if gated else [])]
+    weights = torch.randn(1, heads, k_dim, v_dim, generator=gen).to(device)
+    inputs = [x.to(device, dtype) for x in inputs]
+    results = []
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for rule, as_dtype in ((chunk_rule, dtype), (chunk.chunk_rule, torch.float32)):
+            leaves = [x.detach().to(as_dtype).requires_grad_() for x in inputs]
+            state = weights.clone().requires_grad_()
+            o, final, states = rule(
+                *leaves, *([] if gated else [None]), None, qk_norm_eps, state, size
+            )
+            assert o is not None
+            total = sum((x.float() * x0).sum() for x, x0 in ((o, v.to(device)), (final, weights)))
+            total = total + (states[1] * weights).sum()
+            grads = torch.autograd.grad(total, [*leaves, state])
+            results.append([o, final, states[1], *grads])
+    names = ["output", "final state", "state between"]
+    names += [
+        f"gradient of {x}" for x in ("q", "k", "v", "beta", *(["g"] if gated else []), "state")
+    ]
+    errors = {
+        name: ((actual.float() - expected).norm() / expected.norm()).item()
+        for name, actual, expected in zip(names, *results, strict=True)
+    }
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    if errors[worst] <= _TOLERANCE[dtype]:
+        return None
+    return f"on this machine the kernels' {worst} differs from torch's by {errors[worst]:.1e}"
+
+
+def chunk_of(tap_interval: int, dtype: torch.dtype) -> int:
     """Tokens the kernels take at a time where the states between have this distance."""
-    return next(c for c in _CHUNKS if tap_interval % c == 0)
+    return min(math.gcd(tap_interval, 64), _PRODUCTS[dtype][1])
 
 
 def chunk_rule(
@@ -84,9 +154,6 @@ def chunk_rule(
     chunk_size: int,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
-    why = refusal(k, v, chunk_size)
-    if why is not None:
-        raise ValueError(f"delta rule kernels: {why}")
     b, _, h, v_dim = v.shape
     if initial_state is None:
         initial_state = k.new_zeros(b, h, k.shape[-1], v_dim, dtype=torch.float32)
@@ -125,7 +192,7 @@ class Call(NamedTuple):
             "V": self.v_dim,
             "C": self.chunk,
             "BK": max(16, triton.next_power_of_2(self.k_dim)),
-            "BV": min(_COLUMNS[kernel], max(16, triton.next_power_of_2(self.v_dim))),
+            "BV": self._columns(kernel),
             "GATED": self.gated,
             "NORM": self.norm,
             "OUTPUT": self.output,
@@ -135,27 +202,31 @@ class Call(NamedTuple):
 
     def launch(self, kernel: str) -> dict[str, int]:
         """Warps and pipeline stages of the kernel of this name."""
+        warps = 4 if self.k_dim <= _WIDE else 8
         if kernel == "invert":
-            return {"num_warps": 1, "num_stages": 1}
-        wide = self.k_dim > 128
-        return {
-            "num_warps": 8 if wide or kernel in ("queries", "inputs") else 4,
-            "num_stages": 2 if kernel in ("scan", "reverse") and not wide else 1,
-        }
+            warps = 2
+        elif kernel in ("queries", "inputs") and self.k_dim > _NARROW:
+            warps = 8
+        pipelined = kernel in ("scan", "reverse") and (
+            self.k_dim <= _WIDE or self.products.startswith("bf16")
+        )
+        return {"num_warps": warps, "num_stages": 2 if pipelined else 1}
+
+    def _columns(self, kernel: str) -> int:
+        """Columns of V that a program of the kernel of this name takes at a time."""
+        few = kernel in ("scan", "reverse", "inputs") or (
+            kernel in ("queries", "output") and self.k_dim > _WIDE
+        )
+        return min(32 if few else 64, max(16, triton.next_power_of_2(self.v_dim)))
 
 
-# Columns of V that a program takes at a time.
-_COLUMNS = {
-    "gram": 64,
-    "invert": 64,
-    "apply": 64,
-    "scan": 32,
-    "output": 64,
-    "local": 64,
-    "reverse": 32,
-    "queries": 64,
-    "inputs": 32,
-}
+# Key widths at which programs take more warps or smaller blocks.  Chosen by what the compiler says
+# of registers and shared memory, without a GPU; docs/kernels.md has the figures.
+_NARROW, _WIDE = 64, 128
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -175,12 +246,11 @@ class _Run:
         g: Tensor | None,
         options: _Options,
     ) -> None:
-        self.q, self.k, self.v = (
-            x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)
-        )
+        self.q = None if q is None else _dense_rows(q)
+        self.k, self.v = _dense_rows(k), _dense_rows(v)
         self.beta, self.g = beta.contiguous(), None if g is None else g.contiguous()
         self.batch, self.n, self.heads, v_dim = v.shape
-        products = PRODUCTS[v.dtype]
+        products, _ = _PRODUCTS[v.dtype]
         self.scratch_dtype = v.dtype if products == "bf16" else torch.float32
         if products == "bf16" and v.device.type == "cpu":
             products = "bf16-as-fp32"
@@ -188,7 +258,7 @@ class _Run:
             k_dim=k.shape[-1],
             v_dim=v_dim,
             groups=self.heads // k.shape[2],
-            chunk=chunk_of(options.tap_interval),
+            chunk=chunk_of(options.tap_interval, v.dtype),
             gated=g is not None,
             norm=options.qk_norm_eps is not None,
             output=q is not None,
@@ -197,7 +267,7 @@ class _Run:
         self.count = triton.cdiv(self.n, self.compiled.chunk)
         self.size = (self.n, self.heads)
         self.numbers = (options.scale, options.qk_norm_eps or 0.0)
-        self.q_strides = (0, 0, 0) if q is None else self.q.stride()[:3]
+        self.q_strides = (0, 0, 0) if self.q is None else self.q.stride()[:3]
         self.k_strides, self.v_strides = self.k.stride()[:3], self.v.stride()[:3]
 
     def scratch(self, *width: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -343,20 +413,23 @@ class _ChunkRule(torch.autograd.Function):
             *(grad_k, grad_v, grad_beta, grad_g, *call.size, *strides),
         )
         if shared:
-            grad_q, grad_k = (
-                None if x is None else x.unflatten(2, k.shape[2:3] + (-1,)).sum(3).to(k.dtype)
-                for x in (grad_q, grad_k)
-            )
+            grad_k = _of_key_heads(grad_k, k)
+            grad_q = None if grad_q is None else _of_key_heads(grad_q, k)
         return grad_q, grad_k, grad_v, grad_beta, grad_g, grad_state, None
+
+
+def _of_key_heads(x: Tensor, k: Tensor) -> Tensor:
+    """The sum over the value heads that share a key head."""
+    return x.unflatten(2, (k.shape[2], -1)).sum(3).to(k.dtype)
 
 
 def _given(
     after: list[tuple[int, Tensor]], count: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """slots and given of the kernel `reverse`: gradients of states after chunks of these numbers."""
+    """slots and given of the kernel `reverse`, from gradients of the states after some chunks."""
     slots = torch.full((count,), -1, dtype=torch.int32)
-    for slot, (chunk, _) in enumerate(after):
-        slots[chunk] = slot
+    for slot, (number, _) in enumerate(after):
+        slots[number] = slot
     if device.type == "cuda":  # from pinned memory the host does not wait for the copy
         slots = slots.pin_memory()
     given = torch.stack([x for _, x in after]) if after else torch.empty(0, device=device)

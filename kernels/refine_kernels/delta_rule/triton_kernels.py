@@ -1,15 +1,21 @@
 """Triton kernels of the chunkwise delta rule, with and without decay, forward and backward.
 
-The equations and names are those of chunk.py.  With W = (I + G diag(beta))^-1 exp(c) K the errors of
-a chunk are E = (I + G diag(beta))^-1 V - W S, so only two products a chunk depend on the state:
+The equations and names are those of chunk.py.  With X = (I + G diag(beta))^-1 and W = X exp(c) K
+the errors of a chunk are E = X V - W S, so only two products a chunk have to wait for the state:
 
-    forward     prepare (all chunks at once)   W, E without the state's part
-                scan    (chunk after chunk)    E, S before each chunk
-                output  (all chunks at once)   O
-    backward    prepare and scan again, then
-                local   (all chunks at once)   P^T dO
-                reverse (last chunk first)     dU, dS after each chunk, tapped states' gradients added
-                inputs  (all chunks at once)   dq, dk, dv, dbeta, dg
+    forward     gram      G diag(beta), c, norms of keys        all chunks at once
+                invert    X in its place                        all chunks at once
+                apply     W, X V                                all chunks at once
+                scan      S before each chunk, E                chunk after chunk
+                output    O                                     all chunks at once
+    backward    gram, invert, apply and scan again, then
+                local     P^T dO                                all chunks at once
+                queries   dq, dP                                all chunks at once
+                reverse   dS after each chunk, dU               chunk before chunk
+                inputs    dk, dv, dbeta, dg                     all chunks at once
+
+`reverse` adds the gradients of tapped states as it comes by them.  docs/kernels.md says what each
+moves and why the work is split so.
 
 triton_chunk.py launches them.  Deviations from chunk.py: the products' operands are rounded to the
 input's precision (sums and the state stay float32), norms enter as a factor per token instead of
@@ -310,7 +316,7 @@ def scan(
     GATED: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
-    """The states before each chunk and after the last; E in place of what `prepare` left."""
+    """The states before each chunk and after the last; E in place of what `apply` left."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     count = tl.cdiv(n, C)
@@ -375,13 +381,9 @@ def output(
     place = bh * tl.num_programs(1) + chunk
     i, cols_k = tl.arange(0, C), tl.arange(0, BK)
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
-    queries = _load_rows(
-        q, stride_qb, stride_qt, stride_qh, b, h // GROUPS, first, n, cols_k, K, C
-    )
+    queries = _load_rows(q, stride_qb, stride_qt, stride_qh, b, h // GROUPS, first, n, cols_k, K, C)
     q_norms = scale * _inverse_norms(queries, first, n, eps, NORM, C)
-    keys = _load_rows(
-        k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C
-    )
+    keys = _load_rows(k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C)
     weight = tl.load(k_norms + place * C + i) * _load_per_token(beta, b, h, first, n, H, C)
     scores = _product(queries, tl.trans(keys), PRODUCTS) * q_norms[:, None] * weight[None, :]
     if GATED:
@@ -432,14 +434,10 @@ def local(
     place = bh * tl.num_programs(1) + chunk
     i, cols_k = tl.arange(0, C), tl.arange(0, BK)
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
-    queries = _load_rows(
-        q, stride_qb, stride_qt, stride_qh, b, h // GROUPS, first, n, cols_k, K, C
-    )
+    queries = _load_rows(q, stride_qb, stride_qt, stride_qh, b, h // GROUPS, first, n, cols_k, K, C)
     norms = scale * _inverse_norms(queries, first, n, eps, NORM, C)
     tl.store(q_norms + place * C + i, norms)  # the same from each block of columns
-    keys = _load_rows(
-        k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C
-    )
+    keys = _load_rows(k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C)
     norms_k = tl.load(k_norms + place * C + i)
     # of keys (rows) and queries (columns): P transposed
     scores = _product(keys, tl.trans(queries), PRODUCTS) * norms_k[:, None] * norms[None, :]
@@ -722,9 +720,7 @@ def inputs(
     d_k += _product((d_gram + tl.trans(d_gram)) * norms_k[None, :], k_, PRODUCTS)
     if OUTPUT:
         d_scores = tl.load(grad_scores + place * (C * C) + i[:, None] * C + i[None, :])
-        q_ = _load_rows(
-            q, stride_qb, stride_qt, stride_qh, b, h // GROUPS, first, n, cols_k, K, C
-        )
+        q_ = _load_rows(q, stride_qb, stride_qt, stride_qh, b, h // GROUPS, first, n, cols_k, K, C)
         norms_q = tl.load(q_norms + place * C + i)
         d_k += _product(tl.trans(d_scores) * norms_q[None, :], q_, PRODUCTS)
     d_k *= norms_k[:, None]
