@@ -111,6 +111,7 @@ def _disagreement(
     weights = torch.randn(1, heads, k_dim, v_dim, generator=gen).to(device)
     inputs = [x.to(device, dtype) for x in inputs]
     results = []
+    rule: Any
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for rule, as_dtype in ((chunk_rule, dtype), (chunk.chunk_rule, torch.float32)):
             leaves = [x.detach().to(as_dtype).requires_grad_() for x in inputs]
@@ -205,7 +206,7 @@ class Call(NamedTuple):
         warps = 4 if self.k_dim <= _WIDE else 8
         if kernel == "invert":
             warps = 2
-        elif kernel in ("queries", "inputs") and self.k_dim > _NARROW:
+        elif kernel in ("queries", "inputs"):
             warps = 8
         pipelined = kernel in ("scan", "reverse") and (
             self.k_dim <= _WIDE or self.products.startswith("bf16")
@@ -220,9 +221,9 @@ class Call(NamedTuple):
         return min(32 if few else 64, max(16, triton.next_power_of_2(self.v_dim)))
 
 
-# Key widths at which programs take more warps or smaller blocks.  Chosen by what the compiler says
-# of registers and shared memory, without a GPU; docs/kernels.md has the figures.
-_NARROW, _WIDE = 64, 128
+# Keys above this width take more warps or smaller blocks.  Chosen by what the compiler says of
+# registers and shared memory, without a GPU; docs/kernels.md has the figures.
+_WIDE = 128
 
 
 def _dense_rows(x: Tensor) -> Tensor:
