@@ -29,6 +29,14 @@ if importlib.util.find_spec("triton") is None:
 
 from refine_kernels.delta_rule import triton_chunk
 
+from refine_mcore.models.delta_rule_state import _own
+from refine_mcore.models.fast_weight_model import build_model
+from refine_mcore.models.initialization import initialize
+from refine_mcore.models.transformer_config import transformer_config
+from tests.models import zoo
+
+# An exponential that overflows is one too many, also where its value is then masked.
+pytestmark = pytest.mark.filterwarnings("error:overflow encountered:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gated_or_not = pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
 
@@ -283,6 +291,44 @@ def test_dispatch_says_what_runs(monkeypatch, caplog):
     monkeypatch.setenv("REFINE_DELTA_RULE", "fast")
     with pytest.raises(ValueError, match="'fast', must be 'torch' or 'triton'"):
         dispatch.chunk_delta_rule(*inputs[:4])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the group of ranks is on the CPU")
+@pytest.mark.parametrize(
+    "name",
+    ["delta_net", pytest.param("gated_delta_net-value_heads-negative", marks=pytest.mark.slow)],
+)
+def test_a_model_and_its_tape(monkeypatch, caplog, single_rank, name):
+    """Text and branches of a model: states read off the tape, and every weight's gradient."""
+    config = transformer_config(zoo.ARCHITECTURES[name], dtype=torch.float32)
+    model = build_model(config, single_rank)
+    initialize(model, seed=3)
+    tokens, positions = zoo.random_tokens(1, 37), [16, 20, 37]
+    caplog.set_level(logging.INFO, logger="refine_kernels.dispatch")
+    dispatch._log_backend.cache_clear()
+    found = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("REFINE_DELTA_RULE", backend)
+        with zoo.short_chunks(16, 32):
+            out = model(tokens, record=True)
+            states = out.tape.at([0] * len(positions), positions)
+            read = [x for stream in range(3) for x in zoo.contents(model, states, stream)]
+            total = sum((x * zoo.weights_like(x)).sum() for x in (out.hidden, *read))
+            found.append((read, zoo.gradients(model, total)))
+    assert any(r.getMessage().endswith(" on cpu: triton") for r in caplog.records)
+    (expected, expected_grads), (actual, grads) = found
+    zoo.assert_same(actual, expected, 1e-5)
+    zoo.assert_same_gradients(grads, expected_grads, 1e-4)
+
+
+def test_the_tape_keeps_no_more_than_its_states():
+    """The kernels hand out views of one buffer with the states of all chunks."""
+    buffer = torch.zeros(8, 1, 2, 16, 16)
+    for state in (buffer[3], torch.zeros(1, 2, 16, 16)):
+        own = _own(state)
+        assert torch.equal(own, state)
+        assert own.untyped_storage().nbytes() == own.nbytes
+        assert (own.data_ptr() == state.data_ptr()) == (state._base is None)
 
 
 @pytest.mark.parametrize("wrong", ["gradient of beta", "output"])
