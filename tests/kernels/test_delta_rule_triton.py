@@ -272,7 +272,7 @@ def test_dispatch_says_what_runs(monkeypatch, caplog):
     """Triton where it is wanted, torch for what it does not take, and a plain word on both."""
     caplog.set_level(logging.INFO, logger="refine_kernels.dispatch")
     dispatch._log_backend.cache_clear()
-    inputs = make_inputs(1, 21, 1, 16, 16, True)
+    inputs = [x.to(DEVICE) for x in make_inputs(1, 21, 1, 16, 16, True)]
     *sequences, state = (x.float() for x in inputs)
     monkeypatch.setenv("REFINE_DELTA_RULE", "torch")
     options: dict[str, Any] = {"initial_state": state, "chunk_size": 16}
@@ -283,7 +283,7 @@ def test_dispatch_says_what_runs(monkeypatch, caplog):
     assert not torch.equal(by_torch[0], by_triton[0])
     torch.testing.assert_close(by_triton, by_torch, rtol=1e-4, atol=1e-5)
     dispatch.chunk_delta_rule(*inputs[:4], chunk_size=16)
-    assert [r.getMessage().split(" on cpu: ")[1] for r in caplog.records] == [
+    assert [r.getMessage().split(f" on {DEVICE}: ")[1] for r in caplog.records] == [
         "torch",
         "triton",
         "torch, as torch.float64 is none of bfloat16, float16 and float32",
@@ -343,7 +343,7 @@ def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, wrong):
             arguments[16 if wrong == "gradient of beta" else 7][:, 3] = 0.5
 
     monkeypatch.setattr(triton_chunk._Run, "run", wrong_run)
-    x = torch.zeros(1, 1, 1, 16)
+    x = torch.zeros(1, 1, 1, 16, device=DEVICE)
     why = triton_chunk.refusal(x, x, gated=True, chunk_size=16)
     assert why is not None and wrong in why
     monkeypatch.undo()
