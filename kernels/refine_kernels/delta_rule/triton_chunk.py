@@ -106,7 +106,8 @@ def _disagreement(
     if qk_norm_eps is None:
         q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
     heads = 2 * groups
-    v, beta = torch.randn(1, n, heads, v_dim, generator=gen), torch.rand(1, n, heads, generator=gen)
+    v = torch.randn(1, n, heads, v_dim, generator=gen)
+    beta = torch.rand(1, n, heads, generator=gen) / 2  # larger ones wipe narrow states out
     inputs = [q, k, v, beta, *([-torch.rand(1, n, heads, generator=gen)] if gated else [])]
     weights = torch.randn(1, heads, k_dim, v_dim, generator=gen).to(device)
     inputs = [x.to(device, dtype) for x in inputs]
