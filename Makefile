@@ -6,11 +6,11 @@ PYTHON ?= python3.11
 # with TORCH_INDEX the address of an index that has the build wanted.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX ?=
-# Optional dependencies to install: dev, gpu, eval.
+# Optional dependencies to install, with commas: dev, gpu, eval; `make demo` asks for none.
 EXTRAS ?= dev
 
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.up-to-date
+STAMP := $(VENV)/.up-to-date$(EXTRAS:%=-%)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: setup test demo lint gpu-check
@@ -18,19 +18,23 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 setup: $(STAMP)
 
 # torch goes first: once it is there, no other package pulls in another build of it. Its pin is
-# taken out of the constraints, so that TORCH may name another release.
+# taken out of the constraints, so that TORCH may name another release; Triton's counts where torch
+# did not bring one of its own, as builds for GPUs do.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	grep -vE '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) install -c $(VENV)/constraints.txt $(addprefix --index-url ,$(TORCH_INDEX)) '$(TORCH)'
-	$(PIP) install -c $(VENV)/constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -c 'import triton' 2> /dev/null || \
+		grep '^triton==' constraints.txt >> $(VENV)/constraints.txt
+	$(PIP) install -c $(VENV)/constraints.txt -e '.$(EXTRAS:%=[%])'
 	touch $(STAMP)
 
 # One thread a process: distributed tests run two or more processes at a time.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
-demo: setup
+demo:
+	$(MAKE) setup EXTRAS=
 	$(BIN)/torchrun --nproc-per-node 1 examples/pretrain_refine.py
 
 # CHECK holds options, such as --device cpu or --only operations,steps.

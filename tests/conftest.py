@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 settings.register_profile("refine", derandomize=True, deadline=None, max_examples=20)
 settings.load_profile("refine")
 
+# Read when triton is first imported: without a GPU, Triton's kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 

@@ -1,13 +1,16 @@
 """The one place that says which backend runs each operation.
 
-Today that is plain torch for every operation on every device.  The first call of an operation on a
+Plain torch, but for the chunk forms of the delta rules on CUDA: Triton.  REFINE_DELTA_RULE=torch
+or =triton in the environment chooses theirs on any device.  The first call of an operation on a
 device type is logged, so a run's log says what ran.
 """
 
 import functools
+import importlib.util
 import logging
+import os
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -55,8 +58,8 @@ R = TypeVar("R")
 
 
 @functools.cache
-def _log_backend(operation: str, device_type: str) -> None:
-    logger.info("%s on %s: torch", operation, device_type)
+def _log_backend(operation: str, device_type: str, backend: str = "torch") -> None:
+    logger.info("%s on %s: %s", operation, device_type, backend)
 
 
 def _torch_backend(operation: Callable[P, R]) -> Callable[P, R]:
@@ -69,9 +72,41 @@ def _torch_backend(operation: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-chunk_delta_rule = _torch_backend(_delta_chunk.chunk_delta_rule)
+def _delta_rule(torch_form: Callable[P, R]) -> Callable[P, R]:
+    """Triton where it is wanted and takes the arguments, which begin q, k, v, beta[, g]."""
+    name, gated = torch_form.__name__, torch_form is _gated_chunk.chunk_gated_delta_rule
+
+    @functools.wraps(torch_form)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        k, v = (args[i] if len(args) > i else kwargs[x] for i, x in ((1, "k"), (2, "v")))
+        assert isinstance(k, Tensor) and isinstance(v, Tensor)
+        device = v.device.type
+        wanted = os.environ.get("REFINE_DELTA_RULE", "triton" if device == "cuda" else "torch")
+        if wanted not in ("torch", "triton"):
+            raise ValueError(f"REFINE_DELTA_RULE is {wanted!r}, must be 'torch' or 'triton'")
+        if wanted == "torch":
+            _log_backend(name, device)
+            return torch_form(*args, **kwargs)
+        why: str | None = "triton is not installed"
+        if importlib.util.find_spec("triton") is not None:
+            from refine_kernels.delta_rule import triton_chunk
+
+            options: dict[str, Any] = {
+                x: kwargs[x] for x in ("qk_norm_eps", "chunk_size") if x in kwargs
+            }
+            why = triton_chunk.refusal(k, v, gated=gated, **options)
+        if why is not None:
+            _log_backend(name, device, f"torch, as {why}")
+            return torch_form(*args, **kwargs)
+        _log_backend(name, device, "triton")
+        return getattr(triton_chunk, name)(*args, **kwargs)
+
+    return run
+
+
+chunk_delta_rule = _delta_rule(_delta_chunk.chunk_delta_rule)
 recurrent_delta_rule = _torch_backend(_delta_recurrent.recurrent_delta_rule)
-chunk_gated_delta_rule = _torch_backend(_gated_chunk.chunk_gated_delta_rule)
+chunk_gated_delta_rule = _delta_rule(_gated_chunk.chunk_gated_delta_rule)
 recurrent_gated_delta_rule = _torch_backend(_gated_recurrent.recurrent_gated_delta_rule)
 state_from_writes = _torch_backend(_delta_read.state_from_writes)
 apply_fast_weights = _torch_backend(_lact.apply_fast_weights)

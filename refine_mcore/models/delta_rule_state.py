@@ -73,7 +73,7 @@ class DeltaRuleTape(LayerTape):
         places in the graph, and the place of the writes; returns the output to go on with."""
         states = [*text.states, text.final_state]
         self.chunk, self.every = chunk, self.mixer.config.tape_interval // chunk
-        self.kept = {i: x.detach() for i, x in enumerate(states) if i % self.every == 0}
+        self.kept = {i: _own(x) for i, x in enumerate(states) if i % self.every == 0}
         self.kept[len(text.states)] = text.final_state.detach()
         self.places = [_Place.apply(state) for state in states]
         assert text.o is not None and text.writes is not None
@@ -170,6 +170,13 @@ def _in_span(
     """[R, length, 1]: whether token starts[r] + j comes before stops[r]."""
     rest = [stop - start for start, stop in zip(starts, stops, strict=True)]
     return (torch.arange(length, device=device) < to_device(rest, device)[:, None])[..., None]
+
+
+def _own(state: Tensor) -> Tensor:
+    """The state outside the graph; a copy where it would keep its neighbours' memory alive."""
+    state = state.detach()
+    alone = state.untyped_storage().nbytes() == state.numel() * state.element_size()
+    return state if alone else state.clone()
 
 
 class _Place(torch.autograd.Function):

@@ -96,7 +96,7 @@ def _wrong_gradient(operation: Callable[..., Any]) -> Callable[..., Any]:
 
     def grown(x: Any) -> Any:
         if isinstance(x, tuple | list):
-            return tuple(map(grown, x))
+            return getattr(x, "_make", tuple)(map(grown, x))
         traced = isinstance(x, torch.Tensor) and x.requires_grad
         return x + 0.01 * (x - x.detach()) if traced else x
 

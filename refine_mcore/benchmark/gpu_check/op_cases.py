@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from refine_kernels.delta_rule.naive import naive_delta_rule, naive_gated_delta_rule
+from refine_kernels.dispatch import state_from_writes
 from refine_kernels.lact.fast_weights import FastWeights
 from refine_kernels.lact.naive import naive_lact
 from refine_kernels.rms_norm.naive import naive_rms_norm
@@ -32,6 +33,8 @@ _MUON_GAIN = 493.0
 # with what stands between them, and as much again in the backward.
 _PRODUCT_ROUNDINGS = 16
 _TF32_ROUNDOFF = 2.0**-11
+# Tokens after a border of chunks whose writes are read.
+_PAST_BORDER = 3
 
 
 class Sizes(NamedTuple):
@@ -60,6 +63,7 @@ def op_cases(sizes: Sizes) -> dict[str, list[OpCase]]:
     """The cases of every operation, by its name."""
     cases = [
         *_delta_rules(sizes),
+        *_written_states(sizes),
         *_lact(sizes),
         *_convolutions(sizes),
         *_norms(sizes),
@@ -130,8 +134,17 @@ def _delta_run(chunk: int | None) -> Callable[[Callable[..., Any], Tensors], Ten
         if chunk is None:
             o, final = operation(*given, **options)
             return {"o": o, "state": final}
-        o, final, borders = operation(*given, **options, chunk_size=chunk)
-        return {"o": o, "state": final, "state at a border": borders[len(borders) // 2]}
+        out = operation(*given, **options, chunk_size=chunk, output_writes=True)
+        stop = _middle_border(x, chunk)
+        border, rest = out.states[stop // chunk], slice(stop, stop + _PAST_BORDER)
+        inner = state_from_writes(
+            border,
+            x["k"][:, rest],
+            out.writes[:, rest],
+            x["g"][:, rest] if "g" in x else None,
+            qk_norm_eps=options["qk_norm_eps"],
+        )
+        return {"o": out.o, "state": out.final_state, "at a border": border, "by writes": inner}
 
     return run
 
@@ -141,15 +154,60 @@ def _delta_expected(gated: bool, chunk: int | None) -> Callable[[Tensors], Tenso
 
     def expected(x: Tensors) -> Tensors:
         given, options = _delta_arguments(x)
+
+        def after(tokens: int) -> Tensor:
+            _, state = naive(*(y[:, :tokens] for y in given), **options)
+            return state
+
         o, final = naive(*given, **options)
         if chunk is None:
             return {"o": o, "state": final}
-        tokens = given[0].shape[1]
-        stop = -(-tokens // chunk) // 2 * chunk
-        _, border = naive(*(y[:, :stop] for y in given), **options)
-        return {"o": o, "state": final, "state at a border": border}
+        stop = _middle_border(x, chunk)
+        inner = after(stop + _PAST_BORDER)
+        return {"o": o, "state": final, "at a border": after(stop), "by writes": inner}
 
     return expected
+
+
+def _middle_border(x: Tensors, chunk: int) -> int:
+    return -(-x["v"].shape[1] // chunk) // 2 * chunk
+
+
+def _written_states(sizes: Sizes) -> list[OpCase]:
+    """A state after a chunk's writes, with and without decay."""
+    cases = []
+    for gated in (False, True):
+        draw, heads = _Draw(5 + gated), sizes.heads
+        inputs = {
+            "state": draw.normal(1, heads, sizes.key, sizes.value),
+            "k": draw.normal(1, sizes.chunk, heads // 2, sizes.key),
+            "writes": draw.normal(1, sizes.chunk, heads, sizes.value),
+        }
+        if gated:
+            inputs["g"] = -draw.normal(1, sizes.chunk, heads).exp() / 8
+        cases.append(
+            OpCase(
+                "state_from_writes",
+                "decay" if gated else "",
+                inputs,
+                lambda operation, x: {"state": operation(**x, qk_norm_eps=1e-6)},
+                _written_expected,
+                chain=sizes.chunk + sizes.key + _POINTWISE,
+                wide=frozenset({"state", "writes", "g"}),
+            )
+        )
+    return cases
+
+
+def _written_expected(x: Tensors) -> Tensors:
+    state = x["state"]
+    keys = x["k"] / (x["k"].square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    keys = keys.repeat_interleave(state.shape[1] // keys.shape[2], 2)
+    for t in range(keys.shape[1]):
+        if "g" in x:
+            state = state * x["g"][:, t, :, None, None].exp()
+        state = state + keys[:, t, :, :, None] * x["writes"][:, t, :, None, :]
+    return {"state": state}
 
 
 _LACT_OPTIONS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,463 @@
+"""Chunkwise parallel form of both delta rules by Triton kernels: what chunk.py computes, on a GPU.
+
+Arguments, results and the states handed out are those of chunk.py, whose docstrings say what they
+are; the kernels and where they deviate in precision are in triton_kernels.py.  A piece of text of
+any length is five launches, and eight in the backward, however many states have a gradient.  The
+backward keeps the inputs as they came and the initial state, and makes the rest again.
+
+On CPU tensors the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 was set before the
+first import of triton.  That is slow and for tests.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from refine_kernels.delta_rule import chunk
+from refine_kernels.delta_rule import triton_kernels as kernels
+from refine_kernels.delta_rule.chunk import ChunkOutput
+
+# By input dtype: the products' operands on a GPU, and the most tokens the kernels take at a time.
+# float16 takes TF32, which holds each of its numbers and the range of float32, so that states and
+# gradients cannot overflow.  float32 is for checks; its chunks of 64 would not fit into registers.
+_PRODUCTS = {
+    torch.bfloat16: ("bf16", 64),
+    torch.float16: ("tf32", 64),
+    torch.float32: ("tf32x3", 32),
+}
+_LEAST_CHUNK = 16
+_LARGEST_KEY = 256
+# Largest relative difference (of norms) from the torch form that `refusal` lets pass.
+_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+
+
+def chunk_delta_rule(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    qk_norm_eps: float | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+    output_writes: bool = False,
+) -> ChunkOutput:
+    """As chunk.chunk_delta_rule.  The states between first and last are views of one buffer."""
+    return chunk_rule(
+        q, k, v, beta, None, scale, qk_norm_eps, initial_state, chunk_size, output_writes
+    )
+
+
+def chunk_gated_delta_rule(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor,
+    *,
+    scale: float | None = None,
+    qk_norm_eps: float | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+    output_writes: bool = False,
+) -> ChunkOutput:
+    """As gated_delta_rule.chunk.chunk_gated_delta_rule.  States as in chunk_delta_rule."""
+    return chunk_rule(
+        q, k, v, beta, g, scale, qk_norm_eps, initial_state, chunk_size, output_writes
+    )
+
+
+def refusal(
+    k: Tensor,
+    v: Tensor,
+    *,
+    gated: bool,
+    qk_norm_eps: float | None = None,
+    chunk_size: int = 64,
+) -> str | None:
+    """Why the kernels are not for these arguments here, None if they are.
+
+    The first arguments of a kind on a device have the kernels compared with the torch form on a
+    small text, gradients too: a miscompiled kernel is not noticed otherwise.
+    """
+    if v.dtype not in _PRODUCTS:
+        return f"{v.dtype} is none of bfloat16, float16 and float32"
+    if k.shape[-1] > _LARGEST_KEY:
+        return f"keys are {k.shape[-1]} wide, above {_LARGEST_KEY}"
+    if chunk_size % _LEAST_CHUNK:
+        return f"chunks of {chunk_size} are no multiple of {_LEAST_CHUNK}"
+    groups = v.shape[2] // k.shape[2]
+    shape = (k.shape[-1], v.shape[-1], groups, chunk_of(chunk_size, v.dtype))
+    return _disagreement(shape, gated, qk_norm_eps, v.dtype, v.device)
+
+
+@functools.cache
+def _disagreement(
+    shape: tuple[int, int, int, int],
+    gated: bool,
+    qk_norm_eps: float | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """What differs most between the kernels and the torch form on a small text, if too much."""
+    k_dim, v_dim, groups, size = shape
+    n = 2 * size + 5
+    gen = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, n, 2, k_dim, generator=gen) for _ in range(2))
+    if qk_norm_eps is None:
+        q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    heads = 2 * groups
+    v = torch.randn(1, n, heads, v_dim, generator=gen)
+    beta = torch.rand(1, n, heads, generator=gen) / 2  # larger ones wipe narrow states out
+    inputs = [q, k, v, beta, *([-torch.rand(1, n, heads, generator=gen)] if gated else [])]
+    weights = torch.randn(1, heads, k_dim, v_dim, generator=gen).to(device)
+    inputs = [x.to(device, dtype) for x in inputs]
+    results = []
+    rule: Any
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for rule, as_dtype in ((chunk_rule, dtype), (chunk.chunk_rule, torch.float32)):
+            leaves = [x.detach().to(as_dtype).requires_grad_() for x in inputs]
+            state = weights.clone().requires_grad_()
+            out = rule(*leaves, *([] if gated else [None]), None, qk_norm_eps, state, size, True)
+            found = [out.o, out.final_state, out.states[1], out.writes]
+            at = (v.to(device), weights, weights, v.to(device))
+            total = sum((x.float() * w).sum() for x, w in zip(found, at, strict=True))
+            assert isinstance(total, Tensor)
+            results.append([*found, *torch.autograd.grad(total, [*leaves, state])])
+    names = ["output", "final state", "state between", "writes"]
+    names += [
+        f"gradient of {x}" for x in ("q", "k", "v", "beta", *(["g"] if gated else []), "state")
+    ]
+    errors = {
+        name: ((actual.float() - expected).norm() / expected.norm()).item()
+        for name, actual, expected in zip(names, *results, strict=True)
+    }
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    if errors[worst] <= _TOLERANCE[dtype]:
+        return None
+    return f"on this machine the kernels' {worst} differs from torch's by {errors[worst]:.1e}"
+
+
+def chunk_of(tap_interval: int, dtype: torch.dtype) -> int:
+    """Tokens the kernels take at a time where the states between have this distance."""
+    return min(math.gcd(tap_interval, 64), _PRODUCTS[dtype][1])
+
+
+def chunk_rule(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    scale: float | None,
+    qk_norm_eps: float | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+    output_writes: bool,
+) -> ChunkOutput:
+    """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
+    b, _, h, v_dim = v.shape
+    if initial_state is None:
+        initial_state = k.new_zeros(b, h, k.shape[-1], v_dim, dtype=torch.float32)
+    state = initial_state.float()
+    scale = k.shape[-1] ** -0.5 if scale is None else scale
+    options = _Options(scale, qk_norm_eps, chunk_size, output_writes)
+    o, writes, final_state, *states = _ChunkRule.apply(q, k, v, beta, g, state, options)
+    return ChunkOutput(o, final_state, [state, *states], writes)
+
+
+class _Options(NamedTuple):
+    """Arguments of a call that are no tensors."""
+
+    scale: float
+    qk_norm_eps: float | None
+    tap_interval: int  # tokens between the states handed out
+    output_writes: bool
+
+
+class Call(NamedTuple):
+    """What a kernel is compiled for."""
+
+    k_dim: int
+    v_dim: int
+    groups: int  # value heads that share a key head
+    chunk: int  # tokens a kernel takes at a time
+    gated: bool
+    norm: bool
+    output: bool  # there are queries (forward) or the output has a gradient (backward)
+    products: str
+
+    def constants(self, kernel: str) -> dict[str, Any]:
+        """The compile-time arguments of the kernel of this name."""
+        every = {
+            "GROUPS": self.groups,
+            "K": self.k_dim,
+            "V": self.v_dim,
+            "C": self.chunk,
+            "BK": max(16, triton.next_power_of_2(self.k_dim)),
+            "BV": self._columns(kernel),
+            "GATED": self.gated,
+            "NORM": self.norm,
+            "OUTPUT": self.output,
+            "PRODUCTS": self.products,
+        }
+        return {x: every[x] for x in getattr(kernels, kernel).arg_names if x in every}
+
+    def launch(self, kernel: str) -> dict[str, int]:
+        """Warps and pipeline stages of the kernel of this name."""
+        warps = 4 if self.k_dim <= _WIDE else 8
+        if kernel == "invert":
+            warps = 2
+        elif kernel in ("queries", "inputs"):
+            warps = 8
+        pipelined = kernel in ("scan", "reverse") and (
+            self.k_dim <= _WIDE or self.products.startswith("bf16")
+        )
+        return {"num_warps": warps, "num_stages": 2 if pipelined else 1}
+
+    def _columns(self, kernel: str) -> int:
+        """Columns of V that a program of the kernel of this name takes at a time."""
+        few = kernel in ("scan", "reverse", "inputs") or (
+            kernel in ("queries", "output") and self.k_dim > _WIDE
+        )
+        return min(32 if few else 64, max(16, triton.next_power_of_2(self.v_dim)))
+
+
+# Keys above this width take more warps or smaller blocks.  Chosen by what the compiler says of
+# registers and shared memory, without a GPU; docs/kernels.md has the figures.
+_WIDE = 128
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory whose every element a kernel writes before it is read."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+class _Run:
+    """The inputs of one call as the kernels take them, and the kernels run on them."""
+
+    def __init__(
+        self,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        options: _Options,
+    ) -> None:
+        self.q = None if q is None else _dense_rows(q)
+        self.k, self.v = _dense_rows(k), _dense_rows(v)
+        self.beta, self.g = beta.contiguous(), None if g is None else g.contiguous()
+        self.batch, self.n, self.heads, v_dim = v.shape
+        products, _ = _PRODUCTS[v.dtype]
+        self.scratch_dtype = v.dtype if products == "bf16" else torch.float32
+        if products == "bf16" and v.device.type == "cpu":
+            products = "bf16-as-fp32"
+        self.compiled = Call(
+            k_dim=k.shape[-1],
+            v_dim=v_dim,
+            groups=self.heads // k.shape[2],
+            chunk=chunk_of(options.tap_interval, v.dtype),
+            gated=g is not None,
+            norm=options.qk_norm_eps is not None,
+            output=q is not None,
+            products=products,
+        )
+        self.count = triton.cdiv(self.n, self.compiled.chunk)
+        self.size = (self.n, self.heads)
+        self.numbers = (options.scale, options.qk_norm_eps or 0.0)
+        self.q_strides = (0, 0, 0) if self.q is None else self.q.stride()[:3]
+        self.k_strides, self.v_strides = self.k.stride()[:3], self.v.stride()[:3]
+
+    def scratch(self, *width: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[B*H, chunks, *width]."""
+        shape = (self.batch * self.heads, self.count, *width)
+        return _empty(shape, dtype or self.scratch_dtype, self.v.device)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """A view [B,T,H,D] of what scratch [B*H, chunks, C, D] holds of the text's tokens."""
+        x = x.view(self.batch, self.heads, -1, x.shape[-1])
+        return x[:, :, : self.n].transpose(1, 2)
+
+    def run(self, name: str, *arguments: Any) -> None:
+        """Launch a kernel: a program for each head and, as it is made, chunk and block of V."""
+        constants = self.compiled.constants(name)
+        heads = self.batch * self.heads
+        if name == "invert":
+            grid: tuple[int, ...] = (heads * self.count,)
+        elif name in ("gram", "apply", "queries", "inputs"):
+            grid = (self.count, heads)
+        else:
+            blocks = triton.cdiv(self.compiled.v_dim, constants["BV"])
+            grid = (blocks, heads) if name in ("scan", "reverse") else (blocks, self.count, heads)
+        getattr(kernels, name)[grid](*arguments, **constants, **self.compiled.launch(name))
+
+    def scan(self, state: Tensor) -> "_Scanned":
+        """Kernels gram, invert, apply and scan."""
+        c, k_dim, v_dim = self.compiled.chunk, self.compiled.k_dim, self.compiled.v_dim
+        w, errors = self.scratch(c, k_dim), self.scratch(c, v_dim)
+        inverse = self.scratch(c, c, dtype=torch.float32)
+        norms = self.scratch(c, dtype=torch.float32)
+        decays = self.scratch(c, dtype=torch.float32) if self.g is not None else None
+        self.run(
+            "gram",
+            *(self.k, self.beta, self.g, inverse, decays, norms),
+            *(*self.size, self.numbers[1], *self.k_strides),
+        )
+        self.run("invert", inverse)
+        self.run(
+            "apply",
+            *(self.k, self.v, inverse, decays, norms, w, errors),
+            *(*self.size, *self.k_strides, *self.v_strides),
+        )
+        state = state.contiguous()
+        states = _empty((self.count, *state.shape), torch.float32, state.device)
+        final_state = _empty(tuple(state.shape), torch.float32, state.device)
+        self.run(
+            "scan",
+            *(self.k, self.beta, w, errors, decays, norms, state, states, final_state),
+            *(*self.size, *self.k_strides),
+        )
+        return _Scanned(w, errors, inverse, decays, norms, states, final_state)
+
+
+class _Scanned(NamedTuple):
+    """What the kernels gram, invert, apply and scan leave."""
+
+    w: Tensor
+    errors: Tensor
+    inverse: Tensor
+    decays: Tensor | None
+    norms: Tensor
+    states: Tensor
+    final_state: Tensor
+
+
+class _ChunkRule(torch.autograd.Function):
+    """The rule over a piece of text: (o or None, U or None, final state, *states between)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        g: Tensor | None,
+        state: Tensor,
+        options: _Options,
+    ) -> tuple[Tensor | None, ...]:
+        call = _Run(q, k, v, beta, g, options)
+        _, errors, _, decays, norms, states, final_state = call.scan(state)
+        o = None
+        if q is not None:
+            o = _empty(tuple(v.shape), v.dtype, v.device)
+            call.run(
+                "output",
+                *(call.q, call.k, call.beta, errors, decays, norms, states, o),
+                *(*call.size, *call.numbers, *call.q_strides, *call.k_strides),
+            )
+        ctx.save_for_backward(q, k, v, beta, g, state)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        step = options.tap_interval // call.compiled.chunk
+        writes = None
+        if options.output_writes:
+            writes = call.tokens(errors) * call.beta.float()[..., None]
+        return o, writes, final_state, *states[step::step].unbind(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad_o: Tensor | None,
+        grad_u: Tensor | None,
+        grad_final: Tensor | None,
+        *grad_states: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, beta, g, state = ctx.saved_tensors
+        wanted = grad_o is not None
+        if grad_o is None and grad_u is not None:
+            # the kernels add to the output's share of the writes' gradient, here zero for any q
+            grad_o, q = torch.zeros_like(v), k if q is None else q
+        call = _Run(None if grad_o is None else q, k, v, beta, g, ctx.options)
+        w, errors, inverse, decays, norms, states, _ = call.scan(state)
+        c, k_dim, v_dim = call.compiled.chunk, call.compiled.k_dim, call.compiled.v_dim
+        step = ctx.options.tap_interval // c
+        after = [(i * step - 1, x) for i, x in enumerate(grad_states, 1) if x is not None]
+        if grad_final is not None:
+            after.append((call.count - 1, grad_final))
+        slots, given = _given(after, call.count, v.device)
+
+        q_norms, grad_q, grad_scores, grad_decays = None, None, None, None
+        shared = call.compiled.groups > 1
+        keyed, keyed_dtype = (*v.shape[:3], k_dim), torch.float32 if shared else k.dtype
+        grad_writes = call.scratch(c, v_dim)
+        strides = (*call.q_strides, *call.k_strides)
+        if grad_o is not None:
+            grad_o = grad_o.contiguous()
+            q_norms = call.scratch(c, dtype=torch.float32)
+            call.run(
+                "local",
+                *(call.q, call.k, grad_o, decays, norms, q_norms, grad_writes),
+                *(*call.size, *call.numbers, *strides),
+            )
+            if grad_u is not None:
+                call.tokens(grad_writes).add_(grad_u)
+            grad_q = _empty(keyed, keyed_dtype, v.device)
+            grad_scores = call.scratch(c, c)
+            grad_decays = call.scratch(c, dtype=torch.float32)
+            call.run(
+                "queries",
+                *(call.q, call.k, call.beta, grad_o, errors, decays, norms, states),
+                *(grad_q, grad_scores, grad_decays, *call.size, *call.numbers, *strides),
+            )
+        grad_after = call.scratch(k_dim, v_dim)
+        grad_state = _empty(tuple(state.shape), torch.float32, v.device)
+        call.run(
+            "reverse",
+            *(call.q, call.k, call.beta, grad_o, w, decays, norms, q_norms),
+            *(slots, given, grad_writes, grad_after, grad_state, *call.size, *strides),
+        )
+        grad_k = _empty(keyed, keyed_dtype, v.device)
+        grad_v = _empty(tuple(v.shape), v.dtype, v.device)
+        grad_beta = _empty(tuple(beta.shape), beta.dtype, v.device)
+        grad_g = None if g is None else _empty(tuple(g.shape), g.dtype, v.device)
+        call.run(
+            "inputs",
+            *(call.q, call.k, call.beta, call.g, inverse, errors, decays, norms, q_norms),
+            *(states, grad_after, grad_writes, grad_scores, grad_decays),
+            *(grad_k, grad_v, grad_beta, grad_g, *call.size, *strides),
+        )
+        if shared:
+            grad_k = _of_key_heads(grad_k, k)
+            grad_q = None if grad_q is None else _of_key_heads(grad_q, k)
+        return grad_q if wanted else None, grad_k, grad_v, grad_beta, grad_g, grad_state, None
+
+
+def _of_key_heads(x: Tensor, k: Tensor) -> Tensor:
+    """The sum over the value heads that share a key head."""
+    return x.unflatten(2, (k.shape[2], -1)).sum(3).to(k.dtype)
+
+
+def _given(
+    after: list[tuple[int, Tensor]], count: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """slots and given of the kernel `reverse`, from gradients of the states after some chunks."""
+    slots = torch.full((count,), -1, dtype=torch.int32)
+    for slot, (number, _) in enumerate(after):
+        slots[number] = slot
+    if device.type == "cuda":  # from pinned memory the host does not wait for the copy
+        slots = slots.pin_memory()
+    given = torch.stack([x for _, x in after]) if after else torch.empty(0, device=device)
+    return slots.to(device, non_blocking=True), given
