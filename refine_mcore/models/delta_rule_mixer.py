@@ -124,7 +124,8 @@ class DeltaRuleMixer(Mixer):
         past, initial = (None, None) if state is None else state.of_streams()
         convolved, conv_tail = self.convolve(raw, past)
         q, inputs = self.recurrence_inputs(convolved, gates)
-        out = self.recurrence(q, inputs, initial, output_writes=tape is not None)
+        writes = tape is not None and torch.is_grad_enabled()  # for their gradients alone
+        out = self.recurrence(q, inputs, initial, output_writes=writes)
         o = out.o if tape is None else tape.record(KERNEL_CHUNK, out)
         assert o is not None
         gate = gates["g_proj"].reshape(o.shape) if self.options.use_gate else None

@@ -70,15 +70,16 @@ class DeltaRuleTape(LayerTape):
 
     def record(self, chunk: int, text: ChunkOutput) -> Tensor:
         """Keep the states before each `chunk` tokens and the one after the text, of most only their
-        places in the graph, and the place of the writes; returns the output to go on with."""
+        places in the graph, and the place of the writes, if there is a graph; returns the output to
+        go on with."""
         states = [*text.states, text.final_state]
         self.chunk, self.every = chunk, self.mixer.config.tape_interval // chunk
         self.kept = {i: _own(x) for i, x in enumerate(states) if i % self.every == 0}
         self.kept[len(text.states)] = text.final_state.detach()
         self.places = [_Place.apply(state) for state in states]
-        assert text.o is not None and text.writes is not None
-        self.writes = PlacesOfTokens(text.writes, text.o)
-        return self.writes.carrier
+        assert text.o is not None
+        self.writes = None if text.writes is None else PlacesOfTokens(text.writes, text.o)
+        return text.o if self.writes is None else self.writes.carrier
 
     def at(self, batch_index: Sequence[int], offset: Sequence[int]) -> DeltaRuleState:
         border = [t // self.chunk for t in offset]
@@ -87,6 +88,9 @@ class DeltaRuleTape(LayerTape):
         states = torch.stack([self.kept[i][b] for i, b in zip(kept, batch_index, strict=True)])
         with torch.no_grad():
             replay = self._replay(states, batch_index, starts, offset)
+        conv = self._conv_tail(batch_index, offset)
+        if self.writes is None:
+            return DeltaRuleState.of(conv, replay.final_state)
         # before each stream's own chunk
         at_border = [i - j for i, j in zip(border, kept, strict=True)]
         borders = [*replay.states, replay.final_state]
@@ -102,7 +106,7 @@ class DeltaRuleTape(LayerTape):
             writes = gather_tokens(replay.writes.flatten(2), streams, own, length)
             writes = writes + self.writes.read(batch_index, first, length)
             recurrent = self._advance(recurrent, batch_index, first, offset, writes)
-        return DeltaRuleState.of(self._conv_tail(batch_index, offset), recurrent)
+        return DeltaRuleState.of(conv, recurrent)
 
     def _replay(
         self,
