@@ -26,6 +26,7 @@ from refine_kernels.lact.products import Precision
 from refine_kernels.rms_norm import rms_norm as _rms_norm
 from refine_kernels.short_conv import conv as _conv
 from refine_kernels.swiglu import swiglu as _swiglu
+from refine_kernels.vocab import linear as _linear
 from refine_kernels.vocab import log_probs as _log_probs
 from refine_kernels.vocab import sampling as _sampling
 from refine_kernels.vocab.random import combine_keys, counter_uniform
@@ -42,6 +43,7 @@ __all__ = [
     "chunk_lact",
     "combine_keys",
     "counter_uniform",
+    "linear_log_probs_and_entropy",
     "log_probs_and_entropy",
     "recurrent_delta_rule",
     "recurrent_gated_delta_rule",
@@ -117,3 +119,4 @@ rms_norm = _torch_backend(_rms_norm.rms_norm)
 swiglu = _torch_backend(_swiglu.swiglu)
 log_probs_and_entropy = _torch_backend(_log_probs.log_probs_and_entropy)
 sample_tokens = _torch_backend(_sampling.sample_tokens)
+linear_log_probs_and_entropy = _torch_backend(_linear.linear_log_probs_and_entropy)

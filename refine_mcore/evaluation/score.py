@@ -59,16 +59,18 @@ def score_tokens(
     with torch.set_grad_enabled(gradients):
         text = text_pass(model, batch, with_entropy=True, record=bool(rollout_at))
         loss = ntp_loss(text, batch, batch.num_targets())
+    with torch.no_grad():
+        logits = model.logits(text.hidden)
     assert text.entropy is not None
     result = {
-        "logits": _whole_vocabulary(model, text.logits.detach()),
+        "logits": _whole_vocabulary(model, logits),
         "hidden": text.hidden.detach(),
         "entropy": text.entropy,
         "logprob": text.log_probs.detach()[:, :-1],
         "loss": loss.detach()[None],
     }
     for position in rollout_at:
-        rolled, emitted = _roll_out_at(model, batch, text, position, rollout_tokens, seed)
+        rolled, emitted = _roll_out_at(model, batch, text, logits, position, rollout_tokens, seed)
         result[f"rollout_t{position}.tokens"] = rolled
         result[f"rollout_t{position}.logits"] = _whole_vocabulary(model, emitted)
     if wrapped is not None:
@@ -87,6 +89,7 @@ def _roll_out_at(
     model: LanguageModel,
     batch: TextBatch,
     text: TextPass,
+    logits: Tensor,
     position: int,
     k: int,
     seed: int | None,
@@ -98,7 +101,7 @@ def _roll_out_at(
         tokens, _ = decode(
             model,
             branch_states(text, branches, 1),
-            branches.rows_before(text.logits.detach()),
+            branches.rows_before(logits),
             k,
             None
             if randomness is None

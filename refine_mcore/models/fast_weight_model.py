@@ -16,6 +16,7 @@ from torch import Tensor
 
 from refine_mcore.models.fast_weight_block import FastWeightBlock
 from refine_mcore.models.layer_specs import block_spec
+from refine_mcore.models.output_layer import OutputLayer
 from refine_mcore.models.parallel_layers import mark_sharded_weights
 from refine_mcore.models.state import FastWeightState, StateTape
 from refine_mcore.models.token_layout import TokenLayout
@@ -57,12 +58,22 @@ class LanguageModel(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
+    def log_probs_and_entropy(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        with_entropy: bool,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
 
 class FastWeightModel(LanguageModule):
     """A fast-weight language model. Parameters are uninitialised until `initialize` or a checkpoint
     fills them.
 
-    `logits` is a separate step, so that a caller makes them only for the rows it needs.
+    What the hidden states say of the next token is a separate step: `logits` for the few rows that
+    a caller needs them of, `log_probs_and_entropy` for a text, whose logits are never all there.
     """
 
     def __init__(
@@ -101,7 +112,7 @@ class FastWeightModel(LanguageModule):
             # its input is gathered before, so that callers can pick rows of it
             whole_sequence = copy.copy(config)
             whole_sequence.sequence_parallel = False
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
+            self.output_layer = OutputLayer(
                 config.hidden_size,
                 self.vocab_size,
                 config=whole_sequence,
@@ -163,10 +174,32 @@ class FastWeightModel(LanguageModule):
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits [R, T, V / tp] of final hidden states [R, T, h]; columns past the
         vocabulary are padding."""
-        weight = None
+        return self.output_layer(hidden, weight=self._tied_weight())[0]
+
+    def log_probs_and_entropy(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        with_entropy: bool,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of softmax(logits / temperature) of final hidden states [R, T, h], each of which emits
+        one of the targets [R, T]: their log-probs [R, T] and, without a gradient, the entropies
+        [R, T], in at least float32 and the same on all tensor-parallel ranks."""
+        return self.output_layer(
+            hidden,
+            weight=self._tied_weight(),
+            targets=targets,
+            with_entropy=with_entropy,
+            temperature=temperature,
+        )
+
+    def _tied_weight(self) -> Tensor | None:
+        """The output weight where it is the embedding's."""
         if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        return self.output_layer(hidden, weight=weight)[0]
+            return self.shared_embedding_or_output_weight()
+        return None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

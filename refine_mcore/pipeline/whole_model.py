@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from refine_mcore.models.fast_weight_model import FastWeightModel, LanguageModel, ModelOutput
+from refine_mcore.models.parallel_layers import at_least_float32
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.platform import device
 
@@ -73,15 +74,43 @@ class WholeModel:
             lambda: torch.zeros_like(hidden),  # the last stage has it
         )
 
+    def log_probs_and_entropy(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        with_entropy: bool,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `FastWeightModel.log_probs_and_entropy`, on every stage."""
+        log_probs, entropy = hidden, None
+        if self._rank == self._last:
+            log_probs, entropy = self._stage.log_probs_and_entropy(
+                hidden, targets, with_entropy=with_entropy, temperature=temperature
+            )
+        dtype = at_least_float32(hidden.dtype)
+        log_probs = self._of_last_stage(
+            log_probs, targets.shape, lambda: torch.zeros_like(hidden), dtype
+        )
+        if with_entropy:
+            found = hidden if entropy is None else entropy
+            with torch.no_grad():
+                entropy = self._of_last_stage(found, targets.shape, found.clone, dtype)
+        return log_probs, entropy
+
     def _of_last_stage(
-        self, x: Tensor, shape: tuple[int, ...], gradient: Callable[[], Tensor]
+        self,
+        x: Tensor,
+        shape: tuple[int, ...],
+        gradient: Callable[[], Tensor],
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """The last stage's `x`. On the stages before it, where it has this `shape` and follows from
-        their own `x`, that gets what `gradient()` gives."""
+        """The last stage's `x`. On the stages before it, where it has this `shape` and `dtype` and
+        follows from their own `x`, that gets what `gradient()` gives."""
         if self._rank == self._last:
             dist.broadcast(x.detach().contiguous(), group=self._pipeline, group_src=self._last)
             return x
-        value = self._empty(shape)
+        value = self._empty(shape, dtype)
         dist.broadcast(value, group=self._pipeline, group_src=self._last)
         return _MadeElsewhere.apply(x, value, gradient)
 
@@ -93,8 +122,8 @@ class WholeModel:
         dist.recv(x, group=self._pipeline, group_src=stage)
         return x
 
-    def _empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self.config.pipeline_dtype, device=device())
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.config.pipeline_dtype, device=device())
 
 
 class _MadeElsewhere(torch.autograd.Function):

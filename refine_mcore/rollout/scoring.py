@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from refine_kernels.dispatch import log_probs_and_entropy
 from torch import Tensor
 from torch.profiler import record_function
 
 from refine_mcore.models.fast_weight_model import LanguageModel
 from refine_mcore.models.state import FastWeightState
-from refine_mcore.rollout.vocabulary import vocabulary_options
 
 
 class BranchScores(NamedTuple):
@@ -59,11 +57,7 @@ def rollout_log_probs(
 ) -> Tensor:
     """Log-probs [R, k] of tokens [R, k] under softmax(logits / temperature) of the hidden states
     [R, k, d] that emit them."""
-    log_probs, _ = log_probs_and_entropy(
-        model.logits(emitting),
-        tokens,
-        with_entropy=False,
-        temperature=temperature,
-        **vocabulary_options(model),
+    log_probs, _ = model.log_probs_and_entropy(
+        emitting, tokens, with_entropy=False, temperature=temperature
     )
     return log_probs

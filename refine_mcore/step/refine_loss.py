@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from refine_kernels.dispatch import log_probs_and_entropy
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -29,7 +28,6 @@ from refine_mcore.platform import to_device
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import BranchScores
-from refine_mcore.rollout.vocabulary import vocabulary_options
 from refine_mcore.step.metrics import TextRecord, WorkMetrics
 
 
@@ -53,8 +51,8 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class TextPass:
-    """One forward over tokens [start, stop) of the texts: hidden [B, T, d], logits [B, T, V / tp],
-    log_probs and entropy [B, T], the tape.
+    """One forward over tokens [start, stop) of the texts: hidden [B, T, d], log_probs and entropy
+    [B, T], the tape.
 
     log_probs[b, t] is of the token after t and means nothing at the end of the text; entropy[b, t]
     is of the distribution that token is drawn from.
@@ -63,7 +61,6 @@ class TextPass:
     start: int
     stop: int
     hidden: Tensor
-    logits: Tensor
     log_probs: Tensor
     entropy: Tensor | None
     tape: StateTape | None
@@ -113,12 +110,9 @@ def predict(
 ) -> TextPass:
     """What the forward `out` over the texts from token `start` on says of each next token."""
     stop = start + out.hidden.shape[1]
-    logits = model.logits(out.hidden)
     targets = batch.tokens.roll(-1, dims=1)[:, start:stop]
-    log_probs, entropy = log_probs_and_entropy(
-        logits, targets, with_entropy=with_entropy, **vocabulary_options(model)
-    )
-    return TextPass(start, stop, out.hidden, logits, log_probs, entropy, out.tape)
+    log_probs, entropy = model.log_probs_and_entropy(out.hidden, targets, with_entropy=with_entropy)
+    return TextPass(start, stop, out.hidden, log_probs, entropy, out.tape)
 
 
 def ntp_loss(text: TextPass, batch: TextBatch, denominator: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ def show_rollouts(
     chosen = choose_branches(whole, text.entropy, batch, refine, randomness)
     branches = Branches(chosen.batch_index[:_SHOWN], chosen.position[:_SHOWN])
     n = refine.rollouts_per_position
-    logits = branches.fork(n).rows_before(text.logits)
+    emitting = branches.fork(n).rows_before(text.hidden)
+    logits = whole.logits(emitting[:, None])[:, 0]
     states = branch_states(text, branches, n)
     rollouts = roll_out(whole, states, logits, batch, branches, refine, randomness).tokens[::n]
     ids = tokens[0].tolist()

@@ -125,7 +125,7 @@ def _text_and_branches(stage: FastWeightModel) -> dict[str, Tensor]:
     tokens, drawn = decode(
         model,
         states,
-        BRANCHES.rows_before(text.logits),
+        model.logits(BRANCHES.rows_before(text.hidden)[:, None])[:, 0],
         K,
         lambda j: Randomness(5, 0).token_keys(batch.sample_index, BRANCHES, 1, j),
     )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from refine_kernels.dispatch import (
     combine_keys,
     counter_uniform,
+    linear_log_probs_and_entropy,
     log_probs_and_entropy,
     sample_tokens,
 )
@@ -92,6 +93,94 @@ def test_low_precision_logits_and_ignored_targets():
     (log_probs * (targets >= 0)).sum().backward()
     assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
     assert not logits.grad[0, 1].any()
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 9),
+    vocab=st.integers(1, 12),
+    padding=st.integers(0, 3),
+    tile_entries=st.integers(1, 130),  # of at most 135 logits: tiles, and all of them kept
+    temperature=st.floats(0.2, 3.0),
+    with_entropy=st.booleans(),
+)
+def test_linear_form_equals_the_softmax_of_the_product(
+    seed, rows, vocab, padding, tile_entries, temperature, with_entropy
+):
+    gen = torch.Generator().manual_seed(seed)
+    hidden, weight = (
+        torch.randn(size, 4, dtype=torch.float64, generator=gen).requires_grad_()
+        for size in (rows, vocab + padding)
+    )
+    targets = torch.randint(vocab, (rows,), generator=gen)
+    targets[0] = -100  # ignored: read as logit 0
+    upstream = torch.randn(rows, dtype=torch.float64, generator=gen)
+    log_probs, entropy = linear_log_probs_and_entropy(
+        hidden,
+        weight,
+        targets,
+        with_entropy=with_entropy,
+        temperature=temperature,
+        vocab_size=vocab,
+        tile_entries=tile_entries,
+    )
+    scaled = (hidden @ weight.t())[:, :vocab] / temperature
+    picked = scaled.gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
+    expected = picked - scaled.logsumexp(-1)
+    torch.testing.assert_close(log_probs, expected, rtol=1e-10, atol=1e-10)
+    assert (entropy is not None) == with_entropy
+    if entropy is not None:
+        log_softmax = scaled.log_softmax(-1)
+        of_all = -(log_softmax.exp() * log_softmax).sum(-1)
+        torch.testing.assert_close(entropy, of_all, rtol=1e-10, atol=1e-10)
+        assert not entropy.requires_grad
+    found = torch.autograd.grad(log_probs, (hidden, weight), upstream, retain_graph=True)
+    again = torch.autograd.grad(log_probs, (hidden, weight), upstream)
+    wanted = torch.autograd.grad(expected, (hidden, weight), upstream)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    assert all(map(torch.equal, found, again))
+
+
+@pytest.mark.parametrize("tile_entries", [7, 1000])
+def test_linear_form_passes_gradcheck(tile_entries):
+    hidden, weight = (torch.randn(n, 5, dtype=torch.float64).requires_grad_() for n in (6, 11))
+    targets = torch.tensor([[0, 9, 3], [4, 4, -1]])
+
+    def log_probs(hidden, weight):
+        return linear_log_probs_and_entropy(
+            hidden.view(2, 3, 5),
+            weight,
+            targets,
+            with_entropy=False,
+            temperature=0.7,
+            vocab_size=10,
+            tile_entries=tile_entries,
+        )[0]
+
+    assert torch.autograd.gradcheck(log_probs, (hidden, weight))
+    weight.requires_grad_(False)  # a frozen vocabulary
+    assert torch.autograd.gradcheck(log_probs, (hidden, weight))
+
+
+def test_linear_form_rounds_a_gradient_as_one_product_does():
+    """Many tiles in bfloat16, against float64: no error that grows with their number."""
+    gen = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(96, 32, generator=gen), torch.randn(1024, 32, generator=gen) / 4
+    targets, upstream = torch.randint(1024, (96,), generator=gen), torch.rand(96, generator=gen)
+    gradients = {}
+    for dtype, tile_entries in ((torch.float64, 2**20), (torch.bfloat16, 2**20), (None, 96 * 8)):
+        h, w = (x.bfloat16().to(dtype or torch.bfloat16).requires_grad_() for x in (hidden, weight))
+        log_probs, _ = linear_log_probs_and_entropy(
+            h, w, targets, with_entropy=False, tile_entries=tile_entries
+        )
+        gradients[dtype] = torch.autograd.grad(log_probs, (h, w), upstream.to(log_probs.dtype))
+    for index in (0, 1):
+        exact = gradients[torch.float64][index]
+        one, tiles = (
+            (gradients[dtype][index].double() - exact).norm() / exact.norm()
+            for dtype in (torch.bfloat16, None)
+        )
+        assert one < 6e-3 and tiles < 1.2 * one
 
 
 def kolmogorov_smirnov(u: torch.Tensor) -> float:
@@ -194,6 +283,22 @@ def _sharded_rank(rank: int, store: str, vocab_size: int, local: int) -> None:
     actual[0].backward(upstream)
     assert whole.grad is not None
     torch.testing.assert_close(shard.grad, whole.grad[:, columns], rtol=1e-12, atol=1e-12)
+    hidden = torch.randn(9, 3, dtype=torch.float64, generator=gen).requires_grad_()
+    weight = torch.randn(2 * local, 3, dtype=torch.float64, generator=gen).requires_grad_()
+    rows = weight.detach()[columns].clone().requires_grad_()
+    for tile_entries in (10, 1000):
+        hidden.grad = weight.grad = rows.grad = None
+        expected = linear_log_probs_and_entropy(hidden, weight, targets, **options)
+        expected[0].backward(upstream)
+        of_hidden, hidden.grad = hidden.grad, None
+        actual = linear_log_probs_and_entropy(
+            hidden, rows, targets, **options, group=dist.group.WORLD, tile_entries=tile_entries
+        )
+        actual[0].backward(upstream)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(hidden.grad, of_hidden, rtol=1e-12, atol=1e-12)
+        assert weight.grad is not None
+        torch.testing.assert_close(rows.grad, weight.grad[columns], rtol=1e-12, atol=1e-12)
     keys = combine_keys(11, torch.arange(9))
     tied = (whole.detach() * 0).index_fill_(1, torch.tensor([1, local]), 1.0)
     for logits, row_keys in ((whole, keys), (whole, None), (tied, None)):

@@ -30,7 +30,8 @@ def copies(name: str, layers: int, groups: Any) -> int:
     text = text_pass(model, batch, with_entropy=True, record=True)
     states = branch_states(text, branches, 2)
     streams = branches.fork(2)
-    rollouts, _ = decode(model, states, streams.rows_before(text.logits), 4, None)
+    logits = model.logits(streams.rows_before(text.hidden)[:, None])[:, 0]
+    rollouts, _ = decode(model, states, logits, 4, None)
     score(model, states, streams.rows_before(text.hidden), rollouts)
     return platform._on_device.cache_info().misses
 

@@ -1,10 +1,10 @@
 """Log-probability of given tokens and entropy of the whole distribution, from logits.
 
-A softmax over the vocabulary in float32 is the largest tensor of a language-model step.  Nothing
-of that size is made here: rows are taken in slices, only the logits (as they come) and one
-log-sum-exp per row are kept for the backward pass, and the backward writes its slices straight
-into the gradient.  With a tensor-parallel group each rank holds an even share of the vocabulary and
-only per-row numbers cross the wire.
+For logits that are there anyway, such as those a rollout draws from; a text's are never all made
+(linear.py).  No softmax of their size is made either: rows are taken in slices, only the logits (as
+they come) and one log-sum-exp per row are kept for the backward pass, and the backward writes its
+slices straight into the gradient.  With a tensor-parallel group each rank holds an even share of
+the vocabulary and only per-row numbers cross the wire.
 """
 
 from typing import Any
@@ -18,6 +18,11 @@ from refine_kernels.vocab.shard import VocabShard
 
 # Entries of a slice: small enough for a CPU cache and to be no memory peak, large enough for a GPU.
 SLICE_ENTRIES = 2**21
+
+
+def slice_rows(columns: int) -> int:
+    """How many rows of so many columns make a slice."""
+    return max(1, SLICE_ENTRIES // columns)
 
 
 def log_probs_and_entropy(
@@ -40,7 +45,7 @@ def log_probs_and_entropy(
     index) is read as logit 0: finite, and for the caller to mask.
     """
     shard = VocabShard.of(logits.shape[-1], vocab_size, group)
-    rows = rows_per_slice or max(1, SLICE_ENTRIES // logits.shape[-1])
+    rows = rows_per_slice or slice_rows(logits.shape[-1])
     log_probs, entropy = _LogProbs.apply(
         logits.flatten(0, -2), targets.flatten(), temperature, shard, rows, with_entropy
     )
@@ -59,10 +64,10 @@ class _LogProbs(torch.autograd.Function):
         rows: int,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        stats, target_logit = _local_statistics(
+        stats, target_logit = local_statistics(
             logits, targets, temperature, shard, rows, with_entropy
         )
-        peak, total, weighted, target_logit = _combine(stats, target_logit, shard.group)
+        peak, total, weighted, target_logit = combine(stats, target_logit, shard.group)
         log_total = total.log()
         lse = peak + log_total
         ctx.save_for_backward(logits, targets, lse)
@@ -78,20 +83,37 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """d log p(y) / d logits = (onehot(y) - p) / temperature."""
         logits, targets, lse = ctx.saved_tensors
-        shard: VocabShard = ctx.shard
-        grad = (grad / ctx.temperature).unsqueeze(1)
-        column, held = _local_columns(targets, shard)
         grad_logits = torch.empty_like(logits)
-        grad_logits[:, shard.valid :] = 0
-        if shard.valid == 0:
-            return grad_logits, None, None, None, None, None
-        for start in range(0, logits.shape[0], ctx.rows):
-            s = slice(start, start + ctx.rows)
-            z = logits[s, : shard.valid].to(lse.dtype) / ctx.temperature
-            g = z.sub_(lse[s, None]).exp_().mul_(-grad[s])
-            g.scatter_add_(1, column[s], grad[s] * held[s])
-            grad_logits[s, : shard.valid] = g
+        write_gradient(
+            logits, targets, lse, grad, ctx.temperature, ctx.shard, ctx.rows, out=grad_logits
+        )
         return grad_logits, None, None, None, None, None
+
+
+def write_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    temperature: float,
+    shard: VocabShard,
+    rows: int,
+    *,
+    out: Tensor,
+) -> None:
+    """Gradient of sum_r grad_r log p(target_r) by this rank's logits [R, V_local], into ``out``,
+    which may be the logits; lse [R] is the log-sum-exp of logits / temperature over all ranks."""
+    out[:, shard.valid :] = 0
+    if shard.valid == 0:
+        return
+    grad = (grad / temperature).unsqueeze(1)
+    column, held = _local_columns(targets, shard)
+    for start in range(0, logits.shape[0], rows):
+        s = slice(start, start + rows)
+        z = logits[s, : shard.valid].to(lse.dtype) / temperature
+        g = z.sub_(lse[s, None]).exp_().mul_(-grad[s])
+        g.scatter_add_(1, column[s], grad[s] * held[s])
+        out[s, : shard.valid] = g
 
 
 def _local_columns(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -101,7 +123,7 @@ def _local_columns(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     return column.masked_fill(~held, 0), held
 
 
-def _local_statistics(
+def local_statistics(
     logits: Tensor,
     targets: Tensor,
     temperature: float,
@@ -136,7 +158,7 @@ def _local_statistics(
     return stats, target_logit
 
 
-def _combine(
+def combine(
     stats: Tensor, target_logit: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same statistics over the whole vocabulary: two all-reduces of per-row numbers."""

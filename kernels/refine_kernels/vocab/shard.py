@@ -26,3 +26,8 @@ class VocabShard(NamedTuple):
         offset = 0 if group is None else dist.get_rank(group) * local_size
         real = local_size if vocab_size is None else vocab_size - offset
         return cls(offset, max(0, min(local_size, real)), group)
+
+    def columns(self, start: int, stop: int) -> "VocabShard":
+        """What the local columns [start, stop) stand for."""
+        valid = max(0, min(self.valid, stop) - start)
+        return VocabShard(self.offset + start, valid, self.group)

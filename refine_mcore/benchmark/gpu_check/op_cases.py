@@ -411,8 +411,15 @@ def _vocabulary(sizes: Sizes) -> list[OpCase]:
         found, entropy = operation(x["logits"], x["targets"], with_entropy=True, **options)
         return {"log_probs": found, "entropy": entropy}
 
+    def linear(operation: Callable[..., Any], x: Tensors) -> Tensors:
+        given = (x["hidden"], x["weight"], x["targets"])
+        tiles = x["hidden"].shape[0] * x["weight"].shape[0] // 3  # logits at a time
+        found, entropy = operation(*given, with_entropy=True, tile_entries=tiles, **options)
+        return {"log_probs": found, "entropy": entropy}
+
     def log_softmax(x: Tensors) -> Tensors:
-        scaled = x["logits"][:, : sizes.vocabulary] / temperature
+        logits = x["logits"] if "logits" in x else x["hidden"] @ x["weight"].t()
+        scaled = logits[:, : sizes.vocabulary] / temperature
         every, targets = scaled.log_softmax(-1), x["targets"]
         of_target = scaled.gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
         return {
@@ -433,6 +440,21 @@ def _vocabulary(sizes: Sizes) -> list[OpCase]:
             log_probs,
             log_softmax,
             chain=sizes.vocabulary + _POINTWISE,
+            without_gradient=frozenset({"entropy"}),
+        ),
+        OpCase(
+            "linear_log_probs_and_entropy",
+            "",
+            {
+                "hidden": draw.normal(sizes.rows, sizes.key),
+                "weight": draw.normal(sizes.vocabulary + padding, sizes.key) * sizes.key**-0.5,
+                "targets": targets,
+            },
+            linear,
+            log_softmax,
+            chain=sizes.vocabulary + sizes.rows + sizes.key + _POINTWISE,
+            # a logit's rounding is relative to it, and it is an exponent
+            narrow=8,
             without_gradient=frozenset({"entropy"}),
         ),
         OpCase(
