@@ -15,9 +15,9 @@ def validate(config: Config, source: str) -> None:
 
 
 def require_data(config: Config) -> None:
-    """Raises UserError unless the configuration names documents and a tokenizer."""
+    """Raises UserError unless the configuration names files of texts and a tokenizer."""
     if not config.data.paths:
-        raise UserError("data.paths must name at least one file of documents")
+        raise UserError("data.paths must name at least one file")
     if config.data.tokenizer is None:
         raise UserError("data.tokenizer must name the model's tokenizer")
 
@@ -39,7 +39,7 @@ def data_parallel_layout(config: Config, world_size: int) -> tuple[int, int]:
     data_parallel = world_size // replica
     per_pass = training.micro_batch_size * data_parallel
     batches = {"training.global_batch_size": training.global_batch_size}
-    if config.refine.mode == "two_phase" and config.refine.mini_batch_size is not None:
+    if takes_mini_batches(config.refine) and config.refine.mini_batch_size is not None:
         batches["refine.mini_batch_size"] = config.refine.mini_batch_size
     for key, size in batches.items():
         if size % per_pass:
@@ -51,6 +51,12 @@ def data_parallel_layout(config: Config, world_size: int) -> tuple[int, int]:
     if config.refine.mode != "ntp":
         rollout_micro_batches(config.refine, list(batches.values())[-1] // per_pass)
     return data_parallel, training.global_batch_size // per_pass
+
+
+def takes_mini_batches(config: RefineConfig) -> bool:
+    """Whether runs of this mode take an optimizer step per mini-batch: `ntp` as the baseline of
+    `two_phase`."""
+    return config.mode in ("two_phase", "ntp")
 
 
 def rollout_micro_batches(config: RefineConfig, micro_batches: int) -> int:
@@ -85,7 +91,7 @@ def _check_batches(config: Config) -> str | None:
             f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
             f"training.micro_batch_size ({training.micro_batch_size})"
         )
-    if config.refine.mode != "two_phase" or mini is None:
+    if not takes_mini_batches(config.refine) or mini is None:
         return None
     if training.global_batch_size % mini:
         return (

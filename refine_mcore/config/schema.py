@@ -56,10 +56,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Long documents. Relative paths start at the working directory."""
+    """Long documents; in post-training and test-time training prompts with answers. Relative paths
+    start at the working directory."""
 
     # Text files: `.jsonl` with a `text` field in every line, or `.txt` holding one document each.
-    # Training needs one at least.
+    # Of prompts with answers: `.jsonl` or `.parquet` with `prompt` and `answer` or `answers` (a
+    # text or a list; the first is the one to train on). Training needs one at least.
     paths: tuple[str, ...] = ()
     # The tokenizer that the model was made with, which training needs: a SentencePiece model, a
     # `tokenizer.json`, or a Hugging Face directory that has one.
@@ -67,10 +69,15 @@ class DataConfig:
     # Rows that the model's vocabulary may have beyond the tokenizer's pieces: vocabularies are
     # padded to round sizes.
     unused_vocabulary: NonNegativeInt = 512
-    # Tokens per window; a window lies within one document.
+    # Tokens per window; a window lies within one document. Of a prompt with its answer the most:
+    # prompts leave max_answer_tokens of it, and padding behind makes all as long.
     sequence_length: PositiveInt = 16384
-    # Seed of the order of the windows (each epoch has its own order).
+    # Seed of the order of the windows or examples (each epoch has its own order).
     seed: NonNegativeInt = 1234
+    # Most tokens of an answer; what is longer is cut.
+    max_answer_tokens: PositiveInt = 32
+    # Let EOS follow an answer, one of its tokens.
+    answer_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,9 +141,18 @@ class RefineConfig:
     # loss alone. It must come to whole micro-batches on every rank.
     rollout_fraction: Share = 1.0
 
-    # Sequences per optimizer step in two_phase (other modes take the whole batch); null:
-    # global_batch_size.
+    # Sequences per optimizer step in two_phase, and in ntp as its baseline (other modes take the
+    # whole batch); null: global_batch_size.
     mini_batch_size: PositiveInt | None = None
+
+
+@dataclass(frozen=True)
+class PosttrainConfig:
+    """Post-training on prompts with answers: of every batch an inner update on the prompts, as
+    `refine` says, and an outer one on the answers."""
+
+    # false: the outer update alone (SFT).
+    inner: bool = True
 
 
 @dataclass(frozen=True)
@@ -256,6 +272,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
+    posttrain: PosttrainConfig = field(default_factory=PosttrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

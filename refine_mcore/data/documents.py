@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from refine_mcore.errors import UserError
 
@@ -40,7 +41,8 @@ def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
             raise UserError(f"{path}: holds no documents")
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The value of every line that is not blank, and where it came from (`file:line`)."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -50,10 +52,15 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
                 record = json.loads(line.decode("utf-8"))
             except ValueError:  # bad JSON and bad UTF-8 alike
                 raise UserError(f"{origin}: the line is not valid JSON in UTF-8") from None
-            text = record.get("text") if isinstance(record, dict) else None
-            if not isinstance(text, str):
-                raise UserError(f"{origin}: the line is not an object with a string field 'text'")
-            yield Document(text, origin)
+            yield origin, record
+
+
+def _read_jsonl(path: Path) -> Iterator[Document]:
+    for origin, record in read_json_lines(path):
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{origin}: the line is not an object with a string field 'text'")
+        yield Document(text, origin)
 
 
 def _read_txt(path: Path) -> Iterator[Document]:

@@ -1,14 +1,16 @@
 """Tokenizers: Megatron-Core's SentencePiece wrapper as it is, and `tokenizer.json` files of Hugging
 Face by the `tokenizers` library, with errors that name the file. Both are data: nothing in them
-runs, and no other file of a directory is opened.
+runs. Of a directory's other files only `tokenizer_config.json` is read, for the name of EOS.
 """
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
+from refine_mcore.config import DataConfig
 from refine_mcore.errors import UserError
 
 _IN_DIRECTORIES = ("tokenizer.json", "tokenizer.model")
@@ -19,6 +21,8 @@ class Tokenizer(Protocol):
 
     # Number of pieces; all ids are below it.
     vocab_size: int
+    # -1 if there is none.
+    eos_id: int
 
     def text_to_ids(self, text: str) -> list[int]:
         """Token ids of `text`, without BOS or EOS."""
@@ -45,6 +49,9 @@ class JsonTokenizer:
         # ids may have gaps
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self._path = path
+        eos = _eos_token(path.with_name("tokenizer_config.json"))
+        found = None if eos is None else self._tokenizer.token_to_id(eos)
+        self.eos_id = -1 if found is None else found
 
     def text_to_ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -57,6 +64,19 @@ class JsonTokenizer:
                     f"{self.vocab_size}"
                 )
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _eos_token(path: Path) -> str | None:
+    """The text of EOS that the configuration of a Hugging Face tokenizer names, if there is one."""
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError):
+        raise UserError(f"{path} is not a readable tokenizer configuration") from None
+    if isinstance(named, dict):
+        named = named.get("content")
+    return named if isinstance(named, str) else None
 
 
 def tokenizer_file(path: str | Path) -> Path:
@@ -95,3 +115,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(str(path))
     except (RuntimeError, OSError):
         raise UserError(f"tokenizer {path} is not a readable SentencePiece model") from None
+
+
+def check_vocabulary(config: DataConfig, pieces: int, vocab_size: int) -> None:
+    """Raise UserError if a tokenizer of so many pieces cannot be the model's."""
+    unused = vocab_size - pieces
+    if unused < 0 or unused > config.unused_vocabulary:
+        raise UserError(
+            f"data.tokenizer {config.tokenizer} is not the model's: it has {pieces} pieces, the "
+            f"model a vocabulary of {vocab_size}"
+            + (
+                f" and data.unused_vocabulary allows {config.unused_vocabulary} more than there "
+                "are pieces"
+                if unused > 0
+                else ""
+            )
+        )

@@ -1,15 +1,14 @@
-"""Windows of long documents, and the order in which a run sees them.
+"""Windows of long documents.
 
 Deviation from the official code, which takes the first S tokens of each document and no others: a
 document gives all its non-overlapping windows of S tokens; the remainder is dropped. As there, no
-window spans two documents and no BOS is added. The order is a function of (seed, epoch, number of
-samples consumed) and never of the parallel layout.
+window spans two documents and no BOS is added.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from refine_mcore.config import DataConfig
-from refine_mcore.data.tokenizer import Tokenizer
+from refine_mcore.data.order import ShuffledOrder
+from refine_mcore.data.tokenizer import Tokenizer, check_vocabulary
 from refine_mcore.data.tokens import map_tokens
-from refine_mcore.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -63,19 +62,15 @@ class DocumentWindows:
 
 
 class LongDocumentWindows(Dataset[Tensor]):
-    """Shuffled windows without end: sample i is of epoch i // len(self), each with its own order.
+    """Shuffled windows without end, in an order of their own in each epoch.
 
     There is at least one window; `origin` tells a user where they come from. Indexing yields int64
     token ids [S].
     """
 
     def __init__(self, windows: Windows, seed: int, origin: str = "") -> None:
-        assert len(windows) > 0
-        self._windows = windows
-        self.origin = origin
-        self._seed = seed
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self._windows, self.origin = windows, origin
+        self._order = ShuffledOrder(len(windows), seed)
 
     def __len__(self) -> int:
         """Windows per epoch."""
@@ -87,11 +82,12 @@ class LongDocumentWindows(Dataset[Tensor]):
         return len(self._windows[0])
 
     def __getitem__(self, sample: int) -> Tensor:
-        epoch, offset = divmod(sample, len(self))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self))
-        return torch.from_numpy(self._windows[self._order[offset]].astype(np.int64))
+        return torch.from_numpy(self._windows[self._order[sample]].astype(np.int64))
+
+    def batch(self, samples: Sequence[int], /) -> dict[str, Tensor]:
+        """`tokens` and `mask`: all are valid, as windows are full."""
+        tokens = torch.stack([self[sample] for sample in samples])
+        return {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)}
 
 
 def build_dataset(
@@ -103,7 +99,7 @@ def build_dataset(
     calls this. Raises UserError for unreadable documents, a tokenizer that is not the model's by
     its size, text too short for a single window, and tokens that cannot be written.
     """
-    _check_vocabulary(config, tokenizer.vocab_size, vocab_size)
+    check_vocabulary(config, tokenizer.vocab_size, vocab_size)
     length = config.sequence_length
     windows = DocumentWindows(map_tokens(config, tokenizer, directory), length)
     short = windows.documents - windows.used
@@ -113,46 +109,3 @@ def build_dataset(
     )
     logger.info("%s", origin)
     return LongDocumentWindows(windows, config.seed, origin)
-
-
-def _check_vocabulary(config: DataConfig, pieces: int, vocab_size: int) -> None:
-    unused = vocab_size - pieces
-    if unused < 0 or unused > config.unused_vocabulary:
-        raise UserError(
-            f"data.tokenizer {config.tokenizer} is not the model's: it has {pieces} pieces, the "
-            f"model a vocabulary of {vocab_size}"
-            + (
-                f" and data.unused_vocabulary allows {config.unused_vocabulary} more than there "
-                "are pieces"
-                if unused > 0
-                else ""
-            )
-        )
-
-
-def batch_iterator(
-    dataset: LongDocumentWindows,
-    consumed_samples: int,
-    micro_batch_size: int,
-    data_parallel_rank: int = 0,
-    data_parallel_size: int = 1,
-) -> Iterator[dict[str, Tensor]]:
-    """This rank's micro-batches, without end, from global sample `consumed_samples` on.
-
-    Each round hands `micro_batch_size` consecutive samples to every data-parallel rank in turn
-    (Megatron's order), so a step of G samples covers the same G whatever the layout, and the number
-    consumed is all the state there is. Yields `tokens` int64 [b, S], `mask` bool [b, S] (true at
-    valid tokens: all, as windows are full) and `sample_index` int64 [b], which with the seed
-    identifies a sequence for the rollouts' randomness.
-    """
-    assert 0 <= data_parallel_rank < data_parallel_size
-    start = consumed_samples + data_parallel_rank * micro_batch_size
-    while True:
-        samples = range(start, start + micro_batch_size)
-        tokens = torch.stack([dataset[sample] for sample in samples])
-        yield {
-            "tokens": tokens,
-            "mask": torch.ones_like(tokens, dtype=torch.bool),
-            "sample_index": torch.tensor(samples, dtype=torch.int64),
-        }
-        start += micro_batch_size * data_parallel_size

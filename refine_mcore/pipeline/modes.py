@@ -5,7 +5,10 @@ An optimizer step trains on
 
     ntp_weight * NTP + policy_weight * policy        (paper, section 3; both over global counts)
 
-* `ntp`: the next-token loss alone, unweighted.
+* `ntp`: the next-token loss alone, unweighted. A run of this mode is the baseline of one in
+  `two_phase`, and takes its optimizer steps: one per mini-batch. (The authors' baseline takes one
+  per batch. So does the next-token warm-up of a run in another mode.)
+* `sft`: the same in one optimizer step per batch in any run, for texts whose targets are answers.
 * `fused`: one forward over the text, rollouts branched in place from its states, one optimizer step
   for both losses.
 * `two_phase`: the paper's schedule. Rollouts, old log-probs and rewards for the whole batch first,
@@ -44,17 +47,17 @@ def parts_of_step(
 ) -> list[Part]:
     """What a mode does with a batch of so many micro-batches on each rank, of so many sequences
     over all of them."""
-    everything = tuple(range(micro_batches))
-    if mode == "ntp":
-        return [Part("fused", everything, (False,) * micro_batches, 1.0)]
-    per_step = micro_batches
-    if mode == "two_phase" and config.mini_batch_size is not None:
+    everything, per_step = tuple(range(micro_batches)), micro_batches
+    takes_mini_batches = mode == "two_phase" or mode == config.mode == "ntp"
+    if takes_mini_batches and config.mini_batch_size is not None:
         assert config.mini_batch_size % sequences_per_micro_batch == 0, (
             "data_parallel_layout refuses the rest"
         )
         per_step = config.mini_batch_size // sequences_per_micro_batch
-    rolling = rollout_micro_batches(config, per_step)
     steps = [everything[start : start + per_step] for start in range(0, micro_batches, per_step)]
+    if mode in ("ntp", "sft"):
+        return [Part("fused", step, (False,) * len(step), 1.0) for step in steps]
+    rolling = rollout_micro_batches(config, per_step)
     phase: Phase = "train" if mode == "two_phase" else "fused"
     training = [_train(phase, step[:rolling], step[rolling:], config.ntp_weight) for step in steps]
     if mode == "fused":

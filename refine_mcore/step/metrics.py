@@ -34,10 +34,11 @@ class WorkMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFigures:
-    """What one step comes to over all ranks. ReFINE's fields are None in a next-token step."""
+    """What one update comes to over all ranks. ReFINE's fields are None in a next-token step, all
+    where there is no update."""
 
     # Mean next-token loss per target, in nats.
-    loss_ntp: float
+    loss_ntp: float | None = None
     # Clipped policy loss, unweighted.
     loss_policy: float | None = None
     # Mean and standard deviation of the rewards of all rollouts.
@@ -57,6 +58,7 @@ class StepFigures:
 class ReducedMetrics(StepFigures):
     """One step on the host, with all its positions and rollout tokens in sample order."""
 
+    loss_ntp: float
     positions: Tensor | None = None
     rollout_tokens: Tensor | None = None
 

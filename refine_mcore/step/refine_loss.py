@@ -34,19 +34,30 @@ from refine_mcore.step.metrics import TextRecord, WorkMetrics
 @dataclass(frozen=True)
 class TextBatch:
     """tokens [B, S], mask [B, S] of valid tokens (padding only behind them), sample_index [B]:
-    place in the data order."""
+    place in the data order.
+
+    targets [B, S]: the valid tokens that the next-token loss is over, None for all of them. Those
+    of answers are the last of each text: prompt, answer, padding.
+    """
 
     tokens: Tensor
     mask: Tensor
     sample_index: Tensor
+    targets: Tensor | None = None
 
     def has_target(self) -> Tensor:
-        """Whether the token after each is a valid next-token target, [B, S]; false at the last."""
-        return F.pad(self.mask[:, 1:] & self.mask[:, :-1], (0, 1))
+        """Whether the token after each is a next-token target, [B, S]; false at the last."""
+        following = self.mask if self.targets is None else self.mask & self.targets
+        return F.pad(following[:, 1:] & self.mask[:, :-1], (0, 1))
 
     def num_targets(self) -> Tensor:
         """Valid next-token targets, a 0-dim tensor."""
         return self.has_target().sum()
+
+    def prompts(self) -> TextBatch:
+        """The texts without their answers, as texts to train on."""
+        assert self.targets is not None
+        return TextBatch(self.tokens, self.mask & ~self.targets, self.sample_index)
 
 
 @dataclass(frozen=True)

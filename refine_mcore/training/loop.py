@@ -1,13 +1,14 @@
-"""The training loop behind `examples/pretrain_refine.py`: next-token warm-up, then ReFINE steps,
-with metrics and checkpoints."""
+"""The training loop of all phases: the updates of one batch after the other, with metrics and
+checkpoints between batches."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,13 +22,7 @@ from refine_mcore.config import (
     require_data,
     save_config,
 )
-from refine_mcore.data import (
-    LongDocumentWindows,
-    Tokenizer,
-    batch_iterator,
-    build_dataset,
-    load_tokenizer,
-)
+from refine_mcore.data import Samples, Tokenizer, batch_iterator, load_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.models.transformer_config import check_layout
 from refine_mcore.pipeline.modes import parts_of_step
@@ -42,8 +37,14 @@ from refine_mcore.training.checkpointing import (
     load_training,
     on_first_rank,
 )
-from refine_mcore.training.metrics import MetricsWriter, StepMetrics, short_hash
+from refine_mcore.training.metrics import (
+    MetricsWriter,
+    PostTrainingMetrics,
+    StepMetrics,
+    short_hash,
+)
 from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
+from refine_mcore.training.phases import MidTraining, Phase, Update
 from refine_mcore.training.progress import Progress, progress_of
 from refine_mcore.training.setup import (
     build_engine,
@@ -62,8 +63,8 @@ logger = logging.getLogger(__name__)
 MANY_EPOCHS = 10  # more are said at the start
 
 
-def train(config: Config) -> None:
-    """Run the whole training described by `config` on the ranks that were started."""
+def train(config: Config, kind: type[Phase] = MidTraining) -> None:
+    """Run the phase of training described by `config` on the ranks that were started."""
     check_supported(config)
     require_data(config)
     if config.training.dtype == "float64" and config.optimizer.clip_grad:
@@ -73,11 +74,12 @@ def train(config: Config) -> None:
     platform.initialize()
     # Ranks meet first: one that fails before would keep those of other nodes waiting for it.
     with platform.distributed(config.parallel.timeout):
-        build_run(config).train()
+        build_run(config, kind).train()
 
 
-def build_run(config: Config) -> _Run:
+def build_run(config: Config, kind: type[Phase] = MidTraining) -> _Run:
     """The run that `config` describes, before its next step, on ranks that have met."""
+    phase = kind(config)
     source = on_first_rank(lambda: training_source(config))
     architecture = resolve_architecture(config, source)
     check_layout(
@@ -89,23 +91,24 @@ def build_run(config: Config) -> _Run:
     _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
     assert config.data.tokenizer is not None
     tokenizer = load_tokenizer(config.data.tokenizer)
-    progress = on_first_rank(lambda: progress_of(config, source))
+    progress = on_first_rank(lambda: progress_of(config, source, phase.identity()))
     run = on_first_rank(lambda: prepare_run_directory(config))
-    dataset = build_dataset(config.data, tokenizer, architecture.vocab_size, run / TOKENS)
-    return _Run(config, source, progress, dataset, tokenizer, num_micro_batches)
+    dataset = phase.samples(tokenizer, architecture.vocab_size, run / TOKENS)
+    return _Run(config, phase, source, progress, dataset, tokenizer, num_micro_batches)
 
 
 class _Run:
     def __init__(
         self,
         config: Config,
+        phase: Phase,
         source: Path | None,
         progress: Progress,
-        dataset: LongDocumentWindows,
+        dataset: Samples,
         tokenizer: Tokenizer,
         num_micro_batches: int,
     ) -> None:
-        self.config, self.progress = config, progress
+        self.config, self.phase, self.progress = config, phase, progress
         self.dataset, self.tokenizer = dataset, tokenizer
         self.num_micro_batches = num_micro_batches
         self.first_rank = dist.get_rank() == 0
@@ -150,9 +153,8 @@ class _Run:
                 done = f"{self.progress.step} of {config.training.steps} steps"
                 logger.info("%s: ended with %s done and saved", signal, done)
                 return
-        if config.refine.mode != "ntp":
-            samples = show_rollouts(self.model, self.dataset, self.tokenizer, config)
-            self._say(samples)
+        if set(self.phase.modes) - {"ntp", "sft"}:
+            self._say(show_rollouts(self.model, self._first_text(), self.tokenizer, config))
         self._say(
             f"metrics      {self.directory / 'metrics.jsonl'}\n"
             + (
@@ -176,21 +178,23 @@ class _Run:
         )
         self._say_plan()
         self._warn_of_epochs()
-        batches = self._batches()
+        batches = self._batches(self.progress.consumed_samples)
         writer = self._writer() if self.first_rank else None
         signal = None
         try:
             while step < config.training.steps and signal is None:
                 started = time.perf_counter()
-                mode = "ntp" if step < config.training.ntp_warmup_steps else None
                 lr = self.optimizer.param_groups[0]["lr"]
                 micro_batches = list(islice(batches, self.num_micro_batches))
-                reduced, grad_norm = run_step(micro_batches, step, mode)
-                self._warn_of_skipped(step, reduced, grad_norm)
+                outcomes = []
+                for update in self.phase.updates(micro_batches, step):
+                    reduced, grad_norm = run_step(update.micro_batches, step, update.mode)
+                    self._warn_of_skipped(step, reduced, grad_norm)
+                    outcomes.append((update, reduced, grad_norm))
                 self.scheduler.step(increment=1)
                 if writer is not None:
                     seconds = time.perf_counter() - started
-                    writer.write(self._step_metrics(step, reduced, grad_norm, lr, seconds))
+                    writer.write(self._step_metrics(step, outcomes, lr, seconds))
                 step += 1
                 self.progress = self.progress.after(config.training.global_batch_size)
                 self.checkpoints.poll()
@@ -239,26 +243,27 @@ class _Run:
         if not runs_in_slices(config):
             return
         sequences = config.training.micro_batch_size * self.groups.dp.size()
-        mode, length = config.refine.mode, config.data.sequence_length
-        parts = parts_of_step(mode, config.refine, self.num_micro_batches, sequences)
+        parts = [
+            part
+            for mode in self.phase.modes
+            for part in parts_of_step(mode, config.refine, self.num_micro_batches, sequences)
+        ]
+        length = config.data.sequence_length
         for phase, rolls_out in dict.fromkeys((part.phase, part.rolls_out) for part in parts):
             self._say(describe(self.engine.plan(config.refine, length, rolls_out, phase)))
 
-    def _batches(self) -> Iterator[TextBatch]:
-        device = platform.device()
-        for batch in batch_iterator(
-            self.dataset,
-            self.progress.consumed_samples,
-            self.config.training.micro_batch_size,
-            self.groups.dp.rank(),
-            self.groups.dp.size(),
-        ):
-            yield TextBatch(
-                *(
-                    platform.without_waiting(batch[name], device)
-                    for name in ("tokens", "mask", "sample_index")
-                )
-            )
+    def _batches(self, first: int) -> Iterator[TextBatch]:
+        """This rank's micro-batches from global sample `first` on."""
+        device, dp = platform.device(), self.groups.dp
+        size = self.config.training.micro_batch_size
+        for batch in batch_iterator(self.dataset, first, size, dp.rank(), dp.size()):
+            tensors = {n: platform.without_waiting(x, device) for n, x in batch.items()}
+            yield TextBatch(**tensors)
+
+    def _first_text(self) -> TextBatch:
+        tensors = self.dataset.batch([0]) | {"sample_index": torch.zeros(1, dtype=torch.long)}
+        batch = TextBatch(**{name: x.to(platform.device()) for name, x in tensors.items()})
+        return self.phase.texts(batch)
 
     def _save(self) -> None:
         if self.config.optimizer.overlap_param_gather:
@@ -279,19 +284,26 @@ class _Run:
         )
 
     def _step_metrics(
-        self, step: int, reduced: ReducedMetrics, grad_norm: float, lr: float, seconds: float
+        self,
+        step: int,
+        outcomes: Sequence[tuple[Update, ReducedMetrics, float]],
+        lr: float,
+        seconds: float,
     ) -> StepMetrics:
         tokens = self.config.training.global_batch_size * self.config.data.sequence_length
-        drawn = {"positions": reduced.positions, "rollout_tokens": reduced.rollout_tokens}
-        return StepMetrics(
-            step=step,
-            grad_norm=grad_norm,
-            lr=float(lr),
-            tokens_per_second=tokens / seconds,
-            step_seconds=seconds,
-            **vars(reduced)
-            | {name: None if x is None else short_hash(x) for name, x in drawn.items()},
-        )
+        values: dict[str, Any] = {"step": step, "lr": float(lr), "step_seconds": seconds}
+        values["tokens_per_second"] = tokens / seconds
+        kind: type[StepMetrics] = StepMetrics
+        for update, reduced, grad_norm in outcomes:
+            if update.answers:
+                kind = PostTrainingMetrics
+                values |= {"sft_loss": reduced.loss_ntp, "sft_grad_norm": grad_norm}
+                continue
+            drawn = {"positions": reduced.positions, "rollout_tokens": reduced.rollout_tokens}
+            values |= vars(reduced) | {"grad_norm": grad_norm}
+            values |= {name: None if x is None else short_hash(x) for name, x in drawn.items()}
+        values["skipped_steps"] = sum(reduced.skipped_steps for _, reduced, _ in outcomes)
+        return kind(**values)
 
     def _say(self, text: str) -> None:
         if self.first_rank:

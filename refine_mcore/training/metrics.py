@@ -28,7 +28,7 @@ class StepMetrics(StepFigures):
 
     # Completed steps before this one: the first step of a run is 0.
     step: int
-    grad_norm: float
+    grad_norm: float | None = None
     lr: float
     # Text tokens over all ranks, per second of the step; rollout tokens do not count.
     tokens_per_second: float
@@ -36,6 +36,16 @@ class StepMetrics(StepFigures):
     # `short_hash` of all positions and all rollout tokens, in the order of the global samples.
     positions: str | None = None
     rollout_tokens: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostTrainingMetrics(StepMetrics):
+    """One line of post-training. What a line of mid-training has is of the inner update, null where
+    there is none."""
+
+    # Mean loss per answer token of the outer update, in nats, and the norm of its gradient.
+    sft_loss: float
+    sft_grad_norm: float
 
 
 def short_hash(values: Tensor) -> str:
@@ -132,8 +142,11 @@ class MetricsWriter:
 
 
 def _summary(metrics: StepMetrics) -> str:
-    reward = "" if metrics.reward_mean is None else f"reward {metrics.reward_mean:.4f} | "
-    return f"NTP loss {metrics.loss_ntp:.4f} | {reward}{metrics.tokens_per_second:,.0f} tokens/s"
+    shown = {"NTP loss": metrics.loss_ntp, "reward": metrics.reward_mean}
+    if isinstance(metrics, PostTrainingMetrics):
+        shown["SFT loss"] = metrics.sft_loss
+    parts = [f"{name} {value:.4f} | " for name, value in shown.items() if value is not None]
+    return f"{''.join(parts)}{metrics.tokens_per_second:,.0f} tokens/s"
 
 
 def _event_writer(directory: Path, first_step: int) -> Any:

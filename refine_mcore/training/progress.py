@@ -40,8 +40,9 @@ class Progress:
         return asdict(self)
 
 
-def data_identity(config: Config) -> dict[str, Any]:
-    """What the samples of a run and their order depend on, by the settings that say it.
+def data_identity(config: Config, of_phase: dict[str, Any]) -> dict[str, Any]:
+    """What the samples of a run and their order depend on, by the settings that say it; `of_phase`
+    are those of its phase alone.
 
     Of files the size and a hash of the first MiB: they may move, but not change. Raises UserError
     for one that cannot be read.
@@ -54,6 +55,7 @@ def data_identity(config: Config) -> dict[str, Any]:
         "data.seed": config.data.seed,
         "training.seed": config.training.seed,
         "training.global_batch_size": config.training.global_batch_size,
+        **of_phase,
     }
 
 
@@ -74,12 +76,13 @@ def read_progress(directory: Path) -> Progress:
     return Progress(**stored)
 
 
-def progress_of(config: Config, source: Path | None) -> Progress:
-    """Where a run starts: at its beginning, or where the checkpoint `source` leaves it.
+def progress_of(config: Config, source: Path | None, of_phase: dict[str, Any]) -> Progress:
+    """Where a run starts: at its beginning, or where the checkpoint `source` leaves it; `of_phase`
+    as for `data_identity`.
 
     Raises UserError if `source` is another run's that has no step left to do, or saw other data.
     """
-    data = data_identity(config)
+    data = data_identity(config, of_phase)
     if source is None:
         return Progress(data=data)
     directory = find_checkpoint(source)
@@ -100,7 +103,8 @@ def _compare_data(
     if not progress.data:
         logger.warning("%s does not say on which data it was trained", directory)
         return
-    differing = [name for name, value in data.items() if progress.data.get(name) != value]
+    names = list(data | progress.data)  # another phase has settings of its own
+    differing = [name for name in names if progress.data.get(name) != data.get(name)]
     if not differing:
         return
     found = f"{directory} was trained with another {', '.join(differing)}"

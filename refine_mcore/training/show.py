@@ -7,7 +7,7 @@ from itertools import groupby
 import torch
 
 from refine_mcore.config import Config
-from refine_mcore.data import LongDocumentWindows, Tokenizer
+from refine_mcore.data import Tokenizer
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.pipeline.whole_model import whole_model
 from refine_mcore.rollout.branches import Branches, Randomness
@@ -27,30 +27,24 @@ _MOST_TOKENS = 2048
 
 @torch.no_grad()
 def show_rollouts(
-    model: FastWeightModel, dataset: LongDocumentWindows, tokenizer: Tokenizer, config: Config
+    model: FastWeightModel, text: TextBatch, tokenizer: Tokenizer, config: Config
 ) -> str:
-    """Three rollouts of the first text, at positions chosen as in training, as lines of text. Every
-    rank of a pipeline calls it with its own stage and gets them all."""
+    """Three rollouts of a batch of one text, at positions chosen as in training, as lines of text.
+    Every rank of a pipeline calls it with its own stage and gets them all."""
     refine = config.refine
-    device = next(model.parameters()).device
-    tokens = dataset[0][None, : max(_MOST_TOKENS, refine.margin_left + refine.margin_right)]
-    tokens = tokens.to(device)
-    batch = TextBatch(
-        tokens,
-        torch.ones_like(tokens, dtype=torch.bool),
-        torch.zeros(1, dtype=torch.long, device=device),
-    )
+    most = max(_MOST_TOKENS, refine.margin_left + refine.margin_right)
+    batch = TextBatch(text.tokens[:, :most], text.mask[:, :most], text.sample_index)
     randomness = Randomness(config.training.seed, config.training.steps)
     whole = whole_model(model)
-    text = text_pass(whole, batch, with_entropy=True, record=True)
-    chosen = choose_branches(whole, text.entropy, batch, refine, randomness)
+    out = text_pass(whole, batch, with_entropy=True, record=True)
+    chosen = choose_branches(whole, out.entropy, batch, refine, randomness)
     branches = Branches(chosen.batch_index[:_SHOWN], chosen.position[:_SHOWN])
     n = refine.rollouts_per_position
-    emitting = branches.fork(n).rows_before(text.hidden)
+    emitting = branches.fork(n).rows_before(out.hidden)
     logits = whole.logits(emitting[:, None])[:, 0]
-    states = branch_states(text, branches, n)
+    states = branch_states(out, branches, n)
     rollouts = roll_out(whole, states, logits, batch, branches, refine, randomness).tokens[::n]
-    ids = tokens[0].tolist()
+    ids = batch.tokens[0].tolist()
 
     def words(tokens: list[int]) -> str:
         """With the numbers of those that are no pieces: a vocabulary may have rows beyond them."""

@@ -127,6 +127,18 @@ def test_json_tokenizers_keep_the_text_exactly(json_tokenizer):
     assert tokenizer.text_to_ids("a<bos>b")[1] == 0
 
 
+def test_eos_is_what_the_configuration_beside_names(json_tokenizer, tmp_path):
+    file = shutil.copy(json_tokenizer, tmp_path)
+    assert load_tokenizer(file).eos_id == -1
+    config = tmp_path / "tokenizer_config.json"
+    for named, eos in (("<bos>", 0), ({"content": "<bos>"}, 0), (None, -1), ("<other>", -1)):
+        config.write_text(json.dumps({"eos_token": named}))
+        assert load_tokenizer(tmp_path).eos_id == eos
+    config.write_text("[")
+    with pytest.raises(UserError, match="is not a readable tokenizer configuration"):
+        load_tokenizer(file)
+
+
 def test_ids_past_a_gap_count(json_tokenizer, tmp_path):
     """Checkpoints have rows between the last piece and the first added token."""
     data = json.loads(json_tokenizer.read_text())

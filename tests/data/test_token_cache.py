@@ -37,7 +37,8 @@ class Characters:
     each."""
 
     def __init__(self, vocab_size: int = 128, before: Callable[[int], None] | None = None) -> None:
-        self.vocab_size, self.before, self.calls = vocab_size, before, 0
+        self.vocab_size, self.eos_id = vocab_size, -1
+        self.before, self.calls = before, 0
 
     def text_to_ids(self, text: str) -> list[int]:
         if self.before is not None:

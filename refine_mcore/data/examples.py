@@ -1,0 +1,204 @@
+"""Prompts with their answers, for post-training and test-time training.
+
+`.jsonl` (an object per line) and `.parquet` (a row each) with `prompt`, a text, and `answers` or
+`answer`, a text or a list of them: the references, of which the first is the one to train on.
+
+As in the official code, prompt and answer are tokenized apart, without BOS, and by default without
+EOS behind the answer. Deviations: padding is behind the texts and not before them (before, it would
+reach LaCT's fast weights), and a prompt that is too long is refused, not cut.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refine_mcore import platform
+from refine_mcore.config import DataConfig
+from refine_mcore.data.documents import read_json_lines
+from refine_mcore.data.order import ShuffledOrder
+from refine_mcore.data.tokenizer import Tokenizer, check_vocabulary
+from refine_mcore.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_ROWS = 64  # of a parquet file in memory at a time
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its references; `row` is all that the file says of it, `origin` where it came
+    from (`file:line` or `file: row`), for messages."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    row: dict[str, Any]
+    origin: str
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """An example as token ids; `answer` is the first reference, what is trained on."""
+
+    example: Example
+    prompt: list[int]
+    answer: list[int]
+
+
+def read_examples(paths: Iterable[str | Path]) -> Iterator[Example]:
+    """The examples of all files in order, one at a time.
+
+    Raises UserError naming file and line or row for a missing or unreadable file, another
+    extension, a missing field, an empty prompt or answer, and a file without any example.
+    """
+    for path in map(Path, paths):
+        reader = _READERS.get(path.suffix)
+        if reader is None:
+            raise UserError(f"{path}: examples are read from .jsonl and .parquet files only")
+        empty = True
+        try:
+            for origin, row in reader(path):
+                empty = False
+                yield _example(row, origin)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        if empty:
+            raise UserError(f"{path}: holds no examples")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise UserError(f"{path}: reading .parquet takes pyarrow, of the extra `eval`") from None
+    try:
+        with path.open("rb") as file:
+            number = 0
+            for rows in parquet.ParquetFile(file).iter_batches(batch_size=_ROWS):
+                for row in rows.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except pyarrow.ArrowException:
+        raise UserError(f"{path} is not a readable parquet file") from None
+
+
+_READERS = {".jsonl": read_json_lines, ".parquet": _read_parquet}
+
+
+def _example(row: Any, origin: str) -> Example:
+    fields = row if isinstance(row, dict) else {}
+    prompt = fields.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{origin} has no text in the field 'prompt'")
+    name = "answers" if "answers" in fields else "answer"
+    value = fields.get(name)
+    answers = [value] if isinstance(value, str) else value
+    if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
+        raise UserError(f"{origin} has no text, or list of texts, in a field 'answer' or 'answers'")
+    if not answers or not answers[0].strip():
+        raise UserError(f"{origin} has an empty answer in the field '{name}'")
+    return Example(prompt, tuple(answers), fields, origin)
+
+
+def tokenize_examples(
+    config: DataConfig, tokenizer: Tokenizer, vocab_size: int, shortest_prompt: int = 1
+) -> list[TokenizedExample]:
+    """All examples of `config.paths`, in order, read by rank 0 for all. Every rank calls this.
+
+    `vocab_size` is the model's. Answers have at most `config.max_answer_tokens` tokens, EOS
+    included if `config.answer_eos`, and prompts leave as many of `config.sequence_length`. Raises
+    UserError for examples that cannot be read, prompts that are longer, or have fewer tokens than
+    `shortest_prompt`, and a tokenizer that is not the model's by its size or has no EOS.
+    """
+    check_vocabulary(config, tokenizer.vocab_size, vocab_size)
+    if config.sequence_length <= config.max_answer_tokens:
+        raise UserError(
+            f"data.sequence_length ({config.sequence_length}) leaves no room for a prompt beside "
+            f"data.max_answer_tokens ({config.max_answer_tokens})"
+        )
+    work = _tokenize(config, tokenizer, shortest_prompt)
+    examples = platform.work_apart(work if platform.rank() == 0 else None)[0]
+    assert examples is not None
+    return examples
+
+
+def _tokenize(
+    config: DataConfig, tokenizer: Tokenizer, shortest: int
+) -> Generator[None, None, list[TokenizedExample]]:
+    longest, most = config.sequence_length - config.max_answer_tokens, config.max_answer_tokens
+    end = [_end_of_text(config, tokenizer)] if config.answer_eos else []
+    examples, cut = [], 0
+    for example in read_examples(config.paths):
+        prompt = tokenizer.text_to_ids(example.prompt)
+        answer = tokenizer.text_to_ids(example.answers[0]) + end
+        if len(prompt) > longest:
+            raise UserError(
+                f"{example.origin}: the prompt has {len(prompt)} tokens, more than the {longest} "
+                f"that data.sequence_length ({config.sequence_length}) leaves beside "
+                f"data.max_answer_tokens ({most})"
+            )
+        if len(prompt) < shortest:
+            raise UserError(
+                f"{example.origin}: the prompt has {len(prompt)} tokens, the rollouts of "
+                f"refine.mode need {shortest} (refine.margin_left, refine.margin_right, "
+                "refine.num_chunks)"
+            )
+        cut += len(answer) > most
+        examples.append(TokenizedExample(example, prompt, answer[:most]))
+        yield
+    if cut:
+        logger.warning("%d of %d answers are cut to %d tokens", cut, len(examples), most)
+    return examples
+
+
+def _end_of_text(config: DataConfig, tokenizer: Tokenizer) -> int:
+    if tokenizer.eos_id < 0:
+        raise UserError(f"data.tokenizer {config.tokenizer} has no EOS for data.answer_eos")
+    return tokenizer.eos_id
+
+
+def padded(texts: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [b, length] with zeros behind each text, and which of them are the text's."""
+    lengths = torch.tensor([len(text) for text in texts])
+    tokens = torch.zeros(len(texts), length, dtype=torch.int64)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = torch.tensor(text)
+    return tokens, torch.arange(length) < lengths[:, None]
+
+
+class ShuffledExamples:
+    """Examples without end, in an order of their own in each epoch, padded behind to `length`."""
+
+    def __init__(
+        self, examples: Sequence[TokenizedExample], length: int, seed: int, origin: str = ""
+    ) -> None:
+        self._examples, self._length, self.origin = examples, length, origin
+        self._order = ShuffledOrder(len(examples), seed)
+
+    def __len__(self) -> int:
+        """Examples per epoch."""
+        return len(self._examples)
+
+    def batch(self, samples: Sequence[int], /) -> dict[str, Tensor]:
+        """`tokens`, `mask` of prompts and answers, `targets` [b, S]: the tokens of the answers."""
+        chosen = [self._examples[self._order[sample]] for sample in samples]
+        tokens, mask = padded([item.prompt + item.answer for item in chosen], self._length)
+        _, prompts = padded([item.prompt for item in chosen], self._length)
+        return {"tokens": tokens, "mask": mask, "targets": mask & ~prompts}
+
+
+def build_examples(
+    config: DataConfig, tokenizer: Tokenizer, vocab_size: int, shortest_prompt: int
+) -> ShuffledExamples:
+    """The examples of `config.paths` to train on; see `tokenize_examples`."""
+    examples = tokenize_examples(config, tokenizer, vocab_size, shortest_prompt)
+    origin = f"{len(examples)} examples from {', '.join(config.paths)}"
+    logger.info("%s", origin)
+    return ShuffledExamples(examples, config.sequence_length, config.seed, origin)
