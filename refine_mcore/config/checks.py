@@ -19,7 +19,9 @@ def require_data(config: Config) -> None:
     if not config.data.paths:
         raise UserError("data.paths must name at least one file")
     if config.data.tokenizer is None:
-        raise UserError("data.tokenizer must name the model's tokenizer")
+        raise UserError(
+            "data.tokenizer must name the model's tokenizer, as model.checkpoint carries none"
+        )
 
 
 def data_parallel_layout(config: Config, world_size: int) -> tuple[int, int]:

@@ -63,8 +63,8 @@ class DataConfig:
     # Of prompts with answers: `.jsonl` or `.parquet` with `prompt` and `answer` or `answers` (a
     # text or a list; the first is the one to train on). Training needs one at least.
     paths: tuple[str, ...] = ()
-    # The tokenizer that the model was made with, which training needs: a SentencePiece model, a
-    # `tokenizer.json`, or a Hugging Face directory that has one.
+    # The tokenizer that the model was made with: a SentencePiece model, a `tokenizer.json`, or a
+    # Hugging Face directory that has one. null: the one that model.checkpoint carries.
     tokenizer: str | None = None
     # Rows that the model's vocabulary may have beyond the tokenizer's pieces: vocabularies are
     # padded to round sizes.

@@ -24,6 +24,7 @@ from refine_mcore.conversion.parameters import (
     with_stored_names,
 )
 from refine_mcore.conversion.safetensors_file import Header, parse_header
+from refine_mcore.data.tokenizer import find_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import Architecture
 
@@ -34,6 +35,14 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 UNTOUCHED_FILE = "untouched.safetensors"
 _HEADERS = "safetensors_headers"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+# A SentencePiece model for transformers. Training adds neither BOS nor EOS to a text.
+_SENTENCEPIECE = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "legacy": False,
+}
 _LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 # Configuration and tokenizers; never code, never pickles.
@@ -41,7 +50,7 @@ _TRAVELLERS = (
     HF_CONFIG,
     "generation_config.json",
     "tokenizer.json",
-    "tokenizer_config.json",
+    _TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.json",
@@ -113,6 +122,28 @@ def copy_description(source: Path, target: Path, architecture: Architecture) -> 
     write_description(target, architecture)
     if (source / HF_DIRECTORY).is_dir():
         shutil.copytree(source / HF_DIRECTORY, target / HF_DIRECTORY)
+
+
+def keep_tokenizer(directory: Path, tokenizer: Path) -> None:
+    """Give the description in `directory` the tokenizer file of its run, unless it has one: under
+    the name and with the settings by which transformers' AutoTokenizer knows it."""
+    hf = directory / HF_DIRECTORY
+    if find_tokenizer(hf) is not None:
+        return
+    hf.mkdir(exist_ok=True)
+    is_json = tokenizer.suffix == ".json"
+    shutil.copyfile(tokenizer, hf / ("tokenizer.json" if is_json else "tokenizer.model"))
+    beside = tokenizer.with_name(_TOKENIZER_CONFIG)
+    if is_json and beside.is_file():
+        shutil.copyfile(beside, hf / _TOKENIZER_CONFIG)
+        return
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} if is_json else _SENTENCEPIECE
+    (hf / _TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def own_tokenizer(checkpoint: Path) -> Path | None:
+    """The tokenizer file that a checkpoint carries, if it does."""
+    return find_tokenizer(find_checkpoint(checkpoint) / HF_DIRECTORY)
 
 
 def read_description(directory: Path) -> Description:

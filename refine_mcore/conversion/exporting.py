@@ -2,7 +2,7 @@
 
 A checkpoint that came from HF and was not changed since gives the same files, byte for byte. One
 that was trained gives the same files with new values. One that never was an HF model gives a single
-weight file and a config made from its architecture, and no tokenizer.
+weight file and a config made from its architecture, with the tokenizer it was trained with.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def export_hf(checkpoint: Path, output: Path, dtype: str | None, report: Report)
     with new_directory(output) as temporary:
         if description.hf_directory is not None:
             copy_travellers(description.hf_directory, temporary)
-        elif dtype is None:  # no config says what the weights are: let the new one do
+        if (
+            dtype is None and description.model_type is None
+        ):  # no config says what the weights are: let the new one do
             dtype = headers[SINGLE_FILE].tensors[embeddings_name(parameters)].dtype
         _write_config(description, temporary / HF_CONFIG, dtype, report)
         _update_index(temporary / INDEX_FILE, headers)

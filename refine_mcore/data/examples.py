@@ -117,7 +117,7 @@ def tokenize_examples(
     UserError for examples that cannot be read, prompts that are longer, or have fewer tokens than
     `shortest_prompt`, and a tokenizer that is not the model's by its size or has no EOS.
     """
-    check_vocabulary(config, tokenizer.vocab_size, vocab_size)
+    check_vocabulary(config, str(config.tokenizer), tokenizer.vocab_size, vocab_size)
     if config.sequence_length <= config.max_answer_tokens:
         raise UserError(
             f"data.sequence_length ({config.sequence_length}) leaves no room for a prompt beside "

@@ -79,13 +79,19 @@ def _eos_token(path: Path) -> str | None:
     return named if isinstance(named, str) else None
 
 
+def find_tokenizer(directory: Path) -> Path | None:
+    """The tokenizer file of a Hugging Face directory, if it has one."""
+    found = (directory / name for name in _IN_DIRECTORIES)
+    return next((path for path in found if path.is_file()), None)
+
+
 def tokenizer_file(path: str | Path) -> Path:
     """The file that `path` means: itself, or the tokenizer in a Hugging Face directory. Raises
     UserError if the directory has none."""
     path = Path(path)
     if not path.is_dir():
         return path
-    found = next((path / name for name in _IN_DIRECTORIES if (path / name).is_file()), None)
+    found = find_tokenizer(path)
     if found is None:
         raise UserError(f"tokenizer {path} is a directory without {' or '.join(_IN_DIRECTORIES)}")
     return found
@@ -117,12 +123,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"tokenizer {path} is not a readable SentencePiece model") from None
 
 
-def check_vocabulary(config: DataConfig, pieces: int, vocab_size: int) -> None:
-    """Raise UserError if a tokenizer of so many pieces cannot be the model's."""
+def check_vocabulary(config: DataConfig, path: str, pieces: int, vocab_size: int) -> None:
+    """Raise UserError if the tokenizer `path` of so many pieces cannot be the model's."""
     unused = vocab_size - pieces
     if unused < 0 or unused > config.unused_vocabulary:
         raise UserError(
-            f"data.tokenizer {config.tokenizer} is not the model's: it has {pieces} pieces, the "
+            f"tokenizer {path} is not the model's: it has {pieces} pieces, the "
             f"model a vocabulary of {vocab_size}"
             + (
                 f" and data.unused_vocabulary allows {config.unused_vocabulary} more than there "

@@ -99,7 +99,7 @@ def build_dataset(
     calls this. Raises UserError for unreadable documents, a tokenizer that is not the model's by
     its size, text too short for a single window, and tokens that cannot be written.
     """
-    check_vocabulary(config, tokenizer.vocab_size, vocab_size)
+    check_vocabulary(config, str(config.tokenizer), tokenizer.vocab_size, vocab_size)
     length = config.sequence_length
     windows = DocumentWindows(map_tokens(config, tokenizer, directory), length)
     short = windows.documents - windows.used

@@ -162,8 +162,6 @@ def token_count(pieces: Sequence[Piece]) -> int:
 def piece_spans(pieces: Sequence[Piece], start: int, stop: int) -> list[tuple[Piece, int, int]]:
     """The pieces that hold some of the tokens [start, stop), each with the part of it that does,
     counted from its own first token; of no tokens an empty part of the first piece."""
-    if start >= stop:
-        return [(piece, 0, 0) for piece in pieces[:1]]
     found, first = [], 0
     for piece in pieces:
         length = piece[0].shape[1]
@@ -171,7 +169,7 @@ def piece_spans(pieces: Sequence[Piece], start: int, stop: int) -> list[tuple[Pi
         if low < high:
             found.append((piece, low, high))
         first += length
-    return found
+    return found or [(piece, 0, 0) for piece in pieces[:1]]
 
 
 def slice_pieces(
@@ -223,10 +221,14 @@ class TokenHistory:
 
         Without a limit on their reach the slices kept everything: each one's text is the beginning
         of the next one's, and the longest serves all. Otherwise every slice and text becomes a row
-        of its own, cut to what its streams can reach.
+        of its own, cut to what its streams can reach. So does every stream that never left a text.
         """
         if len(parts) == 1:
             return parts[0]
+        if not any(part.own or part.text for part in parts):
+            return parts[0]  # nothing in any of them
+        if any(part.text is None for part in parts):
+            return cls._join_rows(cls._as_texts(parts), None)
         if parts[0].reach is None:
             return cls.branch(
                 max((part.text for part in parts if part.text), key=token_count),
@@ -236,7 +238,19 @@ class TokenHistory:
         return cls._join_rows(parts, parts[0].reach)
 
     @classmethod
-    def _join_rows(cls, parts: Sequence[TokenHistory], reach: int) -> TokenHistory:
+    def _as_texts(cls, parts: Sequence[TokenHistory]) -> list[TokenHistory]:
+        """Streams without a text as branches at the end of their own tokens."""
+        like = next(part.own[0] for part in parts if part.own)
+        found = []
+        for part in parts:
+            assert part.text is None
+            own = part.own or (tuple(x[:1, :0] for x in like),)
+            streams = own[0][0].shape[0]
+            found.append(cls.branch(own, range(streams), [token_count(own)] * streams))
+        return found
+
+    @classmethod
+    def _join_rows(cls, parts: Sequence[TokenHistory], reach: int | None) -> TokenHistory:
         joined: list[Piece] = []
         rows, limits = [], []
         for part in parts:
@@ -244,7 +258,7 @@ class TokenHistory:
             index: dict[int, tuple[int, int]] = {}  # row of the part: its new row, tokens cut off
             for row in sorted(set(part.rows)):
                 limit = [end for r, end in zip(part.rows, part.limit, strict=True) if r == row]
-                low = max(0, min(min(limit) - reach, max(limit) - 1))
+                low = 0 if reach is None else max(0, min(min(limit) - reach, max(limit) - 1))
                 index[row] = len(joined), low
                 of_row = slice(row, row + 1)
                 joined.append(join_pieces(slice_pieces(part.text, low, max(limit), of_row)))

@@ -42,6 +42,7 @@ from refine_mcore.config import CheckpointConfig
 from refine_mcore.conversion.description import (
     copy_description,
     find_checkpoint,
+    keep_tokenizer,
     read_description,
     write_description,
 )
@@ -230,10 +231,13 @@ def _reason(error: OSError | CheckpointException) -> str:
     return error.strerror or str(error)
 
 
-def keep_description(target: Path, architecture: Architecture, origin: Path | None) -> None:
+def keep_description(
+    target: Path, architecture: Architecture, origin: Path | None, tokenizer: Path
+) -> None:
     """Write what a run's checkpoints carry beside their tensors to `target`, replacing it.
 
-    `origin`, the checkpoint that the run began from, is not needed afterwards. One rank calls this.
+    `origin`, the checkpoint that the run began from, is not needed afterwards; if it carries no
+    tokenizer, the file `tokenizer` is kept. One rank calls this.
     """
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -243,6 +247,7 @@ def keep_description(target: Path, architecture: Architecture, origin: Path | No
             write_description(partial, architecture)
         else:
             copy_description(find_checkpoint(origin), partial, architecture)
+        keep_tokenizer(partial, tokenizer)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except OSError as error:

@@ -22,7 +22,13 @@ from refine_mcore.config import (
     require_data,
     save_config,
 )
-from refine_mcore.data import Samples, Tokenizer, batch_iterator, load_tokenizer
+from refine_mcore.data import (
+    Samples,
+    Tokenizer,
+    batch_iterator,
+    load_tokenizer,
+    tokenizer_file,
+)
 from refine_mcore.errors import UserError
 from refine_mcore.models.transformer_config import check_layout
 from refine_mcore.pipeline.modes import parts_of_step
@@ -47,12 +53,14 @@ from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
 from refine_mcore.training.phases import MidTraining, Phase, Update
 from refine_mcore.training.progress import Progress, progress_of
 from refine_mcore.training.setup import (
+    DESCRIPTION,
     build_engine,
     check_supported,
     resolve_architecture,
     runs_in_slices,
     training_model,
     training_source,
+    with_own_tokenizer,
 )
 from refine_mcore.training.show import show_rollouts
 from refine_mcore.training.step import TrainStep
@@ -66,6 +74,7 @@ MANY_EPOCHS = 10  # more are said at the start
 def train(config: Config, kind: type[Phase] = MidTraining) -> None:
     """Run the phase of training described by `config` on the ranks that were started."""
     check_supported(config)
+    config = with_own_tokenizer(config)
     require_data(config)
     if config.training.dtype == "float64" and config.optimizer.clip_grad:
         raise UserError(
@@ -126,8 +135,11 @@ class _Run:
         start = config.model.checkpoint
         origin = source or (None if start is None else Path(start))
         on_first_rank(lambda: save_config(config, self.directory / "config.yaml"))
-        description = self.directory / "description"
-        on_first_rank(lambda: keep_description(description, self.model.config.arch, origin))
+        description = self.directory / DESCRIPTION
+        assert config.data.tokenizer is not None
+        trained_with = tokenizer_file(config.data.tokenizer)
+        arch = self.model.config.arch
+        on_first_rank(lambda: keep_description(description, arch, origin, trained_with))
         self.checkpoints = CheckpointWriter(
             self.directory / "checkpoints", description, config.checkpoint
         )

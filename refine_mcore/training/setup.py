@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from refine_mcore.config import Config
-from refine_mcore.conversion.description import find_checkpoint, read_description
+from refine_mcore.conversion.description import (
+    HF_DIRECTORY,
+    find_checkpoint,
+    own_tokenizer,
+    read_description,
+)
+from refine_mcore.data.tokenizer import find_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
@@ -19,6 +26,8 @@ from refine_mcore.models.presets import preset
 from refine_mcore.models.transformer_config import KERNEL_CHUNK, transformer_config
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.training.checkpointing import latest_checkpoint, load_weights
+
+DESCRIPTION = "description"  # of RUN: what its checkpoints carry beside their tensors
 
 
 def training_source(config: Config) -> Path | None:
@@ -30,6 +39,20 @@ def training_source(config: Config) -> Path | None:
     own = latest_checkpoint(Path(config.run.directory) / "checkpoints")
     load = config.checkpoint.load
     return own or (None if load is None else find_checkpoint(Path(load)))
+
+
+def with_own_tokenizer(config: Config) -> Config:
+    """`config` with the tokenizer that the run or the checkpoint it begins from carries, if it
+    names none and there is one."""
+    begun_from = config.model.checkpoint
+    if config.data.tokenizer is not None:
+        return config
+    found = find_tokenizer(Path(config.run.directory) / DESCRIPTION / HF_DIRECTORY)
+    if found is None and begun_from is not None and os.path.exists(begun_from):
+        found = own_tokenizer(Path(begun_from))
+    if found is None:
+        return config
+    return replace(config, data=replace(config.data, tokenizer=str(found)))
 
 
 def resolve_architecture(config: Config, source: Path | None = None) -> Architecture:

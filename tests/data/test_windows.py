@@ -79,7 +79,7 @@ def test_tokenizer_of_another_model(tmp_path, monkeypatch):
     config = replace(config, tokenizer="some.model", unused_vocabulary=3)
     for fits in (128, 131):
         assert len(build_dataset(config, CodePoints(), fits, tmp_path / "data")) == 2
-    refusal = "data.tokenizer some.model is not the model's: it has 128 pieces, the model a "
+    refusal = "tokenizer some.model is not the model's: it has 128 pieces, the model a "
     for vocab_size, rest in (
         (127, "vocabulary of 127"),
         (132, "vocabulary of 132 and data.unused_vocabulary allows 3 more than there are pieces"),
