@@ -35,7 +35,9 @@ def open_checkpoint(
     check_supported(config)
     found = tokenizer or own_tokenizer(find_checkpoint(Path(config.model.checkpoint)))
     if found is None:
-        raise UserError(f"checkpoint {config.model.checkpoint} carries no tokenizer: name one with --tokenizer")
+        raise UserError(
+            f"checkpoint {config.model.checkpoint} carries no tokenizer: name one with --tokenizer"
+        )
     loaded = load_tokenizer(found)
     vocab_size = resolve_architecture(config).vocab_size
     check_vocabulary(config.data, str(found), loaded.vocab_size, vocab_size)

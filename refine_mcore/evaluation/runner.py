@@ -1,0 +1,113 @@
+"""Runs rows through a model and keeps what is done: one line per response in a file that a killed
+run goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from refine_mcore.errors import UserError
+from refine_mcore.evaluation.metrics import score
+from refine_mcore.evaluation.tasks import Row
+
+# Token ids after each prompt: generate(prompts, most tokens, seed, ids, stop).
+Generate = Callable[
+    [list[list[int]], int, int, list[int], Callable[[list[int]], bool] | None], list[list[int]]
+]
+
+
+class Results:
+    """Lines of JSON, each of one row and seed, in `path`; only the `writer` rank writes.
+
+    Lines of other `settings` are refused: they would be mixed up with these. A last line that was
+    cut off by a kill is dropped.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], writer: bool) -> None:
+        text = json.dumps(settings, sort_keys=True)
+        self._mark = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self._path, self._writer = path, writer
+        self.lines: list[dict[str, Any]] = []
+        content = path.read_bytes() if path.exists() else b""
+        whole = content.rpartition(b"\n")[0]
+        for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+            try:
+                found = json.loads(line)
+                same = found["settings"] == self._mark
+            except (ValueError, TypeError, KeyError):
+                raise UserError(f"{path}:{number} is not a line of results") from None
+            if not same:
+                raise UserError(
+                    f"{path} holds results of another model or of other settings: name another "
+                    "--output or remove it"
+                )
+            self.lines.append(found)
+        if writer and whole and len(whole) + 1 < len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(whole) + 1)
+        elif writer and not whole and content:
+            path.write_bytes(b"")
+        self._done = {(x["task"], x["key"], x["seed"]) for x in self.lines}
+
+    def missing(self, task: str, key: str, seed: int) -> bool:
+        return (task, key, seed) not in self._done
+
+    def add(self, task: str, key: str, seed: int, **values: Any) -> None:
+        line = {"task": task, "key": key, "seed": seed, "settings": self._mark, **values}
+        self.lines.append(line)
+        self._done.add((task, key, seed))
+        if self._writer:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def run_rows(
+    rows: Sequence[Row],
+    seeds: Sequence[int],
+    generate: Generate,
+    text_of: Callable[[Row, list[int]], str],
+    results: Results,
+    *,
+    batch_size: int,
+    progress: Callable[[int], object],
+) -> None:
+    """Generate and score what is missing of every row and seed; `progress(n)` hears of n more.
+
+    `text_of` makes the text of a response. Rows of a task are batched in their order; a response
+    does not depend on the others of its batch.
+    """
+    work = [(row, number, seed) for seed in seeds for number, row in enumerate(rows)]
+    todo = [item for item in work if results.missing(item[0].task, item[0].key, item[2])]
+    progress(len(work) - len(todo))
+    while todo:
+        row, _, seed = todo[0]
+        alike = (row.task, row.max_new_tokens, seed)
+        batch = [x for x in todo[:batch_size] if (x[0].task, x[0].max_new_tokens, x[2]) == alike]
+        todo = [x for x in todo[:batch_size] if x not in batch] + todo[batch_size:]
+
+        def ended(tokens: list[int], row: Row = row) -> bool:
+            return "\n" in text_of(row, tokens)
+
+        responses = generate(
+            [item[0].prompt for item in batch],
+            row.max_new_tokens,
+            seed,
+            [number for _, number, _ in batch],
+            ended if row.one_line else None,
+        )
+        for (each, _, _), tokens in zip(batch, responses, strict=True):
+            text = text_of(each, tokens)
+            results.add(
+                each.task,
+                each.key,
+                seed,
+                group=each.group,
+                response=text,
+                answers=list(each.answers),
+                prompt_tokens=len(each.prompt),
+                score=score(each.task, text, each.answers),
+            )
+        progress(len(batch))

@@ -1,0 +1,21 @@
+"""What is asked of a model once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt as token ids with its reference answers. `task` says how the response is scored
+    (metrics.py), `key` identifies the row within the task, `group` is what its score is averaged
+    with, by name (a needle's length and depth). With `one_line` nothing behind the first line of
+    the response counts, so that generation may end there."""
+
+    task: str
+    key: str
+    prompt: list[int]
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    group: dict[str, int]
+    one_line: bool = False

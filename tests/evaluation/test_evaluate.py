@@ -1,0 +1,187 @@
+"""Evaluation from a checkpoint to tables: resumed after a kill, and what its figures are."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from examples.evaluate import main
+from refine_mcore import platform
+from refine_mcore.config import load_config
+from refine_mcore.errors import UserError
+from refine_mcore.evaluation import evaluate as evaluation
+from refine_mcore.evaluation.next_token import next_token_scores
+from refine_mcore.evaluation.report import Mean, markdown, plot_needles, scores
+from refine_mcore.evaluation.runner import Results
+from refine_mcore.models.fast_weight_model import build_model
+from refine_mcore.models.initialization import initialize
+from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.pipeline.whole_model import whole_model
+from refine_mcore.training.loop import build_run
+from tests.distributed.harness import run_distributed
+from tests.models import zoo
+from tests.training.jobs import CORPUS, write_config
+
+TASKS = ("--tasks", "niah_multikey_1,ruler_qa,ntp", "--lengths", "512", "--text-length", "300")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run from a preset, with the tokenizer it was trained with."""
+    place = tmp_path_factory.mktemp("run")
+    config = load_config(write_config(place), ["training.steps=2"])
+    with platform.distributed(60):
+        build_run(config).train()
+    return place / "run" / "checkpoints"
+
+
+@pytest.fixture
+def command(checkpoint: Path, tmp_path: Path) -> list[str]:
+    rows = [
+        {"prompt": f"Who is number {i}?\nAnswer:", "answer": ["e"], "task": "ruler_squadqa"}
+        for i in range(3)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(CORPUS.read_text().splitlines(keepends=True)[:2]))
+    return [
+        *("--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), *TASKS),
+        *("--data", str(data), "--texts", str(texts), "--rows", "2", "--batch-size", "3"),
+    ]
+
+
+def lines(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_evaluation_goes_on(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    asked: list[int] = []
+    generate = evaluation.generate
+
+    def killed(model: Any, prompts: Any, *rest: Any, **options: Any) -> Any:
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        asked.append(len(prompts))
+        return generate(model, prompts, *rest, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation, "generate", killed)
+        main(command)
+    assert len(lines(tmp_path)) == 2  # a batch is of one task
+    with (tmp_path / "out" / "results.jsonl").open("a") as file:
+        file.write('{"task": "ruler_squ')  # as a kill cuts it off
+    asked.clear()
+
+    def counted(model: Any, prompts: Any, *rest: Any, **options: Any) -> Any:
+        asked.append(len(prompts))
+        return generate(model, prompts, *rest, **options)
+
+    monkeypatch.setattr(evaluation, "generate", counted)
+    main(command)
+    assert asked == [2]
+    found = lines(tmp_path)
+    assert [x["task"] for x in found] == ["niah_multikey_1"] * 2 + ["ruler_squadqa"] * 2 + [
+        "ntp"
+    ] * 2
+    main(command)
+    assert asked == [2] and lines(tmp_path) == found
+    assert capsys.readouterr().out.count("| niah_multikey_1 |") == 2
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["scores"]["ruler_squadqa"]["all"]["count"] == 2
+    buckets = report["next_token"]
+    assert [(x["start"], x["stop"]) for x in buckets] == [(0, 256), (256, 300)]
+    assert sum(x["tokens"] for x in buckets) == 2 * 299
+    assert (tmp_path / "out" / "needles.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="holds results of another model or of other settings"):
+        main([*command, "--temperature", "1"])
+    assert lines(tmp_path) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (["--tasks", "mmlu"], "unknown task 'mmlu'; known: ruler_niah, ruler_qa, longbench, ntp"),
+        (["--tasks", "trec"], r"rows.jsonl: no rows of trec"),
+        (["--rows", "0"], "the number of rows must be at least 1, not 0"),
+        (["--seeds", "a"], "--seeds must be whole numbers separated by commas, not 'a'"),
+        (["--longest-prompt", "3"], "more than the 3 allowed"),
+        (["--temperature", "-1"], "a temperature must be 0 or more"),
+        (["--tokenizer", "missing.model"], r"missing.model does not exist"),
+    ],
+)
+def test_bad_input(command: list[str], change: list[str], complaint: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=complaint):
+        main([*command, *change])
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_results_that_are_none_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"a": 1}\n')
+    with pytest.raises(UserError, match=r"results\.jsonl:1 is not a line of results"):
+        Results(path, {}, writer=True)
+
+
+NAMES = ("delta_net", "lact", "delta_net-full_attention")
+TOKENS = zoo.random_tokens(1, 41)[0].tolist()
+
+
+def _scored(name: str, pipeline: int) -> list[Any]:
+    groups = platform.initialize_model_parallel(1, pipeline)
+    config = transformer_config(
+        zoo.ARCHITECTURES[name], dtype=torch.float64, pipeline_parallel=pipeline
+    )
+    stage = build_model(config, groups)
+    initialize(stage, seed=1)
+    return next_token_scores(whole_model(stage), TOKENS, [0, 5, 30, 41], seed=2)
+
+
+def test_next_tokens_against_one_forward(single_rank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refine_mcore.evaluation.next_token._SLICE", 7)
+    expected = {}
+    for name in NAMES:
+        model = zoo.make_model(name, single_rank)
+        text = torch.tensor([TOKENS])
+        with torch.no_grad():
+            logits = model.logits(model(text).hidden)[0, :-1, : zoo.VOCAB]
+        losses = torch.nn.functional.cross_entropy(logits, text[0, 1:], reduction="none")
+        hits = logits.argmax(-1) == text[0, 1:]
+        found = next_token_scores(model, TOKENS, [0, 5, 30, 41], seed=2)
+        assert [x.tokens for x in found] == [4, 25, 11]
+        for bucket in found:
+            span = slice(max(bucket.start, 1) - 1, bucket.stop - 1)
+            assert bucket.loss == pytest.approx(losses[span].sum().item(), rel=1e-9)
+            assert bucket.argmax_hits == hits[span].sum()
+        expected[name] = _scored(name, 1)
+    platform.shutdown()
+    run_distributed(_compare, 2, expected)
+
+
+def _compare(expected: dict[str, list[Any]]) -> None:
+    for name, buckets in expected.items():
+        for found, wanted in zip(_scored(name, 2), buckets, strict=True):
+            assert vars(found) == vars(wanted) | {"loss": pytest.approx(wanted.loss, rel=1e-9)}
+
+
+def test_means_are_over_rows() -> None:
+    assert Mean.of([1.0, 0.0, 0.0, 1.0]) == Mean(0.5, math.sqrt(1 / 12), 4)
+    assert Mean.of([0.25]).percent() == "25.0"
+    found = scores(
+        {"task": "t", "key": key, "seed": seed, "score": value, "group": {"length": length}}
+        for key, seed, value, length in (
+            *(("a", 0, 1.0, 512), ("a", 1, 0.0, 512)),  # one row, twice
+            *(("b", 0, 1.0, 512), ("c", 0, 0.0, 1024)),
+        )
+    )
+    assert found["t"]["512"] == Mean(0.75, 0.25, 2)
+    assert found["t"]["all"].count == 3
+    assert "| t | 75.0 ± 25.0 | 0.0 | 50.0 ± 28.9 | 3 |" in markdown(found, [])
+    assert not plot_needles([{"task": "t", "group": {}, "score": 1.0}], Path("none.png"))
