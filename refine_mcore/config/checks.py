@@ -8,7 +8,10 @@ from refine_mcore.errors import UserError
 
 def validate(config: Config, source: str) -> None:
     """Raises UserError for the first impossible combination; `source` names the file."""
-    for check in (_check_required, _check_batches, _check_schedule, _check_parallel, _check_refine):
+    for check in (
+        *(_check_required, _check_batches, _check_schedule, _check_parallel, _check_refine),
+        _check_evaluation,
+    ):
         problem = check(config)
         if problem:
             raise UserError(f"{source}: {problem}")
@@ -175,4 +178,11 @@ def _check_refine(config: Config) -> str | None:
             f"refine.rollout_tokens ({refine.rollout_tokens}) exceeds refine.margin_right "
             f"({refine.margin_right}), the fewest tokens that follow a position"
         )
+    return None
+
+
+def _check_evaluation(config: Config) -> str | None:
+    evaluation = config.evaluation
+    if evaluation.every and not evaluation.paths and evaluation.niah_length is None:
+        return "evaluation.every needs evaluation.paths or evaluation.niah_length"
     return None

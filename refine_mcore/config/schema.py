@@ -156,6 +156,22 @@ class PosttrainConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """Figures of held-out texts during training, in metrics.jsonl and TensorBoard."""
+
+    # Steps between evaluations; null: none.
+    every: PositiveInt | None = None
+    # Files of held-out documents, for next-token loss and accuracy by position.
+    paths: tuple[str, ...] = ()
+    # How many of the documents, and how many tokens of each; null: data.sequence_length.
+    texts: PositiveInt = 8
+    text_length: PositiveInt | None = None
+    # Tokens of needles in haystacks (RULER's four kinds); null: none. How many of each kind.
+    niah_length: PositiveInt | None = None
+    niah_rows: PositiveInt = 4
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule. Schedule lengths are in steps of the run (batches)."""
 
@@ -273,6 +289,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     posttrain: PosttrainConfig = field(default_factory=PosttrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -19,7 +19,7 @@ from refine_mcore.data import Tokenizer, read_documents
 from refine_mcore.errors import UserError
 from refine_mcore.evaluation import report
 from refine_mcore.evaluation.metrics import LONGBENCH_TASKS, RULER_QA_TASKS
-from refine_mcore.evaluation.next_token import next_token_scores
+from refine_mcore.evaluation.next_token import doubling_borders, next_token_scores
 from refine_mcore.evaluation.runner import Results, run_rows
 from refine_mcore.evaluation.tasks import VARIANTS, Row, niah_rows, rows_of_files
 from refine_mcore.generation import Sampling, generate, response_text
@@ -149,10 +149,7 @@ def _next_tokens(
     model: LanguageModel, tokenizer: Tokenizer, settings: Settings, results: Results
 ) -> None:
     """The first tokens of every document, in buckets that double in length."""
-    borders = [0]
-    while borders[-1] < settings.text_length:
-        borders.append(max(256, 2 * borders[-1]))
-    borders[-1] = settings.text_length
+    borders = doubling_borders(settings.text_length)
     for document in read_documents(settings.texts):
         key = document.origin
         if not results.missing("ntp", key, 0):

@@ -33,6 +33,14 @@ class Bucket:
     sampled_hits: int
 
 
+def doubling_borders(length: int) -> list[int]:
+    """Of buckets of positions up to `length`: 0, 256 and then twice as far each time."""
+    borders = [0]
+    while borders[-1] < length:
+        borders.append(max(256, 2 * borders[-1]))
+    return [*borders[:-1], length]
+
+
 @torch.no_grad()
 def next_token_scores(
     model: LanguageModel, tokens: Sequence[int], borders: Sequence[int], seed: int

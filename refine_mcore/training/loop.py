@@ -30,6 +30,7 @@ from refine_mcore.data import (
     tokenizer_file,
 )
 from refine_mcore.errors import UserError
+from refine_mcore.evaluation.in_training import HeldOut
 from refine_mcore.models.transformer_config import check_layout
 from refine_mcore.pipeline.modes import parts_of_step
 from refine_mcore.pipeline.plan import describe
@@ -131,6 +132,7 @@ class _Run:
             self.wrapped, config, getattr(torch, config.training.dtype)
         )
         self.engine = build_engine(config, self.wrapped, self.groups)
+        self.held_out = HeldOut(config, tokenizer) if config.evaluation.every else None
         self._begin() if source is None else self._go_on(source)
         start = config.model.checkpoint
         origin = source or (None if start is None else Path(start))
@@ -204,9 +206,10 @@ class _Run:
                     self._warn_of_skipped(step, reduced, grad_norm)
                     outcomes.append((update, reduced, grad_norm))
                 self.scheduler.step(increment=1)
+                seconds = time.perf_counter() - started
+                evaluation = self._evaluate(step + 1)
                 if writer is not None:
-                    seconds = time.perf_counter() - started
-                    writer.write(self._step_metrics(step, outcomes, lr, seconds))
+                    writer.write(self._step_metrics(step, outcomes, lr, seconds), evaluation)
                 step += 1
                 self.progress = self.progress.after(config.training.global_batch_size)
                 self.checkpoints.poll()
@@ -229,6 +232,18 @@ class _Run:
                 writer.close()
 
         return signal
+
+    def _evaluate(self, steps: int) -> dict[str, float]:
+        """Figures of held-out texts, if they are due after so many steps."""
+        every, overlap = self.config.evaluation.every, self.config.optimizer.overlap_param_gather
+        if self.held_out is None or every is None or steps % every:
+            return {}
+        if overlap:  # gather the weights now: ranks do not evaluate in step with each other
+            self.wrapped.disable_forward_pre_hook()
+        figures = self.held_out.figures(self.model, self.groups)
+        if overlap:
+            self.wrapped.enable_forward_pre_hook()
+        return figures
 
     def _warn_of_skipped(self, step: int, reduced: ReducedMetrics, grad_norm: float) -> None:
         if reduced.skipped_steps and self.first_rank:

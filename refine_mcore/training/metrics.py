@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -93,11 +94,13 @@ class MetricsWriter:
         if progress and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def write(self, metrics: StepMetrics) -> None:
-        """Records and shows one finished step."""
+    def write(self, metrics: StepMetrics, evaluation: Mapping[str, float] | None = None) -> None:
+        """Records and shows one finished step, with the figures of an evaluation behind it."""
         record = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in ({"step": metrics.step} | asdict(metrics)).items()  # the step first
+            for name, value in (
+                {"step": metrics.step} | asdict(metrics) | dict(evaluation or {})  # the step first
+            ).items()
         }
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
