@@ -289,7 +289,7 @@ def test_example_configs_can_start(path):
 
 
 def test_examples_exist():
-    assert len(EXAMPLES) == 11
+    assert len(EXAMPLES) == 13
 
 
 @given(

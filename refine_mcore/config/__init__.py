@@ -25,6 +25,7 @@ from refine_mcore.config.schema import (
     RefineConfig,
     RunConfig,
     TrainingConfig,
+    TTTConfig,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "PosttrainConfig",
     "RefineConfig",
     "RunConfig",
+    "TTTConfig",
     "TrainingConfig",
     "config_from_dict",
     "data_parallel_layout",

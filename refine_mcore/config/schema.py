@@ -156,6 +156,15 @@ class PosttrainConfig:
 
 
 @dataclass(frozen=True)
+class TTTConfig:
+    """Test-time training: adapt to the prompts of a batch as `refine` says, then answer them."""
+
+    # When weights and optimizer state go back to those of the beginning: after every example, which
+    # then adapts alone, after every batch, or never.
+    reset: Literal["none", "batch", "example"] = "batch"
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Figures of held-out texts during training, in metrics.jsonl and TensorBoard."""
 
@@ -289,6 +298,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     posttrain: PosttrainConfig = field(default_factory=PosttrainConfig)
+    ttt: TTTConfig = field(default_factory=TTTConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
