@@ -165,6 +165,7 @@ TABLE: list[tuple[str, Seen]] = [
     ("refine.margin_right", changed("40", "positions")),
     ("refine.rollout_temperature", changed("0.1", "rollout_tokens")),
     ("refine.reward", changed("edit", "reward_mean")),
+    ("refine.future_tokens", changed("3", "reward_mean", "refine.reward=future")),
     ("refine.reward_weights", changed("[0.5, 1]", "reward_mean", "refine.reward=hybrid")),
     ("refine.grouping", changed("joint", "grad_norm", "refine.rollouts_per_position=2")),
     ("refine.normalize_std", changed("false", "grad_norm")),

@@ -1,5 +1,5 @@
 """Log-probs and hidden states of rollouts: one forward of all branches' k tokens from their
-states."""
+states, and of the m text tokens behind them where the reward asks for those."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from refine_mcore.rollout.vocabulary import vocabulary_options
 
 class BranchScores(NamedTuple):
     """log_probs [R, k] of the rollout tokens; hidden [R, k, d], final hidden states after consuming
-    each of them."""
+    each of them; future_log_probs [R, m] of the text tokens behind, without gradient."""
 
     log_probs: Tensor
     hidden: Tensor
+    future_log_probs: Tensor | None = None
 
 
 @record_function("refine/score")
@@ -48,10 +49,21 @@ def score_hidden(
     prefix_hidden: Tensor,
     tokens: Tensor,
     temperature: float,
+    future: Tensor | None = None,
 ) -> BranchScores:
-    """The scores of `tokens` [R, k], given the hidden states [R, k, d] after each of them."""
+    """The scores of `tokens` [R, k], given the hidden states [R, k, d] after each of them; with the
+    text tokens `future` [R, m] that were read behind them, those of [R, k + m, d].
+
+    Rollouts are scored as they were drawn, the text as it is read, at a temperature of 1.
+    """
+    k, future_log_probs = tokens.shape[1], None
+    if future is not None:
+        with torch.no_grad():
+            future_log_probs = rollout_log_probs(model, hidden[:, k - 1 : -1], future, 1.0)
+        hidden = hidden[:, :k]
     emitting = torch.cat([prefix_hidden[:, None], hidden[:, :-1]], dim=1)
-    return BranchScores(rollout_log_probs(model, emitting, tokens, temperature), hidden)
+    log_probs = rollout_log_probs(model, emitting, tokens, temperature)
+    return BranchScores(log_probs, hidden, future_log_probs)
 
 
 def rollout_log_probs(

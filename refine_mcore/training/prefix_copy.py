@@ -21,7 +21,7 @@ from torch import Tensor
 
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import decode
-from refine_mcore.rollout.scoring import BranchScores, rollout_log_probs
+from refine_mcore.rollout.scoring import BranchScores, score_hidden
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator, WorkMetrics
 from refine_mcore.step.refine_loss import (
@@ -29,6 +29,7 @@ from refine_mcore.step.refine_loss import (
     ScoredRollouts,
     TextBatch,
     choose_branches,
+    continuation,
     ntp_loss,
     policy_loss,
     reward_rollouts,
@@ -92,11 +93,10 @@ def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, Wo
     drawn = [_generate(context, batch, branches, row) for row in rows]
     tokens, log_probs = (torch.cat(part) for part in zip(*drawn, strict=True))
     rollouts = Rollouts(branches, tokens, log_probs)
-    scores = [_score(context, batch, rollouts, row) for row in rows]
-    joined = BranchScores(*(torch.cat(part) for part in zip(*scores, strict=True)))
-    streams = branches.fork(context.config.rollouts_per_position)
-    following = streams.rows_after(text.hidden, context.config.rollout_tokens)
-    scored = reward_rollouts(following, batch, rollouts, joined, context.config)
+    behind = continuation(branches, text.hidden, text.log_probs, batch, context.config)
+    scores = [_score(context, batch, rollouts, row, behind.future) for row in rows]
+    joined = BranchScores(*(_joined(part) for part in zip(*scores, strict=True)))
+    scored = reward_rollouts(behind, batch, rollouts, joined, context.config)
     return scored, rollout_metrics(batch, text.entropy, scored)
 
 
@@ -141,17 +141,34 @@ def _generate(
     return tokens, log_probs
 
 
-def _score(context: StepContext, batch: TextBatch, rollouts: Rollouts, row: int) -> BranchScores:
-    """Scores [n, k] of one branch's rollouts from a full pass over prefix and rollout."""
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
+
+
+def _score(
+    context: StepContext,
+    batch: TextBatch,
+    rollouts: Rollouts,
+    row: int,
+    future: Tensor | None = None,
+) -> BranchScores:
+    """Scores [n, k] of one branch's rollouts from a full pass over prefix and rollout, and over
+    the text tokens `future` [R n, m] behind them."""
     n = context.config.rollouts_per_position
     prefix = _prefix(batch, rollouts.branches, row)
     tokens = rollouts.tokens[row * n : row * n + n]
-    hidden = context.model(torch.cat([prefix.expand(n, -1), tokens], dim=1)).hidden
-    emitting = hidden[:, len(prefix) - 1 : -1]
-    log_probs = rollout_log_probs(
-        context.model, emitting, tokens, context.config.rollout_temperature
+    behind = tokens[:, :0] if future is None else future[row * n : row * n + n]
+    read = torch.cat([prefix.expand(n, -1), tokens, behind], dim=1)
+    hidden = context.model(read).hidden
+    return score_hidden(
+        context.model,
+        hidden[:, len(prefix) :],
+        hidden[:, len(prefix) - 1],
+        tokens,
+        context.config.rollout_temperature,
+        None if future is None else behind,
     )
-    return BranchScores(log_probs, hidden[:, len(prefix) :])
 
 
 def _prefix(batch: TextBatch, branches: Branches, row: int) -> Tensor:
