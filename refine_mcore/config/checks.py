@@ -170,7 +170,7 @@ def _check_refine(config: Config) -> str | None:
     if refine.rollout_tokens + refine.tokens_behind > refine.margin_right:
         return (
             f"refine.reward future reads refine.rollout_tokens + refine.future_tokens "
-            f"({refine.rollout_tokens} + {refine.future_tokens}) tokens after a position, more than "
-            f"refine.margin_right ({refine.margin_right}) leaves"
+            f"({refine.rollout_tokens} + {refine.future_tokens}) tokens after a position, more "
+            f"than refine.margin_right ({refine.margin_right}) leaves"
         )
     return None

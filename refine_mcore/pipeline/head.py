@@ -13,7 +13,7 @@ from refine_mcore.models.fast_weight_model import ModelOutput
 from refine_mcore.pipeline.micro_batch import MicroBatch
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import draw_tokens
-from refine_mcore.rollout.scoring import score_hidden
+from refine_mcore.rollout.scoring import future_log_probs, score_hidden
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator, WorkMetrics
 from refine_mcore.step.refine_loss import (
@@ -132,19 +132,17 @@ class Head:
         goes on through the text tokens that the reward reads."""
         context, config = self.context, self.context.config
         rollouts = self._made() if self.scored is None else self.scored.rollouts
-        future = None if self._branched is None else self._branched.text.future
+        future = None
+        if self._branched is not None and self._branched.text.future is not None:
+            future = future_log_probs(context.model, hidden, self._branched.text.future)
+            hidden = hidden[:, : config.rollout_tokens]
         scores = score_hidden(
-            context.model,
-            hidden,
-            prefix_hidden,
-            rollouts.tokens,
-            config.rollout_temperature,
-            future,
+            context.model, hidden, prefix_hidden, rollouts.tokens, config.rollout_temperature
         )
         if self.scored is None:
             branched, texts = self._branched, self.micro_batch.texts
             assert branched is not None
-            self.scored = reward_rollouts(branched.text, texts, rollouts, scores, config)
+            self.scored = reward_rollouts(branched.text, texts, rollouts, scores, future, config)
             self.metrics.add(rollout_metrics(texts, branched.entropy, self.scored))
         if self.objective is None:
             return None

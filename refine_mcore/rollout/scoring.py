@@ -1,5 +1,5 @@
 """Log-probs and hidden states of rollouts: one forward of all branches' k tokens from their
-states, and of the m text tokens behind them where the reward asks for those."""
+states."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from refine_mcore.rollout.vocabulary import vocabulary_options
 
 class BranchScores(NamedTuple):
     """log_probs [R, k] of the rollout tokens; hidden [R, k, d], final hidden states after consuming
-    each of them; future_log_probs [R, m] of the text tokens behind, without gradient."""
+    each of them."""
 
     log_probs: Tensor
     hidden: Tensor
-    future_log_probs: Tensor | None = None
 
 
 @record_function("refine/score")
@@ -49,21 +48,18 @@ def score_hidden(
     prefix_hidden: Tensor,
     tokens: Tensor,
     temperature: float,
-    future: Tensor | None = None,
 ) -> BranchScores:
-    """The scores of `tokens` [R, k], given the hidden states [R, k, d] after each of them; with the
-    text tokens `future` [R, m] that were read behind them, those of [R, k + m, d].
-
-    Rollouts are scored as they were drawn, the text as it is read, at a temperature of 1.
-    """
-    k, future_log_probs = tokens.shape[1], None
-    if future is not None:
-        with torch.no_grad():
-            future_log_probs = rollout_log_probs(model, hidden[:, k - 1 : -1], future, 1.0)
-        hidden = hidden[:, :k]
+    """The scores of `tokens` [R, k], given the hidden states [R, k, d] after each of them."""
     emitting = torch.cat([prefix_hidden[:, None], hidden[:, :-1]], dim=1)
-    log_probs = rollout_log_probs(model, emitting, tokens, temperature)
-    return BranchScores(log_probs, hidden, future_log_probs)
+    return BranchScores(rollout_log_probs(model, emitting, tokens, temperature), hidden)
+
+
+@torch.no_grad()
+def future_log_probs(model: LanguageModel, hidden: Tensor, future: Tensor) -> Tensor:
+    """Log-probs [R, m] of the text tokens `future` [R, m] that were read behind the rollouts, given
+    the hidden states [R, k + m, d] after all of them; as the text is read, at a temperature of
+    1."""
+    return rollout_log_probs(model, hidden[:, -future.shape[1] - 1 : -1], future, 1.0)
 
 
 def rollout_log_probs(

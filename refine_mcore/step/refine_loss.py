@@ -243,10 +243,11 @@ def reward_rollouts(
     batch: TextBatch,
     rollouts: Rollouts,
     scores: BranchScores,
+    future_log_probs: Tensor | None,
     config: RefineConfig,
 ) -> ScoredRollouts:
     """Rewards against the text's own continuation (Eq. 9, 11, 12), and group-relative advantages;
-    no gradient."""
+    no gradient. `future_log_probs` [R n, m], of the text behind the rollouts, if it was read."""
     n, k = config.rollouts_per_position, config.rollout_tokens
     branches = rollouts.branches.fork(n)
     with torch.no_grad():
@@ -258,7 +259,7 @@ def reward_rollouts(
             branches.rows_after(batch.tokens[..., None], k)[..., 0],
             cosine_weight=config.reward_weights[0],
             binary_weight=config.reward_weights[1],
-            future_log_probs=scores.future_log_probs,
+            future_log_probs=future_log_probs,
             text_log_probs=text.log_probs,
         )
         groups = group_ids(

@@ -213,8 +213,8 @@ def test_rewards_shape_the_gradient_through_advantages_alone(
     """n = 4 rollouts of uniform positions, each measured by the others of its position: the
     gradient is that of -A log p of the rolled tokens alone, from runs over prefix and rollout."""
     model = model_of("gated_delta_net")
-    groups = {"grouping": "position", "rollouts_per_position": 4, "selection": "uniform"}
-    config = replace(CONFIG, margin_right=9, ntp_weight=0.0, **groups, **options)
+    config = replace(CONFIG, margin_right=9, ntp_weight=0.0, rollouts_per_position=4, **options)
+    config = replace(config, grouping="position", selection="uniform")
     step = Step("fused", model, make_batches(2, 2), config)
     rewards = step.rewards.reshape(-1, 4)
     spread = rewards.std(1, keepdim=True) + 1e-6
