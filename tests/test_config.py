@@ -210,6 +210,10 @@ def test_malformed_overrides(write):
     [
         (["refine.rollout_tokens=21"], ["refine.rollout_tokens (21)", "refine.margin_right (20)"]),
         (
+            ["refine.reward=future", "refine.future_tokens=16"],
+            ["refine.future_tokens (5 + 16)", "refine.margin_right (20)"],
+        ),
+        (
             ["data.sequence_length=64", "refine.num_chunks=65"],
             ["refine.num_chunks (65)", "data.sequence_length (64)"],
         ),

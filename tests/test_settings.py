@@ -112,6 +112,23 @@ EVERY_STEP = (*STEPS, "checkpoint.save_interval=1")
 # A preset without overrides, as the checkpoint has it.
 DEMO = ("model.preset=demo-deltanet", "model.overrides={}")
 
+HELD_OUT = f"evaluation.paths=[{CORPUS}]"
+# Of other jobs than mid-training, and a number of rows that all score zero.
+ELSEWHERE = {
+    "data.answer_eos": "tests/data/test_examples.py",
+    "data.max_answer_tokens": "tests/data/test_examples.py",
+    "posttrain.inner": "tests/training/test_posttrain.py",
+    "ttt.reset": "tests/training/test_ttt.py",
+    "evaluation.niah_rows": "tests/evaluation/test_tasks.py",
+}
+
+
+def evaluated(seen: Observed) -> set[str]:
+    """Two of the names that an evaluation may write."""
+    names = {"evaluation/loss", "evaluation/niah_multikey_1"}
+    return names.intersection(*seen.metrics)
+
+
 TABLE: list[tuple[str, Seen]] = [
     (
         "model.preset",
@@ -165,6 +182,7 @@ TABLE: list[tuple[str, Seen]] = [
     ("refine.margin_right", changed("40", "positions")),
     ("refine.rollout_temperature", changed("0.1", "rollout_tokens")),
     ("refine.reward", changed("edit", "reward_mean")),
+    ("refine.future_tokens", changed("3", "reward_mean", "refine.reward=future")),
     ("refine.reward_weights", changed("[0.5, 1]", "reward_mean", "refine.reward=hybrid")),
     ("refine.grouping", changed("joint", "grad_norm", "refine.rollouts_per_position=2")),
     ("refine.normalize_std", changed("false", "grad_norm")),
@@ -180,6 +198,27 @@ TABLE: list[tuple[str, Seen]] = [
         Seen("0.5", lambda s: len(s.passes), ANOTHER),
     ),
     ("refine.mini_batch_size", changed("1", "loss_policy", "refine.mode=two_phase")),
+    ("evaluation.every", Seen("1", evaluated, {"evaluation/loss"}, (HELD_OUT,))),
+    (
+        "evaluation.paths",
+        Seen(
+            f"[{CORPUS}]",
+            evaluated,
+            {"evaluation/loss", "evaluation/niah_multikey_1"},
+            ("evaluation.every=1", "evaluation.niah_length=400", "evaluation.niah_rows=1"),
+        ),
+    ),
+    ("evaluation.texts", changed("1", "evaluation/loss", "evaluation.every=1", HELD_OUT)),
+    ("evaluation.text_length", changed("40", "evaluation/loss", "evaluation.every=1", HELD_OUT)),
+    (
+        "evaluation.niah_length",
+        Seen(
+            "400",
+            evaluated,
+            {"evaluation/loss", "evaluation/niah_multikey_1"},
+            ("evaluation.every=1", HELD_OUT, "evaluation.niah_rows=1"),
+        ),
+    ),
     ("optimizer.lr", optimizer("0.5", "lr")),
     ("optimizer.lr", schedule("0.5", "max_lr")),
     ("optimizer.beta1", adam("0.8", "betas", 0)),
@@ -371,7 +410,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_every_field_of_the_schema_is_in_the_table() -> None:
-    assert list(dict.fromkeys(name for name, _ in TABLE)) == FIELDS
+    named = list(dict.fromkeys(name for name, _ in TABLE))
+    assert named == [name for name in FIELDS if name not in ELSEWHERE]
+    assert set(FIELDS) > set(ELSEWHERE)
 
 
 @pytest.mark.parametrize(

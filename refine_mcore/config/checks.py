@@ -178,6 +178,12 @@ def _check_refine(config: Config) -> str | None:
             f"refine.rollout_tokens ({refine.rollout_tokens}) exceeds refine.margin_right "
             f"({refine.margin_right}), the fewest tokens that follow a position"
         )
+    if refine.rollout_tokens + refine.tokens_behind > refine.margin_right:
+        return (
+            f"refine.reward future reads refine.rollout_tokens + refine.future_tokens "
+            f"({refine.rollout_tokens} + {refine.future_tokens}) tokens after a position, more "
+            f"than refine.margin_right ({refine.margin_right}) leaves"
+        )
     return None
 
 

@@ -115,8 +115,11 @@ class RefineConfig:
     # Temperature of the rollouts' sampling.
     rollout_temperature: PositiveFloat = 1.0
 
-    # R: hidden-state cosine, token match, their weighted sum, or normalised token edit similarity.
-    reward: Literal["cosine", "binary", "hybrid", "edit"] = "cosine"
+    # R: hidden-state cosine, token match, their weighted sum, normalised token edit similarity, or
+    # how much likelier the text behind the rolled-out span becomes when the rollout stands in it.
+    reward: Literal["cosine", "binary", "hybrid", "edit", "future"] = "cosine"
+    # m: text tokens behind the span that the reward future reads; margin_right must leave k + m.
+    future_tokens: PositiveInt = 10
     # Weights of cosine and binary in the hybrid reward.
     reward_weights: tuple[NonNegativeFloat, NonNegativeFloat] = (1.0, 1.0)
     # Which rollouts share a baseline: one per position of a sequence, the n of one position, or all
@@ -144,6 +147,11 @@ class RefineConfig:
     # Sequences per optimizer step in two_phase, and in ntp as its baseline (other modes take the
     # whole batch); null: global_batch_size.
     mini_batch_size: PositiveInt | None = None
+
+    @property
+    def tokens_behind(self) -> int:
+        """Text tokens behind a rollout that its reward reads: m of the reward future, else 0."""
+        return self.future_tokens if self.reward == "future" else 0
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,17 @@ Deviations from the authors' code: it computes the cosine in the dtype of the hi
 (bf16, steps of about 0.003), here at least fp32; the two weights of the hybrid reward, 1 and 1 in
 Eq. 12, are parameters; `edit` is not in the paper, which names edit distance as future work.
 Hidden states are those after the final norm, each taken after its token was consumed.
+
+`future` is not in the paper either: it asks what a rollout is worth to the text behind it, which
+RLP (arXiv 2510.01265) asks of a thought before the next token. Here the rollout stands in place of
+the true tokens, and the text behind them is scored; 0 if it reads as well as ever.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-REWARD_KINDS = ("cosine", "binary", "hybrid", "edit")
+REWARD_KINDS = ("cosine", "binary", "hybrid", "edit", "future")
 
 
 @torch.no_grad()
@@ -23,6 +27,8 @@ def sequence_reward(
     *,
     cosine_weight: float = 1.0,
     binary_weight: float = 1.0,
+    future_log_probs: Tensor | None = None,
+    text_log_probs: Tensor | None = None,
 ) -> Tensor:
     """Reward of each rollout, without gradient: the policy gradient treats it as a constant.
 
@@ -30,18 +36,21 @@ def sequence_reward(
     binary  (1/k) sum_j [rollout_token_j = target_token_j]
     hybrid  cosine_weight * cosine + binary_weight * binary
     edit    1 - levenshtein(rollout_tokens, target_tokens) / k
+    future  (1/m) sum_j (future_log_probs_j - text_log_probs_j)
 
     Args:
         kind: one of `REWARD_KINDS`.
         rollout_hidden, target_hidden: [R, k, d].
         rollout_tokens, target_tokens: [R, k], integer.
         cosine_weight, binary_weight: of the hybrid reward.
+        future_log_probs, text_log_probs: [R, m], of the m text tokens behind the span, in nats,
+            after the rollout and after the text's own tokens; for "future".
 
     Returns:
         [R], in the dtype of the hidden states but at least fp32.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or "future" without its log-probs.
     """
     dtype = torch.promote_types(rollout_hidden.dtype, torch.float32)
     if kind == "cosine":
@@ -53,6 +62,10 @@ def sequence_reward(
         return cosine_weight * cosine + binary_weight * _match(rollout_tokens, target_tokens, dtype)
     if kind == "edit":
         return 1 - _levenshtein(rollout_tokens, target_tokens).to(dtype) / rollout_tokens.shape[1]
+    if kind == "future":
+        if future_log_probs is None or text_log_probs is None:
+            raise ValueError("the reward 'future' needs the log-probs of the text behind the span")
+        return (future_log_probs.to(dtype) - text_log_probs.to(dtype)).mean(-1)
     raise ValueError(f"unknown reward {kind!r}; use one of {REWARD_KINDS}")
 
 

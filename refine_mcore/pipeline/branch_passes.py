@@ -18,11 +18,18 @@ from refine_mcore.pipeline.head import Head
 
 @dataclass(frozen=True)
 class RolloutShape:
-    """Positions per text, rollouts per position, tokens per rollout."""
+    """Positions per text, rollouts per position, tokens per rollout; text tokens read behind it for
+    its reward."""
 
     positions: int
     rollouts: int
     tokens: int
+    behind: int = 0
+
+    @property
+    def scored(self) -> int:
+        """Tokens that the pass S reads of a rollout."""
+        return self.tokens + self.behind
 
     @property
     def decode_passes(self) -> int:
@@ -34,8 +41,9 @@ class BranchPasses:
     """From the states of all streams (rollouts of branches) on, with their gradients.
 
     The first stage reads tokens, the others the hidden states of the stage before. On the last one,
-    which has the `head`, `prefix_hidden` [streams, h] emits the first tokens. `tokens` [streams, k]
-    are those of stored rollouts, on the first stage.
+    which has the `head`, `prefix_hidden` [streams, h] emits the first tokens. On the first stage,
+    `tokens` [streams, k] are those of stored rollouts, and `behind` [streams, m] the text tokens
+    that are read behind new ones.
     """
 
     def __init__(
@@ -46,10 +54,11 @@ class BranchPasses:
         states: Sequence[FastWeightState],
         prefix_hidden: Tensor | None,
         tokens: Tensor | None,
+        behind: Tensor | None = None,
     ) -> None:
         self._model, self._head, self._shape = model, head, shape
         self._states, self._decoding = states, states
-        self._prefix_hidden = prefix_hidden
+        self._prefix_hidden, self._behind = prefix_hidden, behind
         self._tokens: list[Tensor] = [] if tokens is None else [*tokens.unbind(1)]
         self._scored_input: Tensor | None = None
         self._scored: Root | None = None
@@ -79,15 +88,17 @@ class BranchPasses:
         return out.hidden if self._head is None else self._draw(out.hidden[:, 0])
 
     def score(self, message: Tensor | None) -> Tensor | None:
-        """All tokens at once, if they are trained on with gradients: hidden states for the next
-        stage. The last one makes the policy loss of them."""
+        """All tokens at once and those behind them, if they are trained on with gradients: hidden
+        states for the next stage. The last one makes the policy loss of them."""
         self._decoding = []
         hidden = self._take(message)
         self._scored_input = None if hidden is None else hidden.requires_grad_()
         tokens = self.tokens
+        if tokens is not None and self._behind is not None:
+            tokens = torch.cat([tokens, self._behind], dim=1)
         self._model.set_input_tensor(hidden)
         out = self._model(
-            self._unread(self._shape.tokens) if tokens is None else tokens, self._states
+            self._unread(self._shape.scored) if tokens is None else tokens, self._states
         )
         output, gradient = out.hidden, None
         if self._head is not None:

@@ -145,7 +145,12 @@ class PipelineEngine:
         """All passes of a phase on this stage."""
         config, length = context.config, work[0].texts.tokens.shape[1]
         spans = self._spans(length, len(work))
-        shape = RolloutShape(config.num_chunks, config.rollouts_per_position, config.rollout_tokens)
+        shape = RolloutShape(
+            config.num_chunks,
+            config.rollouts_per_position,
+            config.rollout_tokens,
+            0 if phase == "train" else config.tokens_behind,  # stored rollouts have their rewards
+        )
         keeps_graph = phase != "rollout" and not self._recompute
         on_stage = []
         for item in work:

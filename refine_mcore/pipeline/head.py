@@ -13,14 +13,16 @@ from refine_mcore.models.fast_weight_model import ModelOutput
 from refine_mcore.pipeline.micro_batch import MicroBatch
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import draw_tokens
-from refine_mcore.rollout.scoring import score_hidden
+from refine_mcore.rollout.scoring import future_log_probs, score_hidden
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator, WorkMetrics
 from refine_mcore.step.refine_loss import (
+    Continuation,
     Rollouts,
     ScoredRollouts,
     TextPass,
     choose_branches,
+    continuation,
     ntp_loss,
     policy_loss,
     predict,
@@ -42,11 +44,11 @@ class Objective:
 @dataclass(frozen=True)
 class _BranchContext:
     """What new rollouts need of their texts: where they leave them, the texts' entropies [B, S],
-    the hidden states [R n, k, d] that follow each branch."""
+    how they go on behind each branch."""
 
     branches: Branches
     entropy: Tensor
-    following: Tensor
+    text: Continuation
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Head:
     scored: ScoredRollouts | None = None
     _entropy: list[Tensor] = field(default_factory=list)
     _hidden: list[Tensor] = field(default_factory=list)
+    _text_log_probs: list[Tensor] = field(default_factory=list)
     _tokens: list[Tensor] = field(default_factory=list)
     _log_probs: list[Tensor] = field(default_factory=list)
     _branched: _BranchContext | None = None
@@ -92,16 +95,18 @@ class Head:
         assert text.entropy is not None
         self._entropy.append(text.entropy)
         self._hidden.append(text.hidden.detach())
+        if self.context.config.tokens_behind:
+            self._text_log_probs.append(text.log_probs.detach())
 
     def choose_branches(self) -> Branches:
         """Where new rollouts leave the texts, once all slices have been read."""
         context, config, texts = self.context, self.context.config, self.micro_batch.texts
         entropy, hidden = torch.cat(self._entropy, dim=1), torch.cat(self._hidden, dim=1)
         branches = choose_branches(context.model, entropy, texts, config, context.randomness)
-        streams = branches.fork(config.rollouts_per_position)
-        following = streams.rows_after(hidden, config.rollout_tokens)
-        self._branched = _BranchContext(branches, entropy, following)
-        self._entropy, self._hidden = [], []
+        log_probs = torch.cat(self._text_log_probs, dim=1) if config.tokens_behind else None
+        text = continuation(branches, hidden, log_probs, texts, config)
+        self._branched = _BranchContext(branches, entropy, text)
+        self._entropy, self._hidden, self._text_log_probs = [], [], []
         return branches
 
     def draw(self, hidden: Tensor) -> Tensor:
@@ -123,16 +128,21 @@ class Head:
 
     def score(self, hidden: Tensor, prefix_hidden: Tensor) -> Tensor | None:
         """The weighted policy loss of the rollouts whose hidden states are [R n, k, d] and whose
-        first tokens `prefix_hidden` [R n, d] emits; new ones are rewarded first."""
+        first tokens `prefix_hidden` [R n, d] emits; new ones are rewarded first, for which `hidden`
+        goes on through the text tokens that the reward reads."""
         context, config = self.context, self.context.config
         rollouts = self._made() if self.scored is None else self.scored.rollouts
+        future = None
+        if self._branched is not None and self._branched.text.future is not None:
+            future = future_log_probs(context.model, hidden, self._branched.text.future)
+            hidden = hidden[:, : config.rollout_tokens]
         scores = score_hidden(
             context.model, hidden, prefix_hidden, rollouts.tokens, config.rollout_temperature
         )
         if self.scored is None:
             branched, texts = self._branched, self.micro_batch.texts
             assert branched is not None
-            self.scored = reward_rollouts(branched.following, texts, rollouts, scores, config)
+            self.scored = reward_rollouts(branched.text, texts, rollouts, scores, future, config)
             self.metrics.add(rollout_metrics(texts, branched.entropy, self.scored))
         if self.objective is None:
             return None

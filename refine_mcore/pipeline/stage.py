@@ -128,13 +128,13 @@ class StageWork:
         shape, last = self._rollouts, len(self._spans) - 1
         streams = texts * shape.positions * shape.rollouts
         if item.op == "W":
-            return [text, self._hidden_spec(streams, shape.tokens)][: 1 + (item.slice == last)]
+            return [text, self._hidden_spec(streams, shape.scored)][: 1 + (item.slice == last)]
         begins = item.step == 0 and (item.op == "D" or shape.decode_passes == 0)
         tell_positions = begins and self._stored is None
         positions = [TensorSpec((texts, shape.positions), torch.long)] * tell_positions
         if self._model.pre_process:
             return [TensorSpec((streams,), torch.long), *positions]
-        return [self._hidden_spec(streams, 1 if item.op == "D" else shape.tokens), *positions]
+        return [self._hidden_spec(streams, 1 if item.op == "D" else shape.scored), *positions]
 
     def _hidden_spec(self, streams: int, length: int) -> TensorSpec:
         shape = self._model.between_stages(streams, length)
@@ -240,9 +240,25 @@ class StageWork:
             prefix_hidden = take_streams(torch.cat([hidden for _, hidden in handed]), streams)
         tokens = None if self._stored is None else self._stored.tokens
         self._branches = BranchPasses(
-            self._model, self._head, self._rollouts, states, prefix_hidden, tokens
+            self._model,
+            self._head,
+            self._rollouts,
+            states,
+            prefix_hidden,
+            tokens,
+            self._text_behind(),
         )
         return self._branches
+
+    def _text_behind(self) -> Tensor | None:
+        """The text tokens [streams, m] behind new rollouts that their rewards read, on the first
+        stage."""
+        shape, branches = self._rollouts, self._branched_at
+        assert shape is not None and branches is not None
+        if shape.behind == 0 or not self._model.pre_process:
+            return None
+        streams, tokens = branches.fork(shape.rollouts), self._batch.tokens[..., None]
+        return streams.rows_after(tokens, shape.behind, skip=shape.tokens)[..., 0]
 
     def _backward(self, index: int, message: Sequence[Tensor], last_backward: bool) -> list[Tensor]:
         """W: on the last slice first the backward of the branches, in the same message."""

@@ -56,9 +56,10 @@ class Branches:
         last = [p - 1 for p in self.position]
         return gather_tokens(x, self.batch_index, last, 1)[:, 0]
 
-    def rows_after(self, x: Tensor, k: int) -> Tensor:
-        """x [B, S, c] at the k text tokens that follow each prefix: [R, k, c]."""
-        return gather_tokens(x, self.batch_index, self.position, k)
+    def rows_after(self, x: Tensor, k: int, *, skip: int = 0) -> Tensor:
+        """x [B, S, c] at the k text tokens that follow each prefix and `skip` more: [R, k, c]."""
+        first = [p + skip for p in self.position] if skip else self.position
+        return gather_tokens(x, self.batch_index, first, k)
 
 
 class _Draw(IntEnum):

@@ -52,6 +52,14 @@ def score_hidden(
     return BranchScores(rollout_log_probs(model, emitting, tokens, temperature), hidden)
 
 
+@torch.no_grad()
+def future_log_probs(model: LanguageModel, hidden: Tensor, future: Tensor) -> Tensor:
+    """Log-probs [R, m] of the text tokens `future` [R, m] that were read behind the rollouts, given
+    the hidden states [R, k + m, d] after all of them; as the text is read, at a temperature of
+    1."""
+    return rollout_log_probs(model, hidden[:, -future.shape[1] - 1 : -1], future, 1.0)
+
+
 def rollout_log_probs(
     model: LanguageModel, emitting: Tensor, tokens: Tensor, temperature: float
 ) -> Tensor:

@@ -88,6 +88,16 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
+class Continuation:
+    """What rewards compare R n rollouts with: the text's own hidden states of the k tokens behind
+    each branch, and for the reward `future` the m tokens behind those and their log-probs."""
+
+    hidden: Tensor  # [R n, k, d]
+    future: Tensor | None = None  # [R n, m]
+    log_probs: Tensor | None = None  # [R n, m]
+
+
+@dataclass(frozen=True)
 class ScoredRollouts:
     """Rollouts with what the policy loss needs of the time they were made: old_log_probs [R n, k],
     advantages [R n]."""
@@ -171,8 +181,9 @@ def choose_branches(
         dist.broadcast(table, group=model.tp_group, group_src=0)
     rows = table.tolist()  # a micro-batch's one planned wait for the device
     margins = (config.margin_left, config.margin_right)
+    read = config.rollout_tokens + config.tokens_behind
     try:
-        check_lengths([row[-1] for row in rows], config.num_chunks, margins, config.rollout_tokens)
+        check_lengths([row[-1] for row in rows], config.num_chunks, margins, read)
     except ValueError as error:
         raise UserError(f"a batch of training texts: {error}") from None
     return Branches.at([row[:-1] for row in rows])
@@ -210,27 +221,51 @@ def roll_out(
     return Rollouts(branches, tokens, log_probs)
 
 
+def continuation(
+    branches: Branches,
+    hidden: Tensor,
+    log_probs: Tensor | None,
+    batch: TextBatch,
+    config: RefineConfig,
+) -> Continuation:
+    """How the texts go on behind each branch: from their hidden states [B, S, d] and, which the
+    reward `future` needs, next-token log-probs [B, S]."""
+    streams = branches.fork(config.rollouts_per_position)
+    k, m = config.rollout_tokens, config.tokens_behind
+    following = streams.rows_after(hidden, k)
+    if m == 0:
+        return Continuation(following)
+    assert log_probs is not None
+    future = streams.rows_after(batch.tokens[..., None], m, skip=k)
+    # log-probs stand at the token that emits, the one before
+    emitted = streams.rows_after(log_probs.detach()[..., None], m, skip=k - 1)
+    return Continuation(following, future[..., 0], emitted[..., 0])
+
+
 @record_function("refine/reward")
 def reward_rollouts(
-    following: Tensor,
+    text: Continuation,
     batch: TextBatch,
     rollouts: Rollouts,
     scores: BranchScores,
+    future_log_probs: Tensor | None,
     config: RefineConfig,
 ) -> ScoredRollouts:
-    """Rewards against the text's own continuation, the hidden states `following` [R n, k, d] of
-    the k tokens behind each branch (Eq. 9, 11, 12), and group-relative advantages; no gradient."""
+    """Rewards against the text's own continuation (Eq. 9, 11, 12), and group-relative advantages;
+    no gradient. `future_log_probs` [R n, m], of the text behind the rollouts, if it was read."""
     n, k = config.rollouts_per_position, config.rollout_tokens
     branches = rollouts.branches.fork(n)
     with torch.no_grad():
         rewards = sequence_reward(
             config.reward,
             scores.hidden,
-            following,
+            text.hidden,
             rollouts.tokens,
             branches.rows_after(batch.tokens[..., None], k)[..., 0],
             cosine_weight=config.reward_weights[0],
             binary_weight=config.reward_weights[1],
+            future_log_probs=future_log_probs,
+            text_log_probs=text.log_probs,
         )
         groups = group_ids(
             config.grouping, batch.tokens.shape[0], config.num_chunks, n, device=rewards.device

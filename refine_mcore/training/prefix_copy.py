@@ -21,7 +21,7 @@ from torch import Tensor
 
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import decode
-from refine_mcore.rollout.scoring import BranchScores, rollout_log_probs
+from refine_mcore.rollout.scoring import BranchScores, future_log_probs, score_hidden
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator, WorkMetrics
 from refine_mcore.step.refine_loss import (
@@ -29,6 +29,7 @@ from refine_mcore.step.refine_loss import (
     ScoredRollouts,
     TextBatch,
     choose_branches,
+    continuation,
     ntp_loss,
     policy_loss,
     reward_rollouts,
@@ -92,11 +93,13 @@ def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, Wo
     drawn = [_generate(context, batch, branches, row) for row in rows]
     tokens, log_probs = (torch.cat(part) for part in zip(*drawn, strict=True))
     rollouts = Rollouts(branches, tokens, log_probs)
-    scores = [_score(context, batch, rollouts, row) for row in rows]
-    joined = BranchScores(*(torch.cat(part) for part in zip(*scores, strict=True)))
-    streams = branches.fork(context.config.rollouts_per_position)
-    following = streams.rows_after(text.hidden, context.config.rollout_tokens)
-    scored = reward_rollouts(following, batch, rollouts, joined, context.config)
+    behind = continuation(branches, text.hidden, text.log_probs, batch, context.config)
+    scores = [_score(context, batch, rollouts, row, behind.future) for row in rows]
+    joined = BranchScores(*(torch.cat(part) for part in zip(*(s for s, _ in scores), strict=True)))
+    future = [log_probs for _, log_probs in scores if log_probs is not None]
+    scored = reward_rollouts(
+        behind, batch, rollouts, joined, torch.cat(future) if future else None, context.config
+    )
     return scored, rollout_metrics(batch, text.entropy, scored)
 
 
@@ -114,7 +117,7 @@ def _train_on_branch(
 ) -> tuple[Tensor, WorkMetrics]:
     n = context.config.rollouts_per_position
     rows = slice(row * n, row * n + n)
-    scores = _score(context, batch, scored.rollouts, row)
+    scores, _ = _score(context, batch, scored.rollouts, row)
     part = ScoredRollouts(
         scored.rollouts, scored.old_log_probs[rows], scored.rewards[rows], scored.advantages[rows]
     )
@@ -141,17 +144,31 @@ def _generate(
     return tokens, log_probs
 
 
-def _score(context: StepContext, batch: TextBatch, rollouts: Rollouts, row: int) -> BranchScores:
-    """Scores [n, k] of one branch's rollouts from a full pass over prefix and rollout."""
+def _score(
+    context: StepContext,
+    batch: TextBatch,
+    rollouts: Rollouts,
+    row: int,
+    future: Tensor | None = None,
+) -> tuple[BranchScores, Tensor | None]:
+    """Scores [n, k] of one branch's rollouts from a full pass over prefix and rollout, and over
+    the text tokens `future` [R n, m] behind them, whose log-probs [n, m] come second."""
     n = context.config.rollouts_per_position
     prefix = _prefix(batch, rollouts.branches, row)
     tokens = rollouts.tokens[row * n : row * n + n]
-    hidden = context.model(torch.cat([prefix.expand(n, -1), tokens], dim=1)).hidden
-    emitting = hidden[:, len(prefix) - 1 : -1]
-    log_probs = rollout_log_probs(
-        context.model, emitting, tokens, context.config.rollout_temperature
+    behind = tokens[:, :0] if future is None else future[row * n : row * n + n]
+    read = torch.cat([prefix.expand(n, -1), tokens, behind], dim=1)
+    hidden, stop = context.model(read).hidden, len(prefix) + tokens.shape[1]
+    scores = score_hidden(
+        context.model,
+        hidden[:, len(prefix) : stop],
+        hidden[:, len(prefix) - 1],
+        tokens,
+        context.config.rollout_temperature,
     )
-    return BranchScores(log_probs, hidden[:, len(prefix) :])
+    if future is None:
+        return scores, None
+    return scores, future_log_probs(context.model, hidden, behind)
 
 
 def _prefix(batch: TextBatch, branches: Branches, row: int) -> Tensor:

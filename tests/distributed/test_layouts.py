@@ -138,11 +138,21 @@ MODES = {
     "two_phase, half": replace(REFINE, mode="two_phase", mini_batch_size=2, rollout_fraction=0.5),
     "fused, half": replace(REFINE, rollout_fraction=0.5),
     "ntp": replace(REFINE, mode="ntp"),
+    "future": replace(REFINE, reward="future", future_tokens=2),
+    "two_phase, future": replace(
+        REFINE, mode="two_phase", mini_batch_size=2, reward="future", future_tokens=2
+    ),
+    "groups of positions": replace(
+        REFINE, grouping="position", rollouts_per_position=4, selection="uniform"
+    ),
 }
 MODE_LAYOUTS = {
     "two_phase": ("DP2", "TP2+SP", "PP2", "PP2+recompute"),
     "two_phase, four steps": ("PP2",),
     "fused, half": ("DP2", "PP2"),
+    "future": ("TP2+SP", "PP2+recompute"),
+    "two_phase, future": ("PP2",),
+    "groups of positions": ("PP2",),
 }
 
 

@@ -110,7 +110,30 @@ def test_rewards_never_wait_for_the_device(kind):
     """Meta tensors hold no data, so anything that reads a value on the host raises."""
     hidden = torch.empty(6, 3, 4, device="meta")
     tokens = torch.empty(6, 3, dtype=torch.int64, device="meta")
-    assert sequence_reward(kind, hidden, hidden, tokens, tokens).shape == (6,)
+    behind = torch.empty(6, 2, device="meta")
+    reward = sequence_reward(
+        kind, hidden, hidden, tokens, tokens, future_log_probs=behind, text_log_probs=behind
+    )
+    assert reward.shape == (6,)
+
+
+def test_future_is_what_the_text_behind_gains():
+    hidden, tokens = torch.zeros(2, 3, 4, dtype=torch.bfloat16), torch.zeros(2, 3).long()
+    after_rollout = torch.tensor([[-1.0, -3.0], [-2.0, -2.0]], requires_grad=True)
+    after_text = torch.tensor([[-2.0, -3.0], [-1.0, -0.5]], requires_grad=True)
+    reward = sequence_reward(
+        "future",
+        hidden,
+        hidden,
+        tokens,
+        tokens,
+        future_log_probs=after_rollout,
+        text_log_probs=after_text,
+    )
+    assert reward.tolist() == [0.5, -1.25]
+    assert not reward.requires_grad
+    with pytest.raises(ValueError, match="needs the log-probs of the text behind"):
+        sequence_reward("future", hidden, hidden, tokens, tokens)
 
 
 def test_unknown_kind_is_refused(reference):

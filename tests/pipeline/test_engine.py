@@ -127,6 +127,8 @@ def test_slices_do_not_show_in_two_phases(name: str, process_groups: Any) -> Non
         {"margin_left": 1, "margin_right": 4, "selection": "argmin", "num_chunks": 6},
         {"rollout_temperature": 0.6, "grouping": "position", "rollouts_per_position": 3},
         {"ntp_weight": 0.3, "policy_weight": 2.0},
+        {"reward": "future", "future_tokens": 5, "margin_right": 9},
+        {"grouping": "position", "rollouts_per_position": 4, "selection": "uniform"},
     ],
     ids=lambda options: "-".join(options),
 )

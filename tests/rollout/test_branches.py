@@ -18,6 +18,7 @@ def test_rows_before_and_after_a_position() -> None:
     branches = Branches((0, 1), (3, 6))
     assert branches.rows_before(per_token)[:, 0].tolist() == [2, 15]
     assert branches.rows_after(per_token, 3)[..., 0].tolist() == [[3, 4, 5], [16, 17, 18]]
+    assert branches.rows_after(per_token, 2, skip=1)[..., 0].tolist() == [[4, 5], [17, 18]]
 
 
 def test_position_uniforms_depend_on_sample_chunk_seed_and_step() -> None:

@@ -121,6 +121,8 @@ OPTIONS = [
     {"rollout_temperature": 0.6, "selection": "uniform", "aggregation": "seq-mean-token-sum"},
     {"selection": "argmax", "aggregation": "seq-mean-token-mean", "policy_weight": 3.0},
     {"selection": "argmin", "entropy_of": "prefix_token", "rollout_tokens": 1, "ntp_weight": 0.0},
+    {"reward": "future", "future_tokens": 4, "margin_right": 9, "rollout_temperature": 0.6},
+    {"grouping": "position", "rollouts_per_position": 4, "selection": "uniform"},
     {"pooling_ignores_padding": True, "smoothing_window": 2, "selection_temperature": 0.3},
 ]
 
@@ -136,14 +138,15 @@ def test_options_mean_the_same_in_every_mode(options: dict[str, Any], model_of: 
 
 
 def rollouts_of(step: Step) -> list[tuple[int, int, Tensor]]:
-    """(text, position, tokens [k]) of every rollout, in the order of the four texts and n = 1."""
+    """(text, position, tokens [k]) of every rollout, in the order of the four texts."""
     order = torch.tensor([3, 11, 5, 8]).argsort().argsort()
-    positions, k = step.metrics.positions[order], step.config.rollout_tokens
+    n, k = step.config.rollouts_per_position, step.config.rollout_tokens
+    positions = step.metrics.positions[order].repeat_interleave(n, dim=1)
     tokens = step.metrics.rollout_tokens[order].reshape(*positions.shape, k)
     return [
-        (text, int(positions[text, chunk]), tokens[text, chunk])
+        (text, int(positions[text, rollout]), tokens[text, rollout])
         for text in range(positions.shape[0])
-        for chunk in range(positions.shape[1])
+        for rollout in range(positions.shape[1])
     ]
 
 
@@ -171,6 +174,60 @@ def test_rewards_compare_rollouts_with_the_text_that_follows(name: str, model_of
         following = text_hidden[text, position : position + k]
         expected.append(F.cosine_similarity(rollout, following, dim=-1).mean())
     torch.testing.assert_close(step.rewards.flatten(), torch.stack(expected), rtol=0, atol=1e-9)
+
+
+FUTURE = replace(CONFIG, reward="future", future_tokens=4, margin_right=9, rollout_temperature=0.7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_future_reward_is_what_the_text_behind_gains(name: str, model_of: ModelOf) -> None:
+    """Mean log-prob of the m text tokens behind the span, each text read from its beginning with
+    the rollout in place of its own tokens, less the same in the text as it is."""
+    model, k, m = model_of(name), FUTURE.rollout_tokens, FUTURE.future_tokens
+    config = replace(FUTURE, rollouts_per_position=1 + NAMES.index(name) % 2)
+    steps = [Step(mode, model, make_batches(2, 2), config) for mode in ("fused", "two_phase")]
+    texts = random_tokens(4, 22)
+
+    def behind(text: int, position: int, span: Tensor) -> Tensor:
+        following = texts[text, position + k : position + k + m]
+        read = torch.cat([texts[text, :position], span, following])
+        log_p = model.logits(model(read[None]).hidden)[0].log_softmax(-1)[-m - 1 : -1]
+        return log_p.gather(1, following[:, None]).mean()
+
+    with torch.no_grad():
+        expected = [
+            behind(text, position, tokens)
+            - behind(text, position, texts[text, position : position + k])
+            for text, position, tokens in rollouts_of(steps[0])
+        ]
+    for step in steps:
+        found = step.rewards.flatten()
+        torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-9)
+        assert found.std() > 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"reward": "future", "future_tokens": 4}])
+def test_rewards_shape_the_gradient_through_advantages_alone(
+    options: dict[str, Any], model_of: ModelOf
+) -> None:
+    """n = 4 rollouts of uniform positions, each measured by the others of its position: the
+    gradient is that of -A log p of the rolled tokens alone, from runs over prefix and rollout."""
+    model = model_of("gated_delta_net")
+    config = replace(CONFIG, margin_right=9, ntp_weight=0.0, rollouts_per_position=4, **options)
+    config = replace(config, grouping="position", selection="uniform")
+    step = Step("fused", model, make_batches(2, 2), config)
+    rewards = step.rewards.reshape(-1, 4)
+    spread = rewards.std(1, keepdim=True) + 1e-6
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / spread).flatten()
+    log_probs = full_run_log_probs(model, rollouts_of(step))
+    loss = -(advantages[:, None] * log_probs).mean() * config.policy_weight
+    assert_same_gradients(step.gradients[0], gradients(model, loss))
+    chunks = torch.tensor(LENGTHS)[[0, 2, 3, 1]] // 3  # in the order of the samples 3, 5, 8, 11
+    start = chunks[:, None] * torch.arange(3)
+    last = torch.tensor(LENGTHS)[[0, 2, 3, 1], None] - 9
+    positions = step.metrics.positions
+    assert (positions >= (start + 1).clamp(min=2).minimum(last)).all()
+    assert (positions <= (start + chunks[:, None]).clamp(min=2).minimum(last)).all()
 
 
 def test_positions_lie_where_the_text_is_least_certain(model_of: ModelOf) -> None:
