@@ -33,9 +33,11 @@ $(STAMP): pyproject.toml constraints.txt
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
 
+# MODEL: gated, lact or qwen3.5 instead of a DeltaNet.
 demo:
 	$(MAKE) setup EXTRAS=
-	$(BIN)/torchrun --nproc-per-node 1 examples/pretrain_refine.py
+	$(BIN)/torchrun --nproc-per-node 1 examples/pretrain_refine.py \
+		--config examples/configs/demo$(MODEL:%=_%).yaml
 
 # CHECK holds options, such as --device cpu or --only operations,steps.
 gpu-check: setup

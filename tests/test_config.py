@@ -293,7 +293,7 @@ def test_example_configs_can_start(path):
 
 
 def test_examples_exist():
-    assert len(EXAMPLES) == 13
+    assert len(EXAMPLES) == 14
 
 
 @given(
