@@ -6,7 +6,7 @@ PYTHON ?= python3.11
 # with TORCH_INDEX the address of an index that has the build wanted.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX ?=
-# Optional dependencies to install, with commas: dev, gpu, eval; `make demo` asks for none.
+# Optional dependencies to install, with commas: dev, gpu, eval, hf; `make demo` asks for none.
 EXTRAS ?= dev
 
 BIN := $(VENV)/bin

@@ -11,6 +11,7 @@ A training run that starts from a converted checkpoint passes all of it on with 
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -36,13 +37,6 @@ SINGLE_FILE = "model.safetensors"
 UNTOUCHED_FILE = "untouched.safetensors"
 _HEADERS = "safetensors_headers"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# A SentencePiece model for transformers. Training adds neither BOS nor EOS to a text.
-_SENTENCEPIECE = {
-    "tokenizer_class": "LlamaTokenizer",
-    "add_bos_token": False,
-    "add_eos_token": False,
-    "legacy": False,
-}
 _LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 # Configuration and tokenizers; never code, never pickles.
@@ -137,8 +131,25 @@ def keep_tokenizer(directory: Path, tokenizer: Path) -> None:
     if is_json and beside.is_file():
         shutil.copyfile(beside, hf / _TOKENIZER_CONFIG)
         return
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} if is_json else _SENTENCEPIECE
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if not is_json:
+        settings = _sentencepiece_settings(tokenizer)
     (hf / _TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _sentencepiece_settings(tokenizer: Path) -> dict[str, Any]:
+    """By which transformers reads a SentencePiece model as training does: without BOS and EOS, with
+    a blank before a text only if the model asks for one."""
+    generated: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    model = generated.ModelProto()
+    model.ParseFromString(tokenizer.read_bytes())
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": model.normalizer_spec.add_dummy_prefix,
+        "legacy": False,
+    }
 
 
 def own_tokenizer(checkpoint: Path) -> Path | None:
