@@ -7,11 +7,12 @@ often a sampled one is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from refine_kernels.dispatch import combine_keys, sample_tokens
+from torch import Tensor
 
 from refine_mcore.models.fast_weight_model import LanguageModel
 from refine_mcore.platform import device
@@ -41,25 +42,12 @@ def doubling_borders(length: int) -> list[int]:
     return [*borders[:-1], length]
 
 
-@torch.no_grad()
 def next_token_scores(
     model: LanguageModel, tokens: Sequence[int], borders: Sequence[int], seed: int
 ) -> list[Bucket]:
     """The figures of one text, by bucket: [borders[i], borders[i + 1]). A position is the number of
     tokens before the one predicted, from 1 on. Every rank calls this and gets the same."""
-    text = torch.tensor([list(tokens)], device=device())
-    losses, argmax, sampled = [], [], []
-    for start, piece, logits in _logits(model, text):
-        targets = text[0, start + 1 : start + 1 + logits.shape[0]]
-        options = vocabulary_options(model)
-        logits = logits[: len(targets)]
-        keys = combine_keys(seed, torch.arange(start, start + len(targets), device=device()))
-        hidden = piece[:, : len(targets)]
-        log_probs, _ = model.log_probs_and_entropy(hidden, targets[None], with_entropy=False)
-        losses.append(-log_probs[0].double())
-        argmax.append(sample_tokens(logits, None, **options) == targets)
-        sampled.append(sample_tokens(logits, keys, **options) == targets)
-    columns = [torch.cat(x) for x in (losses, argmax, sampled)]
+    columns = token_scores(model, tokens, seed)
     found = []
     for start, stop in zip(borders, borders[1:], strict=False):
         span = slice(max(start, 1) - 1, stop - 1)
@@ -69,12 +57,25 @@ def next_token_scores(
     return found
 
 
-def _logits(
-    model: LanguageModel, text: torch.Tensor
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """First token, hidden states [1, n, d] and logits [n, V / tp] of every slice."""
+@torch.no_grad()
+def token_scores(
+    model: LanguageModel, tokens: Sequence[int], seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every token but the first: its loss in nats (float64), whether it is the likeliest one,
+    and whether it is the one drawn with `seed`; each [T - 1]."""
+    text = torch.tensor([list(tokens)], device=device())
+    options = vocabulary_options(model)
     states = None
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, text.shape[1] - 1, _SLICE):
         out = model(text[:, start : start + _SLICE], states, start=start, output_states=True)
         states = out.states
-        yield start, out.hidden, model.logits(out.hidden)[0]
+        targets = text[0, start + 1 : start + 1 + _SLICE]
+        hidden = out.hidden[:, : len(targets)]
+        log_probs, _ = model.log_probs_and_entropy(hidden, targets[None], with_entropy=False)
+        logits = model.logits(hidden)[0]
+        keys = combine_keys(seed, torch.arange(start, start + len(targets), device=device()))
+        likeliest, drawn = (sample_tokens(logits, x, **options) == targets for x in (None, keys))
+        parts.append((-log_probs[0].double(), likeliest, drawn))
+    losses, likeliest, drawn = (torch.cat(x) for x in zip(*parts, strict=True))
+    return losses, likeliest, drawn
