@@ -74,6 +74,14 @@ def _torch_backend(operation: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def delta_rule_backend(device_type: str) -> str:
+    """Which form of the delta rules is wanted on devices of this type, "torch" or "triton"."""
+    wanted = os.environ.get("REFINE_DELTA_RULE", "triton" if device_type == "cuda" else "torch")
+    if wanted not in ("torch", "triton"):
+        raise ValueError(f"REFINE_DELTA_RULE is {wanted!r}, must be 'torch' or 'triton'")
+    return wanted
+
+
 def _delta_rule(torch_form: Callable[P, R]) -> Callable[P, R]:
     """Triton where it is wanted and takes the arguments, which begin q, k, v, beta[, g]."""
     name, gated = torch_form.__name__, torch_form is _gated_chunk.chunk_gated_delta_rule
@@ -83,9 +91,7 @@ def _delta_rule(torch_form: Callable[P, R]) -> Callable[P, R]:
         k, v = (args[i] if len(args) > i else kwargs[x] for i, x in ((1, "k"), (2, "v")))
         assert isinstance(k, Tensor) and isinstance(v, Tensor)
         device = v.device.type
-        wanted = os.environ.get("REFINE_DELTA_RULE", "triton" if device == "cuda" else "torch")
-        if wanted not in ("torch", "triton"):
-            raise ValueError(f"REFINE_DELTA_RULE is {wanted!r}, must be 'torch' or 'triton'")
+        wanted = delta_rule_backend(device)
         if wanted == "torch":
             _log_backend(name, device)
             return torch_form(*args, **kwargs)

@@ -118,6 +118,8 @@ def _delta_rules(sizes: Sizes) -> list[OpCase]:
                     # every token's write goes through the states of all later ones
                     chain=tokens + sizes.key + _POINTWISE,
                     wide=frozenset({"beta", "g", "state"}),
+                    # the kernels round every operand of their products, torch's form none
+                    narrow_in_triton=_PRODUCT_ROUNDINGS if chunked else None,
                 )
             )
     return cases
