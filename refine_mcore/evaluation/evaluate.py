@@ -31,6 +31,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "longbench": LONGBENCH_TASKS,
     "ntp": ("ntp",),
 }
+# Tokenizers that cut it alike are taken for the same.
+_SAMPLE = "Some special magic numbers are hidden, 1234567; naïve readers of 日本 may miss them."
 _FROM_FILES = {*RULER_QA_TASKS, *LONGBENCH_TASKS}
 
 
@@ -85,7 +87,10 @@ def evaluate(
     first = platform.rank() == 0
     if first:
         output.mkdir(parents=True, exist_ok=True)
-    known = asdict(settings) | {"checkpoint": _identity(find_checkpoint(Path(checkpoint)))}
+    known = asdict(settings) | {
+        "checkpoint": _identity(find_checkpoint(Path(checkpoint))),
+        "tokenizer": tokenizer.text_to_ids(_SAMPLE),
+    }
     del known["batch_size"], known["tasks"], known["seeds"]
     results = Results(output / "results.jsonl", known, writer=first)
     rows = _rows(tokenizer, settings)

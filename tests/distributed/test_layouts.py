@@ -150,9 +150,7 @@ MODE_LAYOUTS = {
     "two_phase": ("DP2", "TP2+SP", "PP2", "PP2+recompute"),
     "two_phase, four steps": ("PP2",),
     "fused, half": ("DP2", "PP2"),
-    "future": ("TP2+SP", "PP2+recompute"),
     "two_phase, future": ("PP2",),
-    "groups of positions": ("PP2",),
 }
 
 
