@@ -63,7 +63,6 @@ def test_other_layouts_find_the_same(plain: Any, tmp_path: Path) -> None:
     wanted = figures(run_job(config, tmp_path / "one", *OPTIONS))
     for name, options in {
         "stages": ["parallel.pipeline=2"],
-        "replicas": ["optimizer.use_distributed_optimizer=true"],
         "overlap": [
             "optimizer.use_distributed_optimizer=true",
             "optimizer.overlap_grad_reduce=true",

@@ -252,8 +252,11 @@ def test_gradients_of_states_alone(gated):
 
 
 @gated_or_not
-@pytest.mark.parametrize("from_output", [True, False], ids=["output", "alone"])
-@pytest.mark.parametrize("queries", [True, False], ids=["queries", "none"])
+@pytest.mark.parametrize(
+    ("from_output", "queries"),
+    [(True, True), pytest.param(False, True, marks=pytest.mark.slow), (False, False)],
+    ids=["output", "alone", "no queries"],
+)
 def test_writes_and_their_gradients_equal_the_torch_form(gated, from_output, queries):
     inputs = make_inputs(2, 37, 1, 16, 16, gated, groups=2)
     rule: Any = (

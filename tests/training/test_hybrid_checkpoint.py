@@ -41,7 +41,7 @@ def in_bfloat16(tensors: Tensors) -> Tensors:
     return {name: t if "A_log" in name else t.bfloat16() for name, t in tensors.items()}
 
 
-@pytest.mark.parametrize("sharded", ["true", "false"])
+@pytest.mark.parametrize("sharded", ["true", pytest.param("false", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_trained_and_given_back(golden: Path, tmp_path: Path, name: str, sharded: str) -> None:
     """Every tensor of the text model has learnt, and no other has changed."""

@@ -134,7 +134,10 @@ def test_a_batch_is_an_inner_and_an_outer_step(
         assert (found - weight).abs().max() < 1e-8, name  # of two to six steps of 1e-3
 
 
-@pytest.mark.parametrize("layout", ["parallel.pipeline=2", "parallel.tensor=2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["parallel.pipeline=2", pytest.param("parallel.tensor=2", marks=pytest.mark.slow)],
+)
 def test_other_layouts_train_the_same(
     layout: str, config: Path, plain_run: Path, tmp_path: Path
 ) -> None:

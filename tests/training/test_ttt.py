@@ -64,10 +64,15 @@ def rows_of(config: Config) -> list[Row]:
     ]
 
 
-@pytest.mark.parametrize("options", [[], ["training.dtype=bfloat16"], ["use"]])
+SHARDED = ["optimizer.use_distributed_optimizer=true", "training.dtype=bfloat16"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["training.dtype=bfloat16"], marks=pytest.mark.slow), SHARDED],
+    ids=["float32", "bfloat16", "sharded"],
+)
 def test_a_reset_brings_back_every_bit(options: list[str], config: Path, single_rank: Any) -> None:
-    if options == ["use"]:
-        options = ["optimizer.use_distributed_optimizer=true", "training.dtype=bfloat16"]
     settings = load_config(config, options)
     rows = rows_of(settings)
     adapted = AdaptingModel(settings, single_rank)
