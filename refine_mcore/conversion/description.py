@@ -25,7 +25,6 @@ from refine_mcore.conversion.parameters import (
     with_stored_names,
 )
 from refine_mcore.conversion.safetensors_file import Header, parse_header
-from refine_mcore.data.tokenizer import find_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import Architecture
 
@@ -35,6 +34,7 @@ HF_CONFIG = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 UNTOUCHED_FILE = "untouched.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _HEADERS = "safetensors_headers"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -116,6 +116,12 @@ def copy_description(source: Path, target: Path, architecture: Architecture) -> 
     write_description(target, architecture)
     if (source / HF_DIRECTORY).is_dir():
         shutil.copytree(source / HF_DIRECTORY, target / HF_DIRECTORY)
+
+
+def find_tokenizer(directory: Path) -> Path | None:
+    """The tokenizer file of a Hugging Face directory, if it has one."""
+    found = (directory / name for name in TOKENIZER_FILES)
+    return next((path for path in found if path.is_file()), None)
 
 
 def keep_tokenizer(directory: Path, tokenizer: Path) -> None:

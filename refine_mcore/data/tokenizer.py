@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from refine_mcore.config import DataConfig
+from refine_mcore.conversion.description import TOKENIZER_FILES, find_tokenizer
 from refine_mcore.errors import UserError
-
-_IN_DIRECTORIES = ("tokenizer.json", "tokenizer.model")
 
 
 class Tokenizer(Protocol):
@@ -79,12 +78,6 @@ def _eos_token(path: Path) -> str | None:
     return named if isinstance(named, str) else None
 
 
-def find_tokenizer(directory: Path) -> Path | None:
-    """The tokenizer file of a Hugging Face directory, if it has one."""
-    found = (directory / name for name in _IN_DIRECTORIES)
-    return next((path for path in found if path.is_file()), None)
-
-
 def tokenizer_file(path: str | Path) -> Path:
     """The file that `path` means: itself, or the tokenizer in a Hugging Face directory. Raises
     UserError if the directory has none."""
@@ -93,7 +86,7 @@ def tokenizer_file(path: str | Path) -> Path:
         return path
     found = find_tokenizer(path)
     if found is None:
-        raise UserError(f"tokenizer {path} is a directory without {' or '.join(_IN_DIRECTORIES)}")
+        raise UserError(f"tokenizer {path} is a directory without {' or '.join(TOKENIZER_FILES)}")
     return found
 
 

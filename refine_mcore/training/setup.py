@@ -14,10 +14,10 @@ from refine_mcore.config import Config
 from refine_mcore.conversion.description import (
     HF_DIRECTORY,
     find_checkpoint,
+    find_tokenizer,
     own_tokenizer,
     read_description,
 )
-from refine_mcore.data.tokenizer import find_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
