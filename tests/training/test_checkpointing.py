@@ -273,9 +273,11 @@ def test_original_is_not_needed_once_training_runs(golden, config, tmp_path, mon
     steps += run_job(config, tmp_path / "other", load, *options, f"training.steps={STEPS + 2}")
     assert column(steps, "step") == list(range(STEPS + 2))
     for run in ("run", "other"):
-        assert files(to_hf(tmp_path / run / "checkpoints", tmp_path / f"{run}-hf")) == files(
-            original
-        )
+        exported = files(to_hf(tmp_path / run / "checkpoints", tmp_path / f"{run}-hf"))
+        # the original has no tokenizer: the run's own travels with it
+        assert exported.pop("tokenizer.model") == (tmp_path / "letters.model").read_bytes()
+        assert b"LlamaTokenizer" in exported.pop("tokenizer_config.json")
+        assert exported == files(original)
 
 
 def test_saving_in_the_background(config, plain_run, tmp_path, monkeypatch) -> None:
