@@ -58,6 +58,7 @@ def test_the_run_is_the_same(plain: Any, tmp_path: Path) -> None:
     assert second["evaluation/niah_multivalue"] == 0
 
 
+@pytest.mark.slow
 def test_other_layouts_find_the_same(plain: Any, tmp_path: Path) -> None:
     config, expected = plain
     wanted = figures(run_job(config, tmp_path / "one", *OPTIONS))

@@ -212,6 +212,7 @@ def test_a_resumed_run_is_the_straight_one(config: Path, plain_run: Path, tmp_pa
     assert_same_tensors(run, plain_run)
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_a_batch_goes_on_from_the_batch_before(
     config: Path, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
