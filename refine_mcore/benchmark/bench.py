@@ -16,7 +16,7 @@ import torch
 
 from refine_mcore import platform
 from refine_mcore.config import Config, data_parallel_layout, require_data
-from refine_mcore.data import batch_iterator, build_dataset, load_tokenizer
+from refine_mcore.data import batch_iterator, load_tokenizer
 from refine_mcore.pipeline.engine import PASS_NAMES, PipelineEngine
 from refine_mcore.pipeline.passes import Pass
 from refine_mcore.rollout.branches import Randomness
@@ -24,6 +24,7 @@ from refine_mcore.step.context import StepContext
 from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.checkpointing import on_first_rank
 from refine_mcore.training.optimizer import build_optimizer, main_gradient, wrap_data_parallel
+from refine_mcore.training.phases import MidTraining
 from refine_mcore.training.setup import build_engine, resolve_architecture, training_model
 from refine_mcore.training.step import TrainStep
 
@@ -46,7 +47,7 @@ class Bench:
         vocab = resolve_architecture(config).vocab_size
         tokenizer = load_tokenizer(config.data.tokenizer)
         with _temporary_directory() as directory:
-            dataset = build_dataset(config.data, tokenizer, vocab, directory)
+            dataset = MidTraining(config).samples(tokenizer, vocab, directory)
         self.before_model = resident_bytes()
         self.model = wrap_data_parallel(
             training_model(config, self.groups), config.optimizer, self.groups
@@ -60,12 +61,7 @@ class Bench:
             dataset, 0, training.micro_batch_size, self.groups.dp.rank(), self.groups.dp.size()
         )
         self.batches = [
-            TextBatch(
-                *(
-                    platform.without_waiting(item[name], platform.device())
-                    for name in ("tokens", "mask", "sample_index")
-                )
-            )
+            TextBatch.of(item, lambda x: platform.without_waiting(x, platform.device()))
             for item in islice(batches, count)
         ]
 

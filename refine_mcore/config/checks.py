@@ -178,6 +178,11 @@ def _check_refine(config: Config) -> str | None:
             f"refine.rollout_tokens ({refine.rollout_tokens}) exceeds refine.margin_right "
             f"({refine.margin_right}), the fewest tokens that follow a position"
         )
+    if refine.rollout_entropy is not None and refine.reward == "future":
+        return (
+            "refine.rollout_entropy makes rollouts of unlike lengths, and refine.reward future "
+            "reads the text behind rollouts of one length"
+        )
     if refine.rollout_tokens + refine.tokens_behind > refine.margin_right:
         return (
             f"refine.reward future reads refine.rollout_tokens + refine.future_tokens "

@@ -69,9 +69,13 @@ class DataConfig:
     # Rows that the model's vocabulary may have beyond the tokenizer's pieces: vocabularies are
     # padded to round sizes.
     unused_vocabulary: NonNegativeInt = 512
-    # Tokens per window; a window lies within one document. Of a prompt with its answer the most:
-    # prompts leave max_answer_tokens of it, and padding behind makes all as long.
+    # Tokens per window. Of a prompt with its answer the most: prompts leave max_answer_tokens of
+    # it, and padding behind makes all as long.
     sequence_length: PositiveInt = 16384
+    # documents: short documents, and what full windows leave of long ones, share windows, each with
+    # a state, positions and targets of its own; prompts with their answers likewise. none: a window
+    # lies within one document, whose remainder is dropped, and an example has a row of its own.
+    packing: Literal["none", "documents"] = "none"
     # Seed of the order of the windows or examples (each epoch has its own order).
     seed: NonNegativeInt = 1234
     # Most tokens of an answer; what is longer is cut.
@@ -93,6 +97,10 @@ class RefineConfig:
     num_chunks: PositiveInt = 8
     # k: tokens per rollout.
     rollout_tokens: PositiveInt = 5
+    # Nats by which the length of a rollout is chosen: it ends where the entropies of the text along
+    # it add up to as many, after rollout_tokens at the latest. What is rolled out beyond counts
+    # neither in reward nor loss. null: all rollouts have rollout_tokens.
+    rollout_entropy: PositiveFloat | None = None
     # n: rollouts per position.
     rollouts_per_position: PositiveInt = 1
     # How the position in a chunk is chosen: by the softmax of the smoothed entropy, evenly, or at

@@ -13,7 +13,7 @@ from refine_mcore.data.examples import (
 )
 from refine_mcore.data.order import Samples, batch_iterator
 from refine_mcore.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
-from refine_mcore.data.windows import LongDocumentWindows, build_dataset
+from refine_mcore.data.windows import LongDocumentWindows, build_dataset, build_packed
 
 __all__ = [
     "Document",
@@ -26,6 +26,7 @@ __all__ = [
     "batch_iterator",
     "build_dataset",
     "build_examples",
+    "build_packed",
     "load_tokenizer",
     "padded",
     "read_documents",

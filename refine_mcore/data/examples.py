@@ -23,6 +23,7 @@ from refine_mcore import platform
 from refine_mcore.config import DataConfig
 from refine_mcore.data.documents import read_json_lines
 from refine_mcore.data.order import ShuffledOrder
+from refine_mcore.data.packing import pack, packed
 from refine_mcore.data.tokenizer import Tokenizer, check_vocabulary
 from refine_mcore.errors import UserError
 
@@ -174,24 +175,39 @@ def padded(texts: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Tensor]
 
 
 class ShuffledExamples:
-    """Examples without end, in an order of their own in each epoch, padded behind to `length`."""
+    """Rows of examples without end, in an order of their own in each epoch, padded behind to
+    `length`: one in each row, or as many as it holds."""
 
     def __init__(
-        self, examples: Sequence[TokenizedExample], length: int, seed: int, origin: str = ""
+        self,
+        examples: Sequence[TokenizedExample],
+        length: int,
+        seed: int,
+        origin: str = "",
+        *,
+        packs: bool = False,
     ) -> None:
         self._examples, self._length, self.origin = examples, length, origin
-        self._order = ShuffledOrder(len(examples), seed)
+        self._packs = packs
+        self._rows = [[number] for number in range(len(examples))]
+        if packs:
+            self._rows = pack([len(item.prompt) + len(item.answer) for item in examples], length)
+        self._order = ShuffledOrder(len(self._rows), seed)
 
     def __len__(self) -> int:
-        """Examples per epoch."""
-        return len(self._examples)
+        """Rows per epoch."""
+        return len(self._rows)
 
     def batch(self, samples: Sequence[int], /) -> dict[str, Tensor]:
-        """`tokens`, `mask` of prompts and answers, `targets` [b, S]: the tokens of the answers."""
-        chosen = [self._examples[self._order[sample]] for sample in samples]
-        tokens, mask = padded([item.prompt + item.answer for item in chosen], self._length)
-        _, prompts = padded([item.prompt for item in chosen], self._length)
-        return {"tokens": tokens, "mask": mask, "targets": mask & ~prompts}
+        """`tokens`, `mask` of prompts and answers, `targets` [b, S]: the tokens of the answers;
+        `documents` [b, S] where rows are packed."""
+        rows = [[self._examples[i] for i in self._rows[self._order[s]]] for s in samples]
+        batch = packed([[item.prompt + item.answer for item in row] for row in rows], self._length)
+        answers = [[[0] * len(item.prompt) + [1] * len(item.answer) for item in r] for r in rows]
+        batch["targets"] = packed(answers, self._length)["tokens"].bool()
+        if not self._packs:
+            del batch["documents"]
+        return batch
 
 
 def build_examples(
@@ -200,5 +216,9 @@ def build_examples(
     """The examples of `config.paths` to train on; see `tokenize_examples`."""
     examples = tokenize_examples(config, tokenizer, vocab_size, shortest_prompt)
     origin = f"{len(examples)} examples from {', '.join(config.paths)}"
-    logger.info("%s", origin)
-    return ShuffledExamples(examples, config.sequence_length, config.seed, origin)
+    packs = config.packing == "documents"
+    found = ShuffledExamples(examples, config.sequence_length, config.seed, origin, packs=packs)
+    if packs:
+        found.origin = f"{len(found)} rows packed of {origin}"
+    logger.info("%s", found.origin)
+    return found

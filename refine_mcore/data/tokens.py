@@ -54,20 +54,22 @@ class _Summary:
     sizes: dict[str, int]
 
 
-def map_tokens(config: DataConfig, tokenizer: Tokenizer, directory: Path) -> IndexedDataset:
+def map_tokens(
+    config: DataConfig, tokenizer: Tokenizer, directory: Path, longest: int
+) -> IndexedDataset:
     """The token ids of all documents of `config.paths`, in order, memory-mapped. Every rank calls
     this; `directory` is made if needed.
 
     Rank 0 writes them unless they are there already, then the first rank of every node that does
     not see them. Raises UserError, the same on all ranks and with nothing left behind, for
     documents that cannot be read, a directory that cannot be written, files that differ between
-    nodes, and if no document has `config.sequence_length` tokens.
+    nodes, and if no document has `longest` tokens.
     """
     # Imported here, so that reading documents does not take the seconds that Megatron's import
     # does.
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    work = _Work(config, tokenizer, directory)
+    work = _Work(config, tokenizer, directory, longest)
     rank = platform.rank()
     # One after the other: nodes mostly share the directory, and find what rank 0 has written.
     target = platform.work_apart(work.begin() if rank == 0 else None)[0]
@@ -84,8 +86,11 @@ def map_tokens(config: DataConfig, tokenizer: Tokenizer, directory: Path) -> Ind
 class _Work:
     """The part of the ranks that write: generators for `platform.work_apart`."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, directory: Path) -> None:
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, directory: Path, longest: int
+    ) -> None:
         self._config, self._tokenizer, self._directory = config, tokenizer, directory
+        self._longest = longest
 
     def begin(self) -> Generator[None, None, _Target]:
         """Name the tokens by the files that this node sees, and provide them."""
@@ -165,15 +170,17 @@ class _Work:
         return summary
 
     def _check_length(self, summary: _Summary) -> None:
-        length = self._config.sequence_length
-        if summary.tokens >= length:
+        if summary.tokens >= self._longest:
             return
         longest = "no document"
         if summary.file is not None:
             longest = f"{Path(self._config.paths[summary.file])}{summary.place}"
+        wanted = f"data.sequence_length ({self._longest} tokens)"
+        if self._config.packing == "documents":
+            wanted = f"refine.margin_left + refine.margin_right ({self._longest} tokens)"
         raise UserError(
-            f"{self._files}: no document is as long as data.sequence_length ({length} tokens), "
-            f"the longest is {longest} with {summary.tokens}"
+            f"{self._files}: no document is as long as {wanted}, the longest is {longest} with "
+            f"{summary.tokens}"
         )
 
 

@@ -321,9 +321,10 @@ class AttentionState(FastWeightState):
         )
 
     @classmethod
-    def join(cls, parts: Sequence[AttentionState]) -> AttentionState:
+    def join(cls, parts: Sequence[AttentionState], *, one_text: bool = True) -> AttentionState:
         position = tuple(p for part in parts for p in part.position)
-        return cls(TokenHistory.join([part.history for part in parts]), position)
+        history = TokenHistory.join([part.history for part in parts], one_text=one_text)
+        return cls(history, position)
 
 
 @dataclass(frozen=True)

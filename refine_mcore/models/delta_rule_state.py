@@ -54,7 +54,7 @@ class DeltaRuleState(FastWeightState):
         return replace(self, rows=tuple(self.rows[i] for i in indices))
 
     @classmethod
-    def join(cls, parts: Sequence[DeltaRuleState]) -> DeltaRuleState:
+    def join(cls, parts: Sequence[DeltaRuleState], *, one_text: bool = True) -> DeltaRuleState:
         conv, recurrent = zip(*(part.of_streams() for part in parts), strict=True)
         return cls.of(torch.cat(conv), torch.cat(recurrent))
 

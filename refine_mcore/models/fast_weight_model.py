@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from megatron.core import tensor_parallel
@@ -17,6 +17,7 @@ from torch import Tensor
 from refine_mcore.models.fast_weight_block import FastWeightBlock
 from refine_mcore.models.layer_specs import block_spec
 from refine_mcore.models.output_layer import OutputLayer
+from refine_mcore.models.packing import Documents, Packing
 from refine_mcore.models.parallel_layers import mark_sharded_weights
 from refine_mcore.models.state import FastWeightState, StateTape
 from refine_mcore.models.token_layout import TokenLayout
@@ -52,6 +53,7 @@ class LanguageModel(Protocol):
         states: Sequence[FastWeightState] | None = None,
         *,
         start: int = 0,
+        documents: Documents | None = None,
         output_states: bool = False,
         record: bool = False,
     ) -> ModelOutput: ...
@@ -147,15 +149,21 @@ class FastWeightModel(LanguageModule):
         states: Sequence[FastWeightState] | None = None,
         *,
         start: int = 0,
+        documents: Documents | None = None,
         output_states: bool = False,
         record: bool = False,
     ) -> ModelOutput:
         """Consume tokens [R, T] of R streams, from `states` if given.
 
         `record` asks for a tape of these T tokens; `start` is how many tokens the texts had
-        consumed before them. Stages past the first read of `tokens` its shape alone.
+        consumed before them. Of texts that hold `documents` each of those begins without a past,
+        and the states are those of the last ones. Stages past the first read of `tokens` its shape
+        alone.
         """
         layout = self.token_layout(*tokens.shape)
+        if documents is not None:
+            packing = Packing(documents, output_states, tokens.device)
+            layout = replace(layout, packing=packing)
         embedded = None
         if self.pre_process:
             embedded = self.embedding(layout.join(tokens).transpose(0, 1), None)

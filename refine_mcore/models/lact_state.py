@@ -81,10 +81,10 @@ class LaCTState(FastWeightState):
         )
 
     @classmethod
-    def join(cls, parts: Sequence[LaCTState]) -> LaCTState:
+    def join(cls, parts: Sequence[LaCTState], *, one_text: bool = True) -> LaCTState:
         before = accumulate((part.weights.w0.shape[0] for part in parts), initial=0)
         return cls(
-            AttentionState.join([part.attention for part in parts]),
+            AttentionState.join([part.attention for part in parts], one_text=one_text),
             join_weights([part.weights for part in parts]),
             tuple(
                 offset + row
@@ -92,7 +92,7 @@ class LaCTState(FastWeightState):
                 for row in part.weight_rows
             ),
             parts[0].norms,
-            TokenHistory.join([part.pending for part in parts]),
+            TokenHistory.join([part.pending for part in parts], one_text=one_text),
         )
 
 

@@ -55,7 +55,10 @@ class Mixer(MixerModule):
         `record` asks for a tape and needs streams that are texts, not branches.
         """
         tokens = layout.split(self.in_proj(hidden_states))
-        mixed, new_state, tape = self.mix(tokens, state, output_state, record)
+        if layout.packing is None:
+            mixed, new_state, tape = self.mix(tokens, state, output_state, record)
+        else:
+            mixed, new_state, tape = layout.packing.mix(self.mix, tokens, state, record)
         mixed = layout.join(mixed.to(hidden_states.dtype))
         return MixerOutput(self.o_proj(mixed)[0], new_state, tape)
 

@@ -80,9 +80,9 @@ class FastWeightState(ABC):
 
     @classmethod
     @abstractmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
+    def join(cls, parts: Sequence[Self], *, one_text: bool = True) -> Self:
         """All streams of `parts`, in that order: streams that have just left slices of the same
-        texts."""
+        texts, or with `one_text` false any texts."""
 
 
 class LayerTape(ABC):
@@ -216,12 +216,14 @@ class TokenHistory:
         return cls((), text, tuple(rows), tuple(limit), reach)
 
     @classmethod
-    def join(cls, parts: Sequence[TokenHistory]) -> TokenHistory:
-        """Streams that have just left slices of the same texts, each slice with the past it kept.
+    def join(cls, parts: Sequence[TokenHistory], *, one_text: bool = True) -> TokenHistory:
+        """Streams that have just left slices of the same texts, each slice with the past it kept;
+        with `one_text` false each part is of texts of its own.
 
         Without a limit on their reach the slices kept everything: each one's text is the beginning
         of the next one's, and the longest serves all. Otherwise every slice and text becomes a row
-        of its own, cut to what its streams can reach. So does every stream that never left a text.
+        of its own, cut to what its streams can reach. So does every text of a part that shares none
+        with the others, and every stream that never left a text.
         """
         if len(parts) == 1:
             return parts[0]
@@ -229,7 +231,7 @@ class TokenHistory:
             return parts[0]  # nothing in any of them
         if any(part.text is None for part in parts):
             return cls._join_rows(cls._as_texts(parts), None)
-        if parts[0].reach is None:
+        if parts[0].reach is None and one_text:
             return cls.branch(
                 max((part.text for part in parts if part.text), key=token_count),
                 [row for part in parts for row in part.rows],

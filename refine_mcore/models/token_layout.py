@@ -13,15 +13,19 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from refine_mcore.models.packing import Packing
+
 
 @dataclass(frozen=True)
 class TokenLayout:
     """`length` tokens of each of `streams` streams; `parts` is the number of ranks that the
-    sequence axis is cut over, 1 without sequence parallelism."""
+    sequence axis is cut over, 1 without sequence parallelism. Streams that are texts may hold
+    documents, each for itself: then `packing` says how they go through a mixer."""
 
     streams: int
     length: int
     parts: int = 1
+    packing: Packing | None = None
 
     @property
     def local_tokens(self) -> int:

@@ -27,6 +27,7 @@ def sequence_reward(
     *,
     cosine_weight: float = 1.0,
     binary_weight: float = 1.0,
+    lengths: Tensor | None = None,
     future_log_probs: Tensor | None = None,
     text_log_probs: Tensor | None = None,
 ) -> Tensor:
@@ -43,6 +44,8 @@ def sequence_reward(
         rollout_hidden, target_hidden: [R, k, d].
         rollout_tokens, target_tokens: [R, k], integer.
         cosine_weight, binary_weight: of the hybrid reward.
+        lengths: [R], the k of each rollout, what is behind it does not count; None for all tokens.
+            Not with "future".
         future_log_probs, text_log_probs: [R, m], of the m text tokens behind the span, in nats,
             after the rollout and after the text's own tokens; for "future".
 
@@ -53,15 +56,24 @@ def sequence_reward(
         ValueError: an unknown kind, or "future" without its log-probs.
     """
     dtype = torch.promote_types(rollout_hidden.dtype, torch.float32)
+    if lengths is None:
+        lengths = torch.full_like(rollout_tokens[:, 0], rollout_tokens.shape[1])
+
+    def cosine() -> Tensor:
+        hidden = rollout_hidden.to(dtype), target_hidden.to(dtype)
+        return _mean_of_first(F.cosine_similarity(*hidden, dim=-1), lengths)
+
+    def match() -> Tensor:
+        return _mean_of_first((rollout_tokens == target_tokens).to(dtype), lengths)
+
     if kind == "cosine":
-        return _cosine(rollout_hidden.to(dtype), target_hidden.to(dtype))
+        return cosine()
     if kind == "binary":
-        return _match(rollout_tokens, target_tokens, dtype)
+        return match()
     if kind == "hybrid":
-        cosine = _cosine(rollout_hidden.to(dtype), target_hidden.to(dtype))
-        return cosine_weight * cosine + binary_weight * _match(rollout_tokens, target_tokens, dtype)
+        return cosine_weight * cosine() + binary_weight * match()
     if kind == "edit":
-        return 1 - _levenshtein(rollout_tokens, target_tokens).to(dtype) / rollout_tokens.shape[1]
+        return 1 - _levenshtein(rollout_tokens, target_tokens, lengths).to(dtype) / lengths
     if kind == "future":
         if future_log_probs is None or text_log_probs is None:
             raise ValueError("the reward 'future' needs the log-probs of the text behind the span")
@@ -69,16 +81,15 @@ def sequence_reward(
     raise ValueError(f"unknown reward {kind!r}; use one of {REWARD_KINDS}")
 
 
-def _cosine(rollout: Tensor, target: Tensor) -> Tensor:
-    return F.cosine_similarity(rollout, target, dim=-1).mean(-1)
+def _mean_of_first(values: Tensor, lengths: Tensor) -> Tensor:
+    """Mean of the first lengths[r] values of each row [R, k]."""
+    counts = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
+    return values.masked_fill(~counts, 0.0).sum(-1) / lengths
 
 
-def _match(rollout: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
-    return (rollout == target).to(dtype).mean(-1)
-
-
-def _levenshtein(rollout: Tensor, target: Tensor) -> Tensor:
-    """Edit distance of each pair of rows, [R, k] and [R, k] -> [R], all rows at once.
+def _levenshtein(rollout: Tensor, target: Tensor, lengths: Tensor) -> Tensor:
+    """Edit distance of the first lengths[r] entries of each pair of rows, [R, k] and [R, k] -> [R],
+    all rows at once.
 
     Row i of the dynamic programme is d[j] = min(t[j], d[j - 1] + 1), where t holds the best of
     deletion and substitution. Unrolled, d[j] - j = min over l <= j of (t[l] - l): a running
@@ -87,9 +98,11 @@ def _levenshtein(rollout: Tensor, target: Tensor) -> Tensor:
     length = target.shape[1]
     offset = torch.arange(length + 1, device=target.device)
     distance = offset.expand(target.shape[0], -1)
+    of_first = []  # n entries of both, for each n
     for i in range(length):
         substitution = distance[:, :-1] + (rollout[:, i : i + 1] != target)
         best = torch.minimum(substitution, distance[:, 1:] + 1)
         best = torch.cat([distance[:, :1] + 1, best], dim=1)
         distance = (best - offset).cummin(1).values + offset
-    return distance[:, -1]
+        of_first.append(distance[:, i + 1])
+    return torch.stack(of_first, 1).gather(1, lengths[:, None] - 1)[:, 0]

@@ -159,10 +159,12 @@ class StageWork:
         """Forward over a slice, on the last stage with its part of the next-token loss; with
         gradients enabled all but its branches is ready for its backward."""
         self._model.set_input_tensor(piece.hidden)
+        documents = self._batch.documents
         out = self._model(
             self._batch.tokens[:, piece.start : piece.stop],
             piece.incoming.handed if piece.incoming else None,
             start=piece.start,
+            documents=None if documents is None else documents.part(piece.start, piece.stop),
             output_states=piece.stop < self._spans[-1][1],
             record=record,
         )
@@ -231,8 +233,9 @@ class StageWork:
             cut = self._slices[index].branched
             assert cut is not None
             handed.append(cut.handed)
+        one_text = self._batch.documents is None
         states = [
-            type(parts[0]).join(parts).select(streams)
+            type(parts[0]).join(parts, one_text=one_text).select(streams)
             for parts in zip(*(of_slice for of_slice, _ in handed), strict=True)
         ]
         prefix_hidden = None

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from refine_mcore.models.fast_weight_model import FastWeightModel, LanguageModel, ModelOutput
+from refine_mcore.models.packing import Documents
 from refine_mcore.models.parallel_layers import at_least_float32
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.platform import device
@@ -44,6 +45,7 @@ class WholeModel:
         states: Sequence[FastWeightState] | None = None,
         *,
         start: int = 0,
+        documents: Documents | None = None,
         output_states: bool = False,
         record: bool = False,
     ) -> ModelOutput:
@@ -55,7 +57,14 @@ class WholeModel:
             hidden = self._receive(between, self._rank - 1).requires_grad_()
             hidden.register_hook(lambda gradient: self._send(gradient, self._rank - 1))
             self._stage.set_input_tensor(hidden)
-        out = self._stage(tokens, states, start=start, output_states=output_states, record=record)
+        out = self._stage(
+            tokens,
+            states,
+            start=start,
+            documents=documents,
+            output_states=output_states,
+            record=record,
+        )
         if self._rank < self._last:
             self._send(out.hidden.detach(), self._rank + 1)
         hidden = self._of_last_stage(

@@ -19,19 +19,25 @@ class Branches:
     """R branch points over a batch of texts: branch r leaves text `batch_index[r]` after
     `position[r]` tokens.
 
-    Rows are sequence-major, then position. All on the host: reading positions back is the one
-    planned sync of a micro-batch, on each pipeline stage.
+    `length[r]` is how many tokens of its rollouts count, where that is not k for all of them; the
+    last stage knows it, which makes reward and loss of them. Rows are sequence-major, then
+    position. All on the host: reading positions back is the one planned sync of a micro-batch, on
+    each pipeline stage.
     """
 
     batch_index: tuple[int, ...]
     position: tuple[int, ...]
+    length: tuple[int, ...] | None = None
 
     @classmethod
-    def at(cls, positions: Sequence[Sequence[int]]) -> Branches:
+    def at(
+        cls, positions: Sequence[Sequence[int]], lengths: Sequence[Sequence[int]] | None = None
+    ) -> Branches:
         """Branches at positions [B][c]."""
         return cls(
             tuple(b for b, row in enumerate(positions) for _ in row),
             tuple(p for row in positions for p in row),
+            None if lengths is None else tuple(n for row in lengths for n in row),
         )
 
     def __len__(self) -> int:
@@ -40,15 +46,14 @@ class Branches:
     def select(self, rows: Sequence[int]) -> Branches:
         """The given branches."""
         return Branches(
-            tuple(self.batch_index[r] for r in rows), tuple(self.position[r] for r in rows)
+            tuple(self.batch_index[r] for r in rows),
+            tuple(self.position[r] for r in rows),
+            None if self.length is None else tuple(self.length[r] for r in rows),
         )
 
     def fork(self, n: int) -> Branches:
         """Every branch n times in a row."""
-        return Branches(
-            tuple(b for b in self.batch_index for _ in range(n)),
-            tuple(p for p in self.position for _ in range(n)),
-        )
+        return self.select([r for r in range(len(self)) for _ in range(n)])
 
     def rows_before(self, x: Tensor) -> Tensor:
         """x [B, S, c] at the last token of each prefix: [R, c]; its logits give the first rollout

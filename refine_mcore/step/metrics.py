@@ -48,6 +48,8 @@ class StepFigures:
     entropy_mean: float | None = None
     # Share of rollout tokens whose ratio was clipped.
     clip_fraction: float | None = None
+    # Mean tokens of a rollout that count in its reward and loss.
+    rollout_length: float | None = None
     # Mean absolute difference between the decode passes' log-probs and the scored ones, in nats.
     log_prob_drift: float | None = None
     # Optimizer steps of the batch that were not taken, as the gradient was not finite.
@@ -100,13 +102,14 @@ class StepAccumulator:
             values["entropy_mean"] = sums["entropy"] / sums["entropy_count"]
             values["clip_fraction"] = sums["clipped"] / sums["policy_tokens"]
             values["log_prob_drift"] = sums["drift"] / sums["rollout_tokens"]
-            values |= self._reduce_texts(dp_group)
+            values |= self._reduce_texts(dp_group, sums["policy_tokens"])
         return ReducedMetrics(**values, skipped_steps=self.skipped_steps)
 
-    def _reduce_texts(self, dp_group: dist.ProcessGroup) -> dict[str, Any]:
+    def _reduce_texts(self, dp_group: dist.ProcessGroup, policy_tokens: float) -> dict[str, Any]:
         order = _gather([record.sample_index for record in self.texts], dp_group).argsort()
         rewards = _gather([record.rewards for record in self.texts], dp_group)[order].double()
         return {
+            "rollout_length": policy_tokens / rewards.numel(),
             "reward_mean": rewards.mean().item(),
             "reward_std": rewards.std().item() if rewards.numel() > 1 else 0.0,
             "positions": _gather([record.positions for record in self.texts], dp_group)[order],

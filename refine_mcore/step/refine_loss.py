@@ -7,8 +7,9 @@ micro-batches and ranks add up to the same loss at every layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,16 @@ from torch.profiler import record_function
 from refine_mcore.config import RefineConfig
 from refine_mcore.errors import UserError
 from refine_mcore.models.fast_weight_model import LanguageModel, ModelOutput
+from refine_mcore.models.packing import Documents
 from refine_mcore.models.state import FastWeightState, StateTape
 from refine_mcore.objective.advantages import group_ids, group_relative_advantages
 from refine_mcore.objective.losses import clipped_policy_loss
-from refine_mcore.objective.positions import check_lengths, select_positions
+from refine_mcore.objective.positions import (
+    check_lengths,
+    rollout_lengths,
+    room_for_rollouts,
+    select_positions,
+)
 from refine_mcore.objective.rewards import sequence_reward
 from refine_mcore.platform import to_device
 from refine_mcore.rollout.branches import Branches, Randomness
@@ -38,17 +45,38 @@ class TextBatch:
 
     targets [B, S]: the valid tokens that the next-token loss is over, None for all of them. Those
     of answers are the last of each text: prompt, answer, padding.
+
+    Texts may be packed of `documents`: then all this holds of each document, what follows its valid
+    tokens up to the next one being padding.
     """
 
     tokens: Tensor
     mask: Tensor
     sample_index: Tensor
     targets: Tensor | None = None
+    documents: Documents | None = None
+
+    @classmethod
+    def of(cls, sample: dict[str, Tensor], move: Callable[[Tensor], Tensor]) -> TextBatch:
+        """Of tensors on the host by their names, `documents` [B, S] the number of each token's
+        document; `move` takes them to the device."""
+        tensors = dict(sample)
+        numbers = tensors.pop("documents", None)
+        documents = None if numbers is None else Documents.of(numbers)
+        return cls(**{name: move(x) for name, x in tensors.items()}, documents=documents)
+
+    @cached_property
+    def document_numbers(self) -> Tensor | None:
+        """The number of each token's document in its text [B, S]; None if all are of one."""
+        return None if self.documents is None else self.documents.numbers(self.tokens.device)
 
     def has_target(self) -> Tensor:
         """Whether the token after each is a next-token target, [B, S]; false at the last."""
         following = self.mask if self.targets is None else self.mask & self.targets
-        return F.pad(following[:, 1:] & self.mask[:, :-1], (0, 1))
+        wanted = following[:, 1:] & self.mask[:, :-1]
+        if self.document_numbers is not None:
+            wanted &= self.document_numbers[:, 1:] == self.document_numbers[:, :-1]
+        return F.pad(wanted, (0, 1))
 
     def num_targets(self) -> Tensor:
         """Valid next-token targets, a 0-dim tensor."""
@@ -57,7 +85,8 @@ class TextBatch:
     def prompts(self) -> TextBatch:
         """The texts without their answers, as texts to train on."""
         assert self.targets is not None
-        return TextBatch(self.tokens, self.mask & ~self.targets, self.sample_index)
+        mask = self.mask & ~self.targets
+        return TextBatch(self.tokens, mask, self.sample_index, documents=self.documents)
 
 
 @dataclass(frozen=True)
@@ -100,12 +129,23 @@ class Continuation:
 @dataclass(frozen=True)
 class ScoredRollouts:
     """Rollouts with what the policy loss needs of the time they were made: old_log_probs [R n, k],
-    advantages [R n]."""
+    advantages [R n], and the tokens that count, [R n, k]."""
 
     rollouts: Rollouts
     old_log_probs: Tensor
     rewards: Tensor
     advantages: Tensor
+    counts: Tensor
+
+    def rows(self, rows: slice) -> ScoredRollouts:
+        """What the policy loss needs of some of them."""
+        return ScoredRollouts(
+            self.rollouts,
+            self.old_log_probs[rows],
+            self.rewards[rows],
+            self.advantages[rows],
+            self.counts[rows],
+        )
 
 
 @record_function("refine/text forward")
@@ -117,7 +157,7 @@ def text_pass(
     record: bool,
 ) -> TextPass:
     """Forward over the texts; next-token log-probs, and if asked for entropies and the tape."""
-    out = model(batch.tokens, record=record)
+    out = model(batch.tokens, documents=batch.documents, record=record)
     return predict(model, out, batch, with_entropy=with_entropy)
 
 
@@ -160,9 +200,13 @@ def choose_branches(
     config: RefineConfig,
     randomness: Randomness,
 ) -> Branches:
-    """One position per chunk and text by the whole text's entropy [B, S] (Eq. 5, 6); brings the
-    positions to the host."""
+    """One position per chunk and text by the whole text's entropy [B, S] (Eq. 5, 6), and how long
+    its rollouts are; brings both to the host."""
     assert entropy is not None
+    margins = (config.margin_left, config.margin_right)
+    room = batch.mask.sum(dim=1)
+    if batch.document_numbers is not None:
+        room = room_for_rollouts(batch.mask, batch.document_numbers, margins).sum(dim=1)
     positions = select_positions(
         entropy,
         batch.mask,
@@ -170,23 +214,36 @@ def choose_branches(
         config.smoothing_window or config.rollout_tokens,
         config.selection_temperature,
         config.selection,
-        (config.margin_left, config.margin_right),
+        margins,
         randomness.position_uniforms(batch.sample_index, config.num_chunks),
         ignore_masked=config.pooling_ignores_padding,
         entropy_of=config.entropy_of,
+        documents=batch.document_numbers,
     )
-    table = torch.cat([positions, batch.mask.sum(dim=1, keepdim=True)], dim=1)
+    k, c = config.rollout_tokens, config.num_chunks
+    parts = [positions, room[:, None]]
+    if config.rollout_entropy is not None:
+        # columns of texts that are too short to roll out in, which is said below
+        inside = positions.clamp(1, entropy.shape[1] - k + 1)
+        parts.append(rollout_lengths(entropy, inside, config.rollout_entropy, k))
+    table = torch.cat(parts, dim=1)
     if model.tp_group.size() > 1:
         # ranks must branch alike even if a bit of an entropy differed between them
         dist.broadcast(table, group=model.tp_group, group_src=0)
     rows = table.tolist()  # a micro-batch's one planned wait for the device
-    margins = (config.margin_left, config.margin_right)
-    read = config.rollout_tokens + config.tokens_behind
+    room_of = [row[c] for row in rows]
     try:
-        check_lengths([row[-1] for row in rows], config.num_chunks, margins, read)
+        if batch.documents is None:
+            check_lengths(room_of, c, margins, k + config.tokens_behind)
+        elif not all(room_of):
+            raise ValueError(
+                f"text {room_of.index(0)} is packed of documents that are all shorter than the "
+                f"position margins of {margins[0]} before and {margins[1]} after"
+            )
     except ValueError as error:
         raise UserError(f"a batch of training texts: {error}") from None
-    return Branches.at([row[:-1] for row in rows])
+    lengths = None if config.rollout_entropy is None else [row[c + 1 :] for row in rows]
+    return Branches.at([row[:c] for row in rows], lengths)
 
 
 @record_function("refine/read states")
@@ -256,6 +313,7 @@ def reward_rollouts(
     n, k = config.rollouts_per_position, config.rollout_tokens
     branches = rollouts.branches.fork(n)
     with torch.no_grad():
+        lengths = to_device(branches.length or [k] * len(branches), rollouts.tokens.device)
         rewards = sequence_reward(
             config.reward,
             scores.hidden,
@@ -264,6 +322,7 @@ def reward_rollouts(
             branches.rows_after(batch.tokens[..., None], k)[..., 0],
             cosine_weight=config.reward_weights[0],
             binary_weight=config.reward_weights[1],
+            lengths=lengths,
             future_log_probs=future_log_probs,
             text_log_probs=text.log_probs,
         )
@@ -273,7 +332,8 @@ def reward_rollouts(
         advantages = group_relative_advantages(
             rewards, groups, config.normalize_std, config.advantage_eps
         )
-    return ScoredRollouts(rollouts, scores.log_probs.detach(), rewards, advantages)
+        counts = torch.arange(k, device=lengths.device) < lengths[:, None]
+    return ScoredRollouts(rollouts, scores.log_probs.detach(), rewards, advantages, counts)
 
 
 def policy_loss(
@@ -284,7 +344,7 @@ def policy_loss(
         log_probs,
         scored.old_log_probs,
         scored.advantages,
-        torch.ones_like(log_probs),
+        scored.counts,
         config.clip_low,
         config.clip_high,
         config.dual_clip,
@@ -292,7 +352,7 @@ def policy_loss(
         denominator=denominator,
     )
     loss = _told_by_gradient(loss)
-    tokens = torch.full((), float(log_probs.numel()), device=loss.device)
+    tokens = scored.counts.sum()
     sums = {"clipped": metrics["clip_fraction"] * tokens, "policy_tokens": tokens}
     return loss, {"loss_policy": loss.detach()} | sums
 
@@ -323,6 +383,7 @@ def rollout_metrics(
 
 def policy_denominator(num_sequences: int, config: RefineConfig) -> float:
     """What policy losses of `num_sequences` sequences over all ranks are divided by: their tokens,
-    or their rollouts."""
+    or their rollouts. Where rollouts end earlier (`rollout_entropy`) their tokens are still taken
+    to be k: how many there are in all is known when the first micro-batch has had its backward."""
     rollouts = num_sequences * config.num_chunks * config.rollouts_per_position
     return float(rollouts * (config.rollout_tokens if config.aggregation == "token-mean" else 1))

@@ -284,13 +284,11 @@ class _Run:
         device, dp = platform.device(), self.groups.dp
         size = self.config.training.micro_batch_size
         for batch in batch_iterator(self.dataset, first, size, dp.rank(), dp.size()):
-            tensors = {n: platform.without_waiting(x, device) for n, x in batch.items()}
-            yield TextBatch(**tensors)
+            yield TextBatch.of(batch, lambda x: platform.without_waiting(x, device))
 
     def _first_text(self) -> TextBatch:
-        tensors = self.dataset.batch([0]) | {"sample_index": torch.zeros(1, dtype=torch.long)}
-        batch = TextBatch(**{name: x.to(platform.device()) for name, x in tensors.items()})
-        return self.phase.texts(batch)
+        first = self.dataset.batch([0]) | {"sample_index": torch.zeros(1, dtype=torch.long)}
+        return self.phase.texts(TextBatch.of(first, lambda x: x.to(platform.device())))
 
     def _save(self) -> None:
         if self.config.optimizer.overlap_param_gather:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from refine_mcore.config import Config
-from refine_mcore.data import Samples, Tokenizer, build_dataset, build_examples
+from refine_mcore.data import Samples, Tokenizer, build_dataset, build_examples, build_packed
 from refine_mcore.step.refine_loss import TextBatch
 
 
@@ -64,10 +64,24 @@ class MidTraining:
         return [self._config.refine.mode]
 
     def samples(self, tokenizer: Tokenizer, vocab_size: int, directory: Path) -> Samples:
-        return build_dataset(self._config.data, tokenizer, vocab_size, directory)
+        data = self._config.data
+        if data.packing == "documents":
+            return build_packed(data, tokenizer, vocab_size, directory, self._shortest)
+        return build_dataset(data, tokenizer, vocab_size, directory)
+
+    @property
+    def _shortest(self) -> int:
+        """Tokens of a document in which there is a position to roll out at. That every packed
+        window has one does not depend on the mode: a baseline trains on the same windows."""
+        refine = self._config.refine
+        return refine.margin_left + refine.margin_right
 
     def identity(self) -> dict[str, Any]:
-        return {}
+        if self._config.data.packing == "none":
+            return {}
+        return packing_identity(self._config) | {
+            "refine.margin_left + margin_right": self._shortest
+        }
 
     def texts(self, batch: TextBatch) -> TextBatch:
         return batch
@@ -95,6 +109,7 @@ class PostTraining:
         return {
             "data.max_answer_tokens": self._config.data.max_answer_tokens,
             "data.answer_eos": self._config.data.answer_eos,
+            **packing_identity(self._config),
         }
 
     def texts(self, batch: TextBatch) -> TextBatch:
@@ -106,6 +121,12 @@ class PostTraining:
             return [outer]
         prompts = [self.texts(batch) for batch in micro_batches]
         return [Update(prompts, _mode(self._config, step)), outer]
+
+
+def packing_identity(config: Config) -> dict[str, Any]:
+    """Whether samples are packed; nothing where they are not, as of runs that could not be."""
+    packing = config.data.packing
+    return {} if packing == "none" else {"data.packing": packing}
 
 
 def shortest_prompt(config: Config) -> int:

@@ -118,10 +118,7 @@ def _train_on_branch(
     n = context.config.rollouts_per_position
     rows = slice(row * n, row * n + n)
     scores, _ = _score(context, batch, scored.rollouts, row)
-    part = ScoredRollouts(
-        scored.rollouts, scored.old_log_probs[rows], scored.rewards[rows], scored.advantages[rows]
-    )
-    loss, sums = policy_loss(scores.log_probs, part, context.config, denominator)
+    loss, sums = policy_loss(scores.log_probs, scored.rows(rows), context.config, denominator)
     return context.config.policy_weight * loss, WorkMetrics(sums)
 
 
@@ -172,4 +169,7 @@ def _score(
 
 
 def _prefix(batch: TextBatch, branches: Branches, row: int) -> Tensor:
-    return batch.tokens[branches.batch_index[row], : branches.position[row]]
+    """The tokens before a branch, from the first of its document on."""
+    text, position = branches.batch_index[row], branches.position[row]
+    start = 0 if batch.documents is None else batch.documents.start_of(text, position)
+    return batch.tokens[text, start:position]

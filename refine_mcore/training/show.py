@@ -10,7 +10,7 @@ from refine_mcore.config import Config
 from refine_mcore.data import Tokenizer
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.pipeline.whole_model import whole_model
-from refine_mcore.rollout.branches import Branches, Randomness
+from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.refine_loss import (
     TextBatch,
     branch_states,
@@ -33,12 +33,15 @@ def show_rollouts(
     Every rank of a pipeline calls it with its own stage and gets them all."""
     refine = config.refine
     most = max(_MOST_TOKENS, refine.margin_left + refine.margin_right)
-    batch = TextBatch(text.tokens[:, :most], text.mask[:, :most], text.sample_index)
+    tokens, documents = text.tokens[:, :most], text.documents
+    if documents is not None:
+        documents = documents.part(0, tokens.shape[1])
+    batch = TextBatch(tokens, text.mask[:, :most], text.sample_index, documents=documents)
     randomness = Randomness(config.training.seed, config.training.steps)
     whole = whole_model(model)
     out = text_pass(whole, batch, with_entropy=True, record=True)
     chosen = choose_branches(whole, out.entropy, batch, refine, randomness)
-    branches = Branches(chosen.batch_index[:_SHOWN], chosen.position[:_SHOWN])
+    branches = chosen.select(range(min(_SHOWN, len(chosen))))
     n = refine.rollouts_per_position
     emitting = branches.fork(n).rows_before(out.hidden)
     logits = whole.logits(emitting[:, None])[:, 0]
@@ -55,11 +58,14 @@ def show_rollouts(
         return "".join(parts).replace("\n", "⏎")
 
     lines = []
-    for position, rollout in zip(branches.position, rollouts.tolist(), strict=True):
+    lengths = branches.length or [refine.rollout_tokens] * len(branches)
+    for position, length, rollout in zip(
+        branches.position, lengths, rollouts.tolist(), strict=True
+    ):
         before = ids[max(0, position - _CONTEXT_TOKENS) : position]
         lines += [
             f"after {position} tokens: … {words(before)}",
-            f"    rollout  {words(rollout)}",
-            f"    text     {words(ids[position : position + refine.rollout_tokens])}",
+            f"    rollout  {words(rollout[:length])}",
+            f"    text     {words(ids[position : position + length])}",
         ]
     return "\n".join(lines)

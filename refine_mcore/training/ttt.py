@@ -107,7 +107,8 @@ class AdaptingModel:
             prompts = [row.prompt for row in rows[start : start + size]]
             tokens, mask = padded(prompts, length)
             names = torch.tensor([_name(prompt) for prompt in prompts])
-            found.append(TextBatch(*(x.to(platform.device()) for x in (tokens, mask, names))))
+            sample = {"tokens": tokens, "mask": mask, "sample_index": names}
+            found.append(TextBatch.of(sample, lambda x: x.to(platform.device())))
         return found
 
 
@@ -138,6 +139,10 @@ def answer_rows(config: Config, tokenizer: Tokenizer, pg_collection: Any) -> str
                 f"{row.key}: the prompt has {len(row.prompt)} tokens, rollouts need {shortest} "
                 "(refine.margin_left, refine.margin_right, refine.num_chunks)"
             )
+    if config.data.packing != "none":
+        raise UserError(
+            "data.packing documents is of training: prompts of test-time training are read alone"
+        )
     directory, first = Path(config.run.directory), platform.rank() == 0
     if first:
         directory.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from refine_mcore.config import Config, ParallelConfig, RefineConfig, config_fro
 from refine_mcore.models.architecture import Architecture, AttentionOptions
 from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
 from refine_mcore.models.initialization import initialize
+from refine_mcore.models.packing import Documents
 from refine_mcore.models.presets import preset
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
@@ -145,12 +146,16 @@ MODES = {
     "groups of positions": replace(
         REFINE, grouping="position", rollouts_per_position=4, selection="uniform"
     ),
+    "lengths by entropy": replace(REFINE, rollout_entropy=6.0),
+    "packed": REFINE,
+    "two_phase, packed": replace(REFINE, mode="two_phase", mini_batch_size=2),
 }
 MODE_LAYOUTS = {
     "two_phase": ("DP2", "TP2+SP", "PP2", "PP2+recompute"),
     "two_phase, four steps": ("PP2",),
     "fused, half": ("DP2", "PP2"),
     "two_phase, future": ("PP2",),
+    "packed": ("DP2", "PP2+recompute"),
 }
 
 
@@ -172,7 +177,10 @@ class Run:
         train = TrainStep(wrapped, optimizer, self.config.refine, 1, groups, engine)
         self.results: dict[str, Tensor] = {}
         for step in range(steps):
-            metrics, _ = train(_texts(step, groups.dp, 2 if mode is None else 1), step)
+            texts = _texts(step, groups.dp, 2 if mode is None else 1)
+            if mode is not None and "packed" in mode:
+                texts = [packed(text) for text in texts]
+            metrics, _ = train(texts, step)
             self._keep(f"metric.{step}.", vars(metrics))
             if step == 0:
                 self._keep("gradient.", full_tensors(self.model, main_gradient))
@@ -220,6 +228,17 @@ def _texts(step: int, dp_group: dist.ProcessGroup, at_a_time: int) -> list[TextB
         TextBatch(tokens[index], mask.expand(len(index), -1), index)
         for index in mine.split(1 if dp_group.size() > 1 else at_a_time)
     ]
+
+
+def packed(batch: TextBatch) -> TextBatch:
+    """The texts as documents of lengths of their own, one of which lies in all three slices and one
+    begins with a slice; the last are padded."""
+    starts = [
+        ((0, 2, 14, 30), (0, 9, 10, 11), (0, 36), (0, 1, 28))[i % 4] for i in batch.sample_index
+    ]
+    mask = batch.mask.clone()
+    mask[:, -2:] = False
+    return replace(batch, mask=mask, documents=Documents(tuple(starts), LENGTH))
 
 
 def _compare(case: str, run: Run, expected: dict[str, Tensor], tolerance: float) -> None:
@@ -341,6 +360,11 @@ def test_five_steps_equal_one_rank(
 def test_modes_equal_one_rank(reference: Path) -> None:
     """The weights after the last optimizer step of a batch too."""
     run_distributed(_modes, 2, TWO_RANKS, MODE_LAYOUTS, 1, reference)
+
+
+def test_packed_documents_equal_one_rank(reference: Path) -> None:
+    layouts = {"packed": ("TP2xPP2+SP",)}
+    run_distributed(_modes, 4, FOUR_RANKS, layouts, 1, reference)
 
 
 @pytest.mark.slow

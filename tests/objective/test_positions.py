@@ -1,5 +1,7 @@
 """Position selection against the authors' numbers and against what must hold for any text."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,8 @@ from refine_mcore.objective.positions import (
     SELECTION_MODES,
     check_lengths,
     chunk_probabilities,
+    rollout_lengths,
+    room_for_rollouts,
     select_positions,
     smooth_entropy,
 )
@@ -329,3 +333,96 @@ def test_bad_options_are_refused(options, message):
     arguments = {"num_chunks": 2, "window": 1, "margin": 0, **options}
     with pytest.raises(ValueError, match=message):
         select_positions(torch.rand(1, 10), torch.ones(1, 10), **arguments)
+
+
+# Texts packed of documents
+
+
+@st.composite
+def packed_texts(draw):
+    """Document numbers, and a mask whose valid tokens begin each document."""
+    size, margins = draw(st.integers(8, 40)), draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    rows = draw(st.integers(1, 3))
+    numbers = torch.zeros(rows, size, dtype=torch.int64)
+    mask = torch.zeros(rows, size, dtype=torch.int64)
+    spans = []
+    for row in range(rows):
+        borders = sorted({0, size, *draw(st.sets(st.integers(1, size - 1), max_size=5))})
+        of_row = []
+        for number, (start, stop) in enumerate(pairwise(borders)):
+            end = draw(st.integers(start, stop))
+            numbers[row, start:stop], mask[row, start:end] = number, 1
+            of_row.append((start, end))
+        spans.append(of_row)
+    return draw(st.integers(0, 2**31)), numbers, mask, spans, margins
+
+
+def room(spans: list[tuple[int, int]], margins: tuple[int, int]) -> list[int]:
+    left, right = margins
+    return [p for start, end in spans for p in range(start + left, end - right + 1)]
+
+
+@given(packed_texts(), st.integers(1, 4), st.sampled_from(SELECTION_MODES))
+def test_positions_leave_margins_within_their_document(text, chunks, mode):
+    seed, numbers, mask, spans, margins = text
+    generator = torch.Generator().manual_seed(seed)
+    entropy = 5 * torch.rand(mask.shape, generator=generator, dtype=torch.float64)
+    allowed = room_for_rollouts(mask, numbers, margins)
+    assert [row.nonzero()[:, 0].tolist() for row in allowed] == [room(s, margins) for s in spans]
+    uniforms = torch.rand(len(mask), chunks, generator=generator, dtype=torch.float64)
+    options = {"mode": mode, "margin": margins, "uniforms": uniforms}
+    found = select_positions(entropy, mask, chunks, 3, documents=numbers, **options)
+    # before anything is moved: no margins to keep, and the order of the documents does not matter
+    drawn = (
+        select_positions(entropy, mask, chunks, 3, documents=numbers, **options | {"margin": 0})
+        if mask.all()
+        else None
+    )
+    for row, of_row in enumerate(spans):
+        possible = room(of_row, margins)
+        if possible:
+            assert set(found[row].tolist()) <= set(possible)
+        if possible and drawn is not None:
+            nearest = [min(possible, key=lambda q: abs(q - p)) for p in drawn[row].tolist()]
+            assert found[row].tolist() == nearest
+
+
+@given(packed_texts(), st.sampled_from([1, 2, 3, 5]), st.booleans())
+def test_entropies_are_pooled_within_a_document(text, window, ignore_masked):
+    seed, numbers, mask, spans, _ = text
+    generator = torch.Generator().manual_seed(seed)
+    entropy = 5 * torch.rand(mask.shape, generator=generator, dtype=torch.float64)
+    options = {"ignore_masked": ignore_masked}
+    found = smooth_entropy(entropy, mask, window, documents=numbers, **options)
+    for row in range(len(mask)):
+        for number in numbers[row].unique():
+            columns = numbers[row] == number
+            alone = smooth_entropy(
+                entropy[row, columns][None], mask[row, columns][None], window, **options
+            )
+            assert_close(found[row, columns], alone[0], rtol=0, atol=1e-12)
+
+
+def test_chunks_hold_equal_numbers_of_valid_tokens_of_all_documents():
+    numbers = torch.tensor([[0] * 6 + [1] * 6])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 0]])
+    probabilities = chunk_probabilities(torch.zeros(1, 12), mask, 3, 1, documents=numbers)
+    assert [row.nonzero()[:, 0].tolist() for row in probabilities[0]] == [
+        [0, 1, 2],
+        [3, 6, 7],
+        [8, 9, 10],
+    ]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 16), st.floats(0.1, 30))
+def test_a_rollout_is_as_long_as_its_entropies_take_to_add_up(seed, most, nats):
+    generator = torch.Generator().manual_seed(seed)
+    entropy = 5 * torch.rand(2, 40, generator=generator, dtype=torch.float64)
+    positions = torch.randint(1, 41 - most, (2, 3), generator=generator)
+    found = rollout_lengths(entropy, positions, nats, most)
+    for row in range(2):
+        for position, length in zip(positions[row].tolist(), found[row].tolist(), strict=True):
+            along = entropy[row, position - 1 :]
+            assert 1 <= length <= most
+            assert length == 1 or along[: length - 1].sum() < nats
+            assert length == most or along[:length].sum() >= nats

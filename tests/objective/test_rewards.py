@@ -139,3 +139,17 @@ def test_future_is_what_the_text_behind_gains():
 def test_unknown_kind_is_refused(reference):
     with pytest.raises(ValueError, match="unknown reward 'rouge'"):
         reference_reward(reference, "rouge", "f32")
+
+
+@pytest.mark.parametrize("kind", ["cosine", "binary", "hybrid", "edit"])
+def test_tokens_behind_the_length_of_a_rollout_do_not_count(kind):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 6, 5, 3, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(3, (2, 6, 5), generator=generator)
+    lengths = torch.tensor([1, 2, 3, 4, 5, 3])
+    found = sequence_reward(kind, *hidden, *tokens, lengths=lengths)
+    for row, length in enumerate(lengths.tolist()):
+        alone = sequence_reward(
+            kind, *hidden[:, row : row + 1, :length], *tokens[:, row : row + 1, :length]
+        )
+        torch.testing.assert_close(found[row], alone[0])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from refine_mcore.config import OptimizerConfig, RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.packing import Documents
 from refine_mcore.models.presets import preset
 from refine_mcore.models.state import map_tensors
 from refine_mcore.pipeline.cut import Cut
@@ -41,6 +42,18 @@ def make_batches(*sizes: int) -> list[TextBatch]:
     mask[-1, 19:] = False
     cuts = [x.split(sizes) for x in (tokens, mask, index)]
     return [TextBatch(*part) for part in zip(*cuts, strict=True)]
+
+
+def make_packed(*sizes: int) -> list[TextBatch]:
+    """Each text of documents of its own."""
+    rows = ((0, 8, 9, 20), (0, 1), (0, 15))
+    documents = [
+        Documents(rows[sum(sizes[:i]) : sum(sizes[: i + 1])], LENGTH) for i in range(len(sizes))
+    ]
+    return [
+        replace(batch, documents=of)
+        for batch, of in zip(make_batches(*sizes), documents, strict=True)
+    ]
 
 
 class Outcome:
@@ -129,6 +142,7 @@ def test_slices_do_not_show_in_two_phases(name: str, process_groups: Any) -> Non
         {"ntp_weight": 0.3, "policy_weight": 2.0},
         {"reward": "future", "future_tokens": 5, "margin_right": 9},
         {"grouping": "position", "rollouts_per_position": 4, "selection": "uniform"},
+        {"rollout_entropy": 6.0},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -149,6 +163,16 @@ def test_next_token_steps_in_slices(name: str, process_groups: Any) -> None:
     whole = bench.step("ntp", batches)
     for recompute in (False, True):
         assert_same_outcome(bench.step("ntp", batches, 3, recompute), whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slices_do_not_show_in_packed_texts(name: str, process_groups: Any) -> None:
+    """Packed of documents, which slices cut where it comes; nor do they in two phases."""
+    bench, batches = Bench(name, process_groups), make_packed(2, 1)
+    for mode in ("fused", "two_phase"):
+        whole = bench.step(mode, batches)
+        for slices, recompute in ((2, False), (5, False), (4, True)):
+            assert_same_outcome(bench.step(mode, batches, slices, recompute), whole)
 
 
 def test_drift_is_what_decoding_and_scoring_disagree_by(

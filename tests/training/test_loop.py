@@ -186,7 +186,11 @@ def test_starts_from_a_converted_model_and_exports_it(
     )
 
     run_job(config, tmp_path / "frozen", *options, "optimizer.lr=1e-30")
-    assert files(to_hf(tmp_path / "frozen" / "checkpoints", tmp_path / "same")) == files(original)
+    same = files(to_hf(tmp_path / "frozen" / "checkpoints", tmp_path / "same"))
+    # and the run's tokenizer, as the original has none
+    assert same.pop("tokenizer.model") == (tmp_path / "letters.model").read_bytes()
+    assert b"LlamaTokenizer" in same.pop("tokenizer_config.json")
+    assert same == files(original)
 
     run_job(config, tmp_path / "trained", *options)
     exported = to_hf(tmp_path / "trained" / "checkpoints", tmp_path / "exported")

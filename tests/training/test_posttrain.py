@@ -18,6 +18,7 @@ from torch import Tensor
 
 from examples.posttrain_refine import main as posttrain
 from refine_mcore.config import Config, load_config
+from refine_mcore.data import build_examples, load_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.pipeline.engine import PipelineEngine
@@ -212,6 +213,34 @@ def test_a_resumed_run_is_the_straight_one(config: Path, plain_run: Path, tmp_pa
     assert_same_tensors(run, plain_run)
 
 
+def test_packed_examples_are_trained_on_as_examples_are(config: Path, tmp_path: Path) -> None:
+    """All examples in one batch, in rows of their own or in few: loss and gradient of the answers
+    are the same. An inner update rolls out from the packed prompts, and a stopped run goes on."""
+    alone = ("training.steps=1", "posttrain.inner=false", "training.global_batch_size=12")
+    (expected,) = run_job(config, tmp_path / "alone", *alone, main=posttrain)
+    rows = ("data.packing=documents", "data.sequence_length=128", "training.micro_batch_size=1")
+    batch = f"training.global_batch_size={_rows_of(config, *rows)}"
+    together = (*rows, batch, *alone[:2])
+    (found,) = run_job(config, tmp_path / "packed", *together, main=posttrain)
+    assert found["sft_loss"] == pytest.approx(expected["sft_loss"], rel=1e-5)
+    assert found["sft_grad_norm"] == pytest.approx(expected["sft_grad_norm"], rel=1e-4)
+
+    inner = (*rows, batch, "training.steps=2", "refine.mini_batch_size=null", EVERY_STEP)
+    straight = run_job(config, tmp_path / "inner", *inner, main=posttrain)
+    assert all(step["reward_mean"] is not None for step in straight)
+    keep_until(tmp_path / "inner", 1)
+    assert run_job(config, tmp_path / "inner", *inner, main=posttrain) == straight
+
+
+def _rows_of(config: Path, *options: str) -> int:
+    """How many rows the examples make, fewer than they are."""
+    loaded = load_config(config, options)
+    assert loaded.data.tokenizer is not None
+    rows = len(build_examples(loaded.data, load_tokenizer(loaded.data.tokenizer), 2048, 1))
+    assert rows <= 6
+    return rows
+
+
 @pytest.mark.slow
 def test_a_run_killed_within_a_batch_goes_on_from_the_batch_before(
     config: Path, plain_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -248,6 +277,7 @@ def assert_same_tensors(run: Path, other: Path) -> None:
         ("data.answer_eos=true", "data.answer_eos"),
         ("data.max_answer_tokens=7", "data.max_answer_tokens"),
         ("data.seed=5", "data.seed"),
+        ("data.packing=documents", "data.packing"),
     ],
 )
 def test_other_examples_are_refused(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.packing import Documents
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.rollout.decode import draw_tokens
@@ -114,6 +115,47 @@ def test_modes_equal_copying_the_prefix(name: str, model_of: ModelOf) -> None:
         assert step.metrics.log_prob_drift < 1e-9
 
 
+DOCUMENTS = Documents(((0, 1, 10), (0, 7)), 22)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_texts_equal_copying_the_prefix_of_a_document(name: str, model_of: ModelOf) -> None:
+    (batch, _) = make_batches(2, 2)
+    packed, model = replace(batch, documents=DOCUMENTS), model_of(name)
+    reference = Step("prefix_copy", model, [packed])
+    for mode in ("fused", "two_phase"):
+        assert_same_step(Step(mode, model, [packed]), reference)
+    # margins from the ends of a document, the second text's padding not in it
+    for row, positions in enumerate(reference.metrics.positions.tolist()):
+        spans = list(pairwise([*DOCUMENTS.starts[row], LENGTHS[row]]))
+        assert all(any(a + 2 <= p <= b - 5 for a, b in spans) for p in positions), (row, positions)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_documents_train_as_texts_of_their_own(name: str, model_of: ModelOf) -> None:
+    """The next-token loss and its gradient, of each document in a text by itself."""
+    (batch, _) = make_batches(2, 2)
+    alone = []
+    for row, of_row in enumerate(DOCUMENTS.starts):
+        for start, stop in pairwise([*of_row, 22]):
+            cut = slice(row, row + 1), slice(start, stop)
+            index = batch.sample_index[row : row + 1]
+            alone.append(TextBatch(batch.tokens[cut], batch.mask[cut], index))
+    packed = Step("ntp", model_of(name), [replace(batch, documents=DOCUMENTS)])
+    count = sum(int(text.num_targets()) for text in alone)
+    losses: list[float] = []
+    total: dict[str, Any] = {}
+    for text in alone:
+        targets = int(text.num_targets())
+        if targets:
+            step = Step("ntp", model_of(name), [text])
+            losses.append(step.metrics.loss_ntp * targets / count)
+            for key, gradient in step.gradients[0].items():
+                total[key] = total.get(key, 0) + gradient * targets / count
+    assert packed.metrics.loss_ntp == pytest.approx(sum(losses), rel=1e-9)
+    assert_same_gradients(packed.gradients[0], total)
+
+
 OPTIONS = [
     {"reward": "binary", "grouping": "joint", "rollouts_per_position": 3},
     {"reward": "hybrid", "grouping": "position", "rollouts_per_position": 2},
@@ -123,6 +165,8 @@ OPTIONS = [
     {"selection": "argmin", "entropy_of": "prefix_token", "rollout_tokens": 1, "ntp_weight": 0.0},
     {"reward": "future", "future_tokens": 4, "margin_right": 9, "rollout_temperature": 0.6},
     {"grouping": "position", "rollouts_per_position": 4, "selection": "uniform"},
+    {"rollout_entropy": 6.0, "reward": "hybrid", "rollouts_per_position": 2},
+    {"rollout_entropy": 7.0, "reward": "edit", "aggregation": "seq-mean-token-mean"},
     {"pooling_ignores_padding": True, "smoothing_window": 2, "selection_temperature": 0.3},
 ]
 
@@ -135,6 +179,38 @@ def test_options_mean_the_same_in_every_mode(options: dict[str, Any], model_of: 
     assert all(torch.isfinite(g).all() for g in steps[0].gradients[0].values())
     for step in steps[1:]:
         assert_same_step(step, steps[0])
+
+
+def test_rollouts_end_where_the_entropies_of_the_text_add_up(model_of: ModelOf) -> None:
+    """Length and reward of every rollout by the entropies of whole texts; and no gradient comes from
+    the tokens behind."""
+    model, nats = model_of("delta_net"), 8.0
+    config = replace(CONFIG, rollout_entropy=nats, reward="binary", policy_weight=1.0)
+    step, k = Step("fused", model, make_batches(2, 2), config), config.rollout_tokens
+    texts = random_tokens(4, 22)
+    log_p = model.logits(model(texts).hidden).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    lengths, rewards = [], []
+    for text, position, tokens in rollouts_of(step):
+        along = entropy[text, position - 1 : position - 1 + k].cumsum(0).tolist()
+        lengths.append(next((n + 1 for n, total in enumerate(along) if total >= nats), k))
+        same = tokens == texts[text, position : position + k]
+        rewards.append(same[: lengths[-1]].double().mean())
+    assert len(set(lengths)) > 1
+    assert step.metrics.rollout_length == pytest.approx(sum(lengths) / len(lengths))
+    torch.testing.assert_close(step.rewards.flatten(), torch.stack(rewards), rtol=0, atol=1e-12)
+
+    # one token each, whose log-prob the text's own logits give: no scoring forward has a part in it
+    first = replace(config, rollout_entropy=1e-6)
+    short = Step("fused", model, make_batches(2, 2), first)
+    assert short.metrics.rollout_length == 1
+    cut = Step("fused", model, make_batches(2, 2), replace(config, rollout_tokens=1))
+    if torch.equal(cut.metrics.positions, short.metrics.positions):
+        scale = config.rollout_tokens  # of the denominator
+        assert cut.metrics.reward_mean == pytest.approx(short.metrics.reward_mean)
+        assert cut.metrics.loss_policy == pytest.approx(
+            scale * short.metrics.loss_policy, abs=1e-12
+        )
 
 
 def rollouts_of(step: Step) -> list[tuple[int, int, Tensor]]:

@@ -172,6 +172,7 @@ def test_bad_input(config: Path, tmp_path: Path) -> None:
     for options, complaint in (
         (["refine.margin_left=50"], "rollouts need 56"),
         (["data.sequence_length=12"], "more than the 11 allowed"),
+        (["data.packing=documents"], "data.packing documents is of training"),
         ([f"data.paths=[{tmp_path / 'no.jsonl'}]"], "cannot read"),
     ):
         with pytest.raises(UserError, match=complaint):
