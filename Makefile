@@ -8,6 +8,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 TORCH_INDEX ?=
 # Optional dependencies to install, with commas: dev, gpu, eval, hf; `make demo` asks for none.
 EXTRAS ?= dev
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date$(EXTRAS:%=-%)
@@ -29,9 +30,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c $(VENV)/constraints.txt -e '.$(EXTRAS:%=[%])'
 	touch $(STAMP)
 
-# One thread a process: distributed tests run two or more processes at a time.
+# One thread a process: distributed tests run two or more processes at a time. WORKERS files of
+# tests run beside each other.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 # MODEL: gated, lact or qwen3.5 instead of a DeltaNet.
 demo:

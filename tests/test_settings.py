@@ -229,6 +229,10 @@ TABLE: list[tuple[str, Seen]] = [
         "training.ntp_warmup_steps",
         Seen("2", lambda s: s.column("loss_policy").count(None), given=STEPS),
     ),
+    (
+        "training.equal_flops",
+        Seen("fused", lambda s: len(s.metrics), ANOTHER, (*STEPS, "refine.mode=ntp")),
+    ),
     ("training.micro_batch_size", Seen("2", texts_per_pass)),
     ("training.global_batch_size", Seen("3", texts_per_step)),
     # The root of a negative number: no loss is finite.

@@ -113,6 +113,11 @@ def _check_batches(config: Config) -> str | None:
 
 def _check_schedule(config: Config) -> str | None:
     optimizer, training = config.optimizer, config.training
+    if training.equal_flops is not None and config.refine.mode != "ntp":
+        return (
+            f"training.equal_flops is of a baseline, of refine.mode ntp: the mode is "
+            f"{config.refine.mode}"
+        )
     if training.ntp_warmup_steps > training.steps:
         return (
             f"training.ntp_warmup_steps ({training.ntp_warmup_steps}) must not exceed "

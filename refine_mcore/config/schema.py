@@ -228,6 +228,10 @@ class TrainingConfig:
 
     # Batches of the whole run, NTP warm-up included; one line of metrics each.
     steps: PositiveInt = 100
+    # Of a run of mode ntp, a baseline: take as many steps as have the floating-point operations of
+    # `steps` steps of this mode, with `refine` as it is for the rest; said at the start. null: as
+    # many steps.
+    equal_flops: Literal["fused", "two_phase"] | None = None
     # Leading steps that train on the next-token loss alone.
     ntp_warmup_steps: NonNegativeInt = 0
     # Sequences per forward pass on one rank.

@@ -57,7 +57,8 @@ def future_log_probs(model: LanguageModel, hidden: Tensor, future: Tensor) -> Te
     """Log-probs [R, m] of the text tokens `future` [R, m] that were read behind the rollouts, given
     the hidden states [R, k + m, d] after all of them; as the text is read, at a temperature of
     1."""
-    return rollout_log_probs(model, hidden[:, -future.shape[1] - 1 : -1], future, 1.0)
+    emitting = hidden.detach()[:, -future.shape[1] - 1 : -1]
+    return rollout_log_probs(model, emitting, future, 1.0)
 
 
 def rollout_log_probs(

@@ -44,6 +44,7 @@ from refine_mcore.training.checkpointing import (
     load_training,
     on_first_rank,
 )
+from refine_mcore.training.flops import with_equal_flops
 from refine_mcore.training.metrics import (
     MetricsWriter,
     PostTrainingMetrics,
@@ -98,6 +99,7 @@ def build_run(config: Config, kind: type[Phase] = MidTraining) -> _Run:
         config.parallel.pipeline,
         config.parallel.layers_per_stage,
     )
+    config = with_equal_flops(config, architecture, phase.modes)
     _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
     assert config.data.tokenizer is not None
     tokenizer = load_tokenizer(config.data.tokenizer)

@@ -32,6 +32,7 @@ def test_sums_and_texts_of_a_step(process_groups) -> None:
     assert reduced.entropy_mean == pytest.approx(12 / 12)
     assert reduced.clip_fraction == pytest.approx(16 / 12)
     assert reduced.log_prob_drift == pytest.approx(20 / 12)
+    assert reduced.rollout_length == pytest.approx(12 / 6)
     rewards = torch.tensor([20.0, 21, 50, 51, 70, 71])
     assert reduced.reward_mean == pytest.approx(rewards.mean().item())
     assert reduced.reward_std == pytest.approx(rewards.std().item())

@@ -85,6 +85,7 @@ def test_every_metric_of_every_step(plain_run: Path) -> None:
         "reward_std",
         "entropy_mean",
         "clip_fraction",
+        "rollout_length",
         "log_prob_drift",
         "positions",
         "rollout_tokens",
@@ -94,6 +95,7 @@ def test_every_metric_of_every_step(plain_run: Path) -> None:
         assert step["entropy_mean"] == pytest.approx(torch.tensor(2048.0).log().item(), abs=0.2)
         assert -1 <= step["reward_mean"] <= 1
         assert step["reward_std"] > 0
+        assert step["rollout_length"] == 4
         assert step["clip_fraction"] == 0  # the one step per batch is on-policy
         assert len(step["positions"]) == len(step["rollout_tokens"]) == 12
     assert len(set(column(refining, "rollout_tokens"))) == STEPS - 1

@@ -216,16 +216,22 @@ def test_a_resumed_run_is_the_straight_one(config: Path, plain_run: Path, tmp_pa
 def test_packed_examples_are_trained_on_as_examples_are(config: Path, tmp_path: Path) -> None:
     """All examples in one batch, in rows of their own or in few: loss and gradient of the answers
     are the same. An inner update rolls out from the packed prompts, and a stopped run goes on."""
-    alone = ("training.steps=1", "posttrain.inner=false", "training.global_batch_size=12")
+    once = ("training.steps=1", "posttrain.inner=false", "refine.mini_batch_size=null")
+    alone = (*once, "training.global_batch_size=12")
     (expected,) = run_job(config, tmp_path / "alone", *alone, main=posttrain)
-    rows = ("data.packing=documents", "data.sequence_length=128", "training.micro_batch_size=1")
+    rows = (
+        "refine.mini_batch_size=null",
+        "data.packing=documents",
+        "data.sequence_length=128",
+        "training.micro_batch_size=1",
+    )
     batch = f"training.global_batch_size={_rows_of(config, *rows)}"
-    together = (*rows, batch, *alone[:2])
+    together = (*rows, batch, *once)
     (found,) = run_job(config, tmp_path / "packed", *together, main=posttrain)
     assert found["sft_loss"] == pytest.approx(expected["sft_loss"], rel=1e-5)
     assert found["sft_grad_norm"] == pytest.approx(expected["sft_grad_norm"], rel=1e-4)
 
-    inner = (*rows, batch, "training.steps=2", "refine.mini_batch_size=null", EVERY_STEP)
+    inner = (*rows, batch, "training.steps=2", EVERY_STEP)
     straight = run_job(config, tmp_path / "inner", *inner, main=posttrain)
     assert all(step["reward_mean"] is not None for step in straight)
     keep_until(tmp_path / "inner", 1)

@@ -182,8 +182,8 @@ def test_options_mean_the_same_in_every_mode(options: dict[str, Any], model_of: 
 
 
 def test_rollouts_end_where_the_entropies_of_the_text_add_up(model_of: ModelOf) -> None:
-    """Length and reward of every rollout by the entropies of whole texts; and no gradient comes from
-    the tokens behind."""
+    """Length and reward of every rollout by the entropies of whole texts; no loss comes from the
+    tokens behind."""
     model, nats = model_of("delta_net"), 8.0
     config = replace(CONFIG, rollout_entropy=nats, reward="binary", policy_weight=1.0)
     step, k = Step("fused", model, make_batches(2, 2), config), config.rollout_tokens
@@ -200,17 +200,15 @@ def test_rollouts_end_where_the_entropies_of_the_text_add_up(model_of: ModelOf) 
     assert step.metrics.rollout_length == pytest.approx(sum(lengths) / len(lengths))
     torch.testing.assert_close(step.rewards.flatten(), torch.stack(rewards), rtol=0, atol=1e-12)
 
-    # one token each, whose log-prob the text's own logits give: no scoring forward has a part in it
-    first = replace(config, rollout_entropy=1e-6)
-    short = Step("fused", model, make_batches(2, 2), first)
+    # one token each, as with k = 1 but for the denominator
+    config = replace(config, reward="cosine", smoothing_window=5, ntp_weight=0.0)
+    short = Step("fused", model, make_batches(2, 2), replace(config, rollout_entropy=1e-6))
+    single = replace(config, rollout_tokens=1, rollout_entropy=None, policy_weight=1 / k)
+    cut = Step("fused", model, make_batches(2, 2), single)
     assert short.metrics.rollout_length == 1
-    cut = Step("fused", model, make_batches(2, 2), replace(config, rollout_tokens=1))
-    if torch.equal(cut.metrics.positions, short.metrics.positions):
-        scale = config.rollout_tokens  # of the denominator
-        assert cut.metrics.reward_mean == pytest.approx(short.metrics.reward_mean)
-        assert cut.metrics.loss_policy == pytest.approx(
-            scale * short.metrics.loss_policy, abs=1e-12
-        )
+    assert torch.equal(cut.metrics.positions, short.metrics.positions)
+    assert cut.metrics.reward_mean == pytest.approx(short.metrics.reward_mean)
+    assert_same_gradients(short.gradients[0], cut.gradients[0])
 
 
 def rollouts_of(step: Step) -> list[tuple[int, int, Tensor]]:

@@ -69,6 +69,15 @@ def _batch(tokens: torch.Tensor) -> TextBatch:
     return TextBatch(tokens, mask, torch.arange(len(tokens)))
 
 
+def _baddbmm(_: Any, a: Any, b: Any, **options: Any) -> int:
+    """Floating-point operations by the shapes of the operands."""
+    batch, rows, inner = a
+    return 2 * batch * rows * inner * b[-1]
+
+
+_IN_PLACE = {torch.ops.aten.baddbmm_: _baddbmm}  # which torch does not count by itself
+
+
 def _costs(study: dict[str, Any], checkpoint: str, groups: Any) -> dict[str, float]:
     """Of one step of each arm, what its matrix products and attention take."""
     found = {}
@@ -77,7 +86,7 @@ def _costs(study: dict[str, Any], checkpoint: str, groups: Any) -> dict[str, flo
         shape = (config.training.micro_batch_size, config.data.sequence_length)
         tokens = torch.randint(2048, shape, generator=torch.Generator().manual_seed(0))
         step = _step(config, groups)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
             step([_batch(tokens)], 0)
         found[arm] = counter.get_total_flops()
     return found
