@@ -8,13 +8,14 @@ operands are rounded to bfloat16 and multiplied in float32, which is exact in ei
 """
 
 import importlib.util
-import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,11 +30,14 @@ if importlib.util.find_spec("triton") is None:
 
 from refine_kernels.delta_rule import triton_chunk
 
+from refine_mcore.errors import UserError
 from refine_mcore.models.delta_rule_state import _own
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.transformer_config import transformer_config
 from tests.models import zoo
+from tools.compile_kernels import Compiled, _faults
+from tools.compile_kernels import main as compile_main
 
 # An exponential that overflows is one too many, also where its value is then masked.
 pytestmark = pytest.mark.filterwarnings("error:overflow encountered:RuntimeWarning")
@@ -389,39 +393,47 @@ def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, wrong):
     triton_chunk._disagreement.cache_clear()
 
 
-COMPILE = """
-import json, pathlib, re, subprocess, sys, tempfile
-import triton
-from refine_kernels.delta_rule.triton_variants import variants
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+COMMAND = Path(__file__).parents[2] / "tools" / "compile_kernels.py"
 
-dump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-found = {}
-for x in variants([(128, 128)], [True]):
-    source = ASTSource(x.kernel, x.signature, x.constexprs, x.attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=x.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([dump, "-res-usage", file.name], capture_output=True, text=True)
-    stack = int(re.search(r"STACK:(\\d+)", usage.stdout)[1])
-    found[x.name] = ["wgmma" in kernel.asm["ptx"], stack, kernel.metadata.shared]
-print(json.dumps(found))
-"""
+
+def compile_kernels(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: here Triton interprets."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(COMMAND), *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_compiles_for_hopper(tmp_path):
     """With tensor cores, without spills, within shared memory.  Needs no GPU."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    environment["PYTHONPATH"] = str(Path(triton_chunk.__file__).parents[2])
-    out = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
-    )
-    assert out.returncode == 0, out.stderr
-    found = json.loads(out.stdout)
-    assert len(found) == 9
-    for name, (tensor_cores, stack, shared) in found.items():
-        assert tensor_cores == ("invert" not in name), name
-        assert stack == 0, name
-        assert shared <= 227 * 1024, name
+    done = compile_kernels(tmp_path, "--arch", "sm_90", "--heads", "128x128", "--gates", "yes")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if "gated_delta_rule_" in line]
+    assert len(rows) == 9
+    assert all(re.fullmatch(r"\| \w+ \| \d+, 0, \d+ \|", row) for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_compiles_for_all_chips(tmp_path):
+    done = compile_kernels(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_over_budget_are_named(capsys, monkeypatch):
+    variant = SimpleNamespace(name="gated_delta_rule_scan_k128_v128")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the command sets, for itself
+    faults = {
+        Compiled(255, 8, 1024, True): "8 bytes a thread are spilled, more than 0",
+        Compiled(255, 0, 233000, True): "233000 bytes of shared memory, the chip has 232448",
+        Compiled(255, 0, 1024, False): "no wgmma",
+    }
+    for found, fault in faults.items():
+        assert _faults(variant, "sm_90", found) == [fault]
+    monkeypatch.setattr("tools.compile_kernels.compiled", lambda *_: next(iter(faults)))
+    with pytest.raises(SystemExit) as exit_code:
+        compile_main(["--arch", "sm_90", "--heads", "128x128", "--gates", "yes"])
+    assert exit_code.value.code == 1
+    assert "over budget: gated_delta_rule_scan_k128_v128 for sm_90" in capsys.readouterr().out
+    for options in (["--arch", "sm_70"], ["--heads", "128"]):
+        with pytest.raises(UserError):
+            compile_main(options)

@@ -1,0 +1,127 @@
+"""Compiles the Triton kernels for GPUs that need not be there: what the compiler makes of them.
+
+    python tools/compile_kernels.py [--arch sm_80,sm_90,sm_100] [--heads 128x128,256x512]
+        [--gates both|yes|no]
+
+Prints a Markdown table: registers a thread, spilled bytes a thread, shared memory in KB. Exit code
+1 if a kernel spills more than the budget, needs more shared memory than the chip has, or multiplies
+matrices without tensor cores. Needs triton, whose wheel brings the assembler; no GPU, no driver.
+About a second a kernel; all of them, for three architectures, some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from refine_mcore.errors import UserError, cli
+
+KERNELS_WITHOUT_PRODUCTS = ("invert",)
+# Shared memory of a block, in bytes, and the instructions of tensor cores.
+CHIPS = {
+    "sm_80": (163 * 1024, "mma.sync"),
+    "sm_90": (227 * 1024, "wgmma"),
+    "sm_100": (227 * 1024, "tcgen05.mma"),
+}
+# Bytes a thread may spill: none where the published models run, the rest may cost some.
+MOST_SPILLED = 384
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a kernel; `tensor_cores` if its products run on them."""
+
+    registers: int
+    spilled: int
+    shared: int
+    tensor_cores: bool
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", default=",".join(CHIPS), help="architectures, with commas")
+    parser.add_argument("--heads", help="KEYSxVALUES widths, with commas; default: all")
+    parser.add_argument("--gates", choices=["both", "yes", "no"], default="both")
+    arguments = parser.parse_args(argv)
+    chips = arguments.arch.split(",")
+    for chip in chips:
+        if chip not in CHIPS:
+            raise UserError(f"--arch knows {', '.join(CHIPS)}, not {chip!r}")
+    gated = {"both": (False, True), "yes": (True,), "no": (False,)}[arguments.gates]
+    os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
+    try:
+        from refine_kernels.delta_rule.triton_variants import HEADS, variants
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: compiling takes the extra `dev`") from None
+    heads = HEADS if arguments.heads is None else _heads(arguments.heads)
+    problems = []
+    print(f"| kernel | {' | '.join(chips)} |\n|---{'|---' * len(chips)}|")
+    for variant in variants(heads, gated):
+        cells = []
+        for chip in chips:
+            found = compiled(variant, chip)
+            problems += [
+                f"{variant.name} for {chip}: {why}" for why in _faults(variant, chip, found)
+            ]
+            cells.append(f"{found.registers}, {found.spilled}, {found.shared // 1024}")
+        print(f"| {variant.name} | {' | '.join(cells)} |", flush=True)
+    for problem in problems:
+        print(f"over budget: {problem}")
+    if problems:
+        raise SystemExit(1)
+
+
+def compiled(variant: Any, chip: str) -> Compiled:
+    """A kernel as `chip` would run it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(variant.kernel, variant.signature, variant.constexprs, variant.attributes)
+    target = GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
+    kernel = triton.compile(source, target=target, options=variant.options)
+    dump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [dump, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, spilled = (
+        int(number) for name in ("REG", "STACK") for number in re.findall(rf"{name}:(\d+)", usage)
+    )
+    return Compiled(registers, spilled, kernel.metadata.shared, CHIPS[chip][1] in kernel.asm["ptx"])
+
+
+def _faults(variant: Any, chip: str, found: Compiled) -> list[str]:
+    shared, instruction = CHIPS[chip]
+    key_width = int(re.search(r"_k(\d+)", variant.name)[1])  # type: ignore[index]
+    budget = 0 if key_width <= 128 and chip != "sm_80" else MOST_SPILLED
+    faults = []
+    if found.spilled > budget:
+        faults.append(f"{found.spilled} bytes a thread are spilled, more than {budget}")
+    if found.shared > shared:
+        faults.append(f"{found.shared} bytes of shared memory, the chip has {shared}")
+    if not found.tensor_cores and not any(x in variant.name for x in KERNELS_WITHOUT_PRODUCTS):
+        faults.append(f"no {instruction}")
+    return faults
+
+
+def _heads(text: str) -> list[tuple[int, int]]:
+    widths = []
+    for pair in text.split(","):
+        if re.fullmatch(r"\d+x\d+", pair) is None:
+            raise UserError(f"--heads is KEYSxVALUES, such as 128x128, not {pair!r}")
+        keys, values = pair.split("x")
+        widths.append((int(keys), int(values)))
+    return widths
+
+
+if __name__ == "__main__":
+    cli(main)
