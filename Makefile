@@ -31,9 +31,15 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 # One thread a process: distributed tests run two or more processes at a time. WORKERS files of
-# tests run beside each other.
+# tests run beside each other, then those that must be alone. TESTS are options of pytest instead.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
+ifdef TESTS
+	$(PYTEST) $(TESTS)
+else
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not alone"
+	$(PYTEST) -m "not slow and alone"
+endif
 
 # MODEL: gated, lact or qwen3.5 instead of a DeltaNet.
 demo:

@@ -28,6 +28,10 @@ if not torch.cuda.is_available():
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+# Tests in these folders spawn ranks that wait for each other, or measure.
+_ALONE = ("distributed", "benchmark")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Tests that draw numbers draw the same ones alone and in any order."""
@@ -56,8 +60,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` on a machine without one."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Skip tests marked `gpu` on a machine without one; let those of whole folders run alone."""
+    for item in items:
+        if item.path.parent.name in _ALONE:
+            item.add_marker(pytest.mark.alone)
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -361,6 +361,7 @@ def test_score_says_one_sentence(converted: Path, golden: Path, tmp_path: Path) 
     assert "damaged" in the_sentence(stderr)
 
 
+@pytest.mark.alone
 def test_all_ranks_say_one_sentence(config: Path, tmp_path: Path) -> None:
     """Under torchrun, which adds its own report of failed ranks."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

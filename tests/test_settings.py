@@ -170,6 +170,7 @@ TABLE: list[tuple[str, Seen]] = [
     ("refine.mode", Seen("prefix_copy", lambda s: len(s.passes), ANOTHER)),
     ("refine.num_chunks", changed("2", "positions")),
     ("refine.rollout_tokens", changed("3", "rollout_tokens")),
+    ("refine.rollout_entropy", changed("10", "rollout_length")),
     ("refine.rollouts_per_position", changed("2", "rollout_tokens")),
     ("refine.selection", changed("argmax", "positions")),
     ("refine.entropy_of", changed("prefix_token", "positions", "refine.selection=argmax")),
@@ -179,7 +180,6 @@ TABLE: list[tuple[str, Seen]] = [
         "refine.pooling_ignores_padding",
         changed("true", "positions", *WIDE, "refine.smoothing_window=21"),
     ),
-    ("refine.rollout_entropy", changed("10", "rollout_length")),
     ("refine.margin_left", changed("40", "positions")),
     ("refine.margin_right", changed("40", "positions")),
     ("refine.rollout_temperature", changed("0.1", "rollout_tokens")),
@@ -226,12 +226,12 @@ TABLE: list[tuple[str, Seen]] = [
     ("optimizer.overlap_param_gather", optimizer("true", "overlap_param_gather")),
     ("training.steps", Seen("2", lambda s: len(s.metrics))),
     (
-        "training.ntp_warmup_steps",
-        Seen("2", lambda s: s.column("loss_policy").count(None), given=STEPS),
-    ),
-    (
         "training.equal_flops",
         Seen("fused", lambda s: len(s.metrics), ANOTHER, (*STEPS, "refine.mode=ntp")),
+    ),
+    (
+        "training.ntp_warmup_steps",
+        Seen("2", lambda s: s.column("loss_policy").count(None), given=STEPS),
     ),
     ("training.micro_batch_size", Seen("2", texts_per_pass)),
     ("training.global_batch_size", Seen("3", texts_per_step)),

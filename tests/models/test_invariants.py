@@ -147,7 +147,8 @@ def test_branches_equal_full_runs(
     in_place = gradients(model, weighed([text_hidden, *scores]))
 
     hidden, log_probs = [], []
-    for text, position, rollout in zip(*vars(streams).values(), rollouts, strict=True):
+    leaving = zip(streams.batch_index, streams.position, rollouts, strict=True)
+    for text, position, rollout in leaving:
         full = model(torch.cat([tokens[text, :position], rollout])[None]).hidden
         log_p = model.logits(full)[0, position - 1 : -1].log_softmax(-1)
         log_probs.append(log_p.gather(1, rollout[:, None])[:, 0])

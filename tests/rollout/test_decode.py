@@ -32,7 +32,9 @@ def test_greedy_decoding_takes_the_best_token_of_a_full_run(name: str, model_of:
     seen: list[torch.Tensor] = []
     rollouts, log_probs = decode(model, states, logits, K, keys=None, observe=seen.append)
     emitted = torch.stack(seen, 1)
-    for row, (text, position) in enumerate(zip(*vars(BRANCHES).values(), strict=True)):
+    for row, (text, position) in enumerate(
+        zip(BRANCHES.batch_index, BRANCHES.position, strict=True)
+    ):
         run = tokens[text : text + 1, :position]
         for j in range(K):
             full = model.logits(model(run).hidden)[0, -1]
