@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from refine_kernels import dispatch
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -45,6 +46,7 @@ class Built:
     optimizer: dict[str, Any]  # the OptimizerConfig
     adam: list[dict[str, Any]]  # the options of every group of parameters
     schedule: dict[str, Any]  # the OptimizerParamScheduler
+    delta_rule: str  # the form of it that runs
 
     @classmethod
     def by(cls, run: Any) -> Built:
@@ -64,6 +66,7 @@ class Built:
             optimizer=_plain(vars(run.optimizer.config)),
             adam=[_plain(group) for part in parts for group in part.param_groups],
             schedule=_plain(vars(run.scheduler)),
+            delta_rule=dispatch.delta_rule_backend("cpu"),
         )
 
 
@@ -121,6 +124,8 @@ def observe(
             loop.train(config)
         except UserError as error:
             seen.refused = str(error)
+        finally:
+            dispatch.use()
     seen.shown, seen.logged = shown.getvalue(), logged.getvalue()
     if directory.is_dir():
         seen.files = {path.name for path in directory.iterdir()}

@@ -1,14 +1,13 @@
 """The one place that says which backend runs each operation.
 
-Plain torch, but for the chunk forms of the delta rules on CUDA: Triton.  REFINE_DELTA_RULE=torch
-or =triton in the environment chooses theirs on any device.  The first call of an operation on a
-device type is logged, so a run's log says what ran.
+Plain torch, but for the chunk forms of the delta rules on CUDA: Triton.  `use` chooses theirs on
+any device.  The first call of an operation on a device type is logged, so a run's log says what
+ran.
 """
 
 import functools
 import importlib.util
 import logging
-import os
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -58,6 +57,8 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_WANTED = {"delta_rule": "auto"}
+
 
 @functools.cache
 def _log_backend(operation: str, device_type: str, backend: str = "torch") -> None:
@@ -74,11 +75,19 @@ def _torch_backend(operation: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def use(*, delta_rule: str = "auto") -> None:
+    """From now on in this process run this form of an operation: "torch", "triton" (torch where it
+    does not fit), or "auto", by the device."""
+    if delta_rule not in ("auto", "torch", "triton"):
+        raise ValueError(f"delta_rule is {delta_rule!r}, must be 'auto', 'torch' or 'triton'")
+    _WANTED["delta_rule"] = delta_rule
+
+
 def delta_rule_backend(device_type: str) -> str:
     """Which form of the delta rules is wanted on devices of this type, "torch" or "triton"."""
-    wanted = os.environ.get("REFINE_DELTA_RULE", "triton" if device_type == "cuda" else "torch")
-    if wanted not in ("torch", "triton"):
-        raise ValueError(f"REFINE_DELTA_RULE is {wanted!r}, must be 'torch' or 'triton'")
+    wanted = _WANTED["delta_rule"]
+    if wanted == "auto":
+        return "triton" if device_type == "cuda" else "torch"
     return wanted
 
 

@@ -278,6 +278,15 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class KernelsConfig:
+    """Which form of an operation runs; the log says at its first call which one does."""
+
+    # auto: Triton on GPUs, torch elsewhere. triton: torch where the kernels do not fit, and where
+    # they disagree with torch at their first call.
+    delta_rule: Literal["auto", "torch", "triton"] = "auto"
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Training checkpoints (weights, optimizer, data position) under RUN/checkpoints."""
 
@@ -323,5 +332,6 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from refine_kernels import dispatch
 
 from refine_mcore.config import Config
 from refine_mcore.conversion.description import (
@@ -123,7 +124,8 @@ def training_model(
     config: Config, pg_collection: Any, source: Path | None = None
 ) -> FastWeightModel:
     """This rank's model, with the weights of `model.checkpoint` or drawn from `training.seed`; for
-    a run that goes on from `source` without weights yet."""
+    a run that goes on from `source` without weights yet. Chooses the kernels of this process."""
+    dispatch.use(delta_rule=config.kernels.delta_rule)
     model = build_model(
         transformer_config(
             resolve_architecture(config, source),

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,13 @@ from tools.compile_kernels import main as compile_main
 pytestmark = pytest.mark.filterwarnings("error:overflow encountered:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gated_or_not = pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
+
+
+@pytest.fixture(autouse=True)
+def _automatic_choice() -> Iterator[None]:
+    """Again after each test."""
+    yield
+    dispatch.use()
 
 
 @pytest.fixture(autouse=True)
@@ -311,16 +319,16 @@ def test_masked_tokens_leave_the_state_bitwise_unchanged(gated):
     assert torch.equal(kernels(inputs, 16, None)[1], inputs[-1])
 
 
-def test_dispatch_says_what_runs(monkeypatch, caplog):
+def test_dispatch_says_what_runs(caplog):
     """Triton where it is wanted, torch for what it does not take, and a plain word on both."""
     caplog.set_level(logging.INFO, logger="refine_kernels.dispatch")
     dispatch._log_backend.cache_clear()
     inputs = [x.to(DEVICE) for x in make_inputs(1, 21, 1, 16, 16, True)]
     *sequences, state = (x.float() for x in inputs)
-    monkeypatch.setenv("REFINE_DELTA_RULE", "torch")
+    dispatch.use(delta_rule="torch")
     options: dict[str, Any] = {"initial_state": state, "chunk_size": 16}
     by_torch = dispatch.chunk_gated_delta_rule(*sequences, **options)
-    monkeypatch.setenv("REFINE_DELTA_RULE", "triton")
+    dispatch.use(delta_rule="triton")
     by_triton = dispatch.chunk_gated_delta_rule(*sequences, **options)
     assert by_torch[0] is not None and by_triton[0] is not None
     assert not torch.equal(by_torch[0], by_triton[0])
@@ -331,9 +339,8 @@ def test_dispatch_says_what_runs(monkeypatch, caplog):
         "triton",
         "torch, as torch.float64 is none of bfloat16, float16 and float32",
     ]
-    monkeypatch.setenv("REFINE_DELTA_RULE", "fast")
-    with pytest.raises(ValueError, match="'fast', must be 'torch' or 'triton'"):
-        dispatch.chunk_delta_rule(*inputs[:4])
+    with pytest.raises(ValueError, match="'fast', must be 'auto', 'torch' or 'triton'"):
+        dispatch.use(delta_rule="fast")
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the group of ranks is on the CPU")
@@ -341,7 +348,7 @@ def test_dispatch_says_what_runs(monkeypatch, caplog):
     "name",
     ["delta_net", pytest.param("gated_delta_net-value_heads-negative", marks=pytest.mark.slow)],
 )
-def test_a_model_and_its_tape(monkeypatch, caplog, single_rank, name):
+def test_a_model_and_its_tape(caplog, single_rank, name):
     """Text and branches of a model: states read off the tape, and every weight's gradient."""
     config = transformer_config(zoo.ARCHITECTURES[name], dtype=torch.float32)
     model = build_model(config, single_rank)
@@ -351,7 +358,7 @@ def test_a_model_and_its_tape(monkeypatch, caplog, single_rank, name):
     dispatch._log_backend.cache_clear()
     found = []
     for backend in ("torch", "triton"):
-        monkeypatch.setenv("REFINE_DELTA_RULE", backend)
+        dispatch.use(delta_rule=backend)
         with zoo.short_chunks(16, 32):
             out = model(tokens, record=True)
             states = out.tape.at([0] * len(positions), positions)
