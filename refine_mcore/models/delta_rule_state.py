@@ -10,6 +10,7 @@ writes and keys of the few tokens since, S_t = decay S_border + sum_s decay k_s 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from refine_mcore.models.recorded_tokens import PlacesOfTokens, RecordedTokens, gather_tokens
 from refine_mcore.models.state import FastWeightState, LayerTape, inverse, take_streams
-from refine_mcore.platform import to_device
+from refine_mcore.platform import without_waiting
 
 L2_EPS = 1e-6  # of the norm of queries and keys
 
@@ -74,9 +75,10 @@ class DeltaRuleTape(LayerTape):
         go on with."""
         states = [*text.states, text.final_state]
         self.chunk, self.every = chunk, self.mixer.config.tape_interval // chunk
-        self.kept = {i: _own(x) for i, x in enumerate(states) if i % self.every == 0}
+        kept = range(0, len(text.states), self.every)
+        self.kept = dict(zip(kept, _own([states[i] for i in kept]), strict=True))
         self.kept[len(text.states)] = text.final_state.detach()
-        self.places = [_Place.apply(state) for state in states]
+        self.places = _Places.apply(*states)
         assert text.o is not None
         self.writes = None if text.writes is None else PlacesOfTokens(text.writes, text.o)
         return text.o if self.writes is None else self.writes.carrier
@@ -95,8 +97,8 @@ class DeltaRuleTape(LayerTape):
         at_border = [i - j for i, j in zip(border, kept, strict=True)]
         borders = [*replay.states, replay.final_state]
         values = torch.stack([borders[i][r] for r, i in enumerate(at_border)])
-        places = [self.places[i][b] for i, b in zip(border, batch_index, strict=True)]
-        recurrent = values + torch.stack(places)
+        places = [_row(self.places[i], b) for i, b in zip(border, batch_index, strict=True)]
+        recurrent = values + torch.cat(places)
         first = [i * self.chunk for i in border]
         length = max(t - i for t, i in zip(offset, first, strict=True))
         if length > 0:
@@ -165,31 +167,46 @@ class DeltaRuleTape(LayerTape):
                 past = head.new_zeros(head.shape[0], width, head.shape[2])
             rows, start = [batch_index[r] for r in near], [offset[r] for r in near]
             tails.append(gather_tokens(torch.cat([past, head], dim=1), rows, start, width))
-        return take_streams(torch.cat(tails), inverse(far + near))
+        joined = tails[0] if len(tails) == 1 else torch.cat(tails)
+        return take_streams(joined, inverse(far + near))
+
+
+def _row(x: Tensor, row: int) -> Tensor:
+    """The row as [1, ...]; the only one is x itself, whose gradient is then not made anew."""
+    return x if x.shape[0] == 1 else x[row : row + 1]
 
 
 def _in_span(
     starts: Sequence[int], stops: Sequence[int], length: int, device: torch.device
 ) -> Tensor:
     """[R, length, 1]: whether token starts[r] + j comes before stops[r]."""
-    rest = [stop - start for start, stop in zip(starts, stops, strict=True)]
-    return (torch.arange(length, device=device) < to_device(rest, device)[:, None])[..., None]
+    rest = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+    return _begin_with(rest, length, device)
 
 
-def _own(state: Tensor) -> Tensor:
-    """The state outside the graph; a copy where it would keep its neighbours' memory alive."""
-    state = state.detach()
-    alone = state.untyped_storage().nbytes() == state.numel() * state.element_size()
-    return state if alone else state.clone()
+@functools.lru_cache(maxsize=64)
+def _begin_with(counts: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+    """[R, length, 1]: whether j is below counts[r].  All layers share one."""
+    below = torch.arange(length) < torch.tensor(counts, dtype=torch.long)[:, None]
+    return without_waiting(below[..., None], device)
 
 
-class _Place(torch.autograd.Function):
-    """Zeros of the shape of a state, without memory of their own; the gradient is the state's."""
+def _own(states: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The states outside the graph; copied together where they would keep others' memory alive."""
+    states = [state.detach() for state in states]
+    alone = all(x.untyped_storage().nbytes() == x.numel() * x.element_size() for x in states)
+    return states if alone else torch.stack(states).unbind()
+
+
+class _Places(torch.autograd.Function):
+    """Zeros of the shapes of states, without memory of their own; the gradients are the states'."""
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor) -> Tensor:
-        return state.new_zeros(()).expand(state.shape)
+    def forward(ctx: Any, *states: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        zero = states[0].new_zeros(())
+        return tuple(zero.expand(state.shape) for state in states)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads

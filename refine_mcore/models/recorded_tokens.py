@@ -3,13 +3,14 @@ that stay the size of what was read."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from refine_mcore.platform import to_device
+from refine_mcore.platform import without_waiting
 
 
 def gather_tokens(
@@ -20,7 +21,7 @@ def gather_tokens(
 
     One `index_select` over all tokens: no copy of the texts.
     """
-    return _select_tokens(x, *_token_places(x, batch_index, start, length))
+    return _select_tokens(x, _places(x, batch_index, start, length))
 
 
 class RecordedTokens:
@@ -37,10 +38,10 @@ class RecordedTokens:
 
     def read(self, batch_index: Sequence[int], start: Sequence[int], length: int) -> Tensor:
         """As `gather_tokens`."""
-        texts, tokens = _token_places(self.tokens, batch_index, start, length)
+        places = _places(self.tokens, batch_index, start, length)
         if not (self.tokens.requires_grad and torch.is_grad_enabled()):
-            return _select_tokens(self.tokens, texts, tokens)
-        return _Read.apply(self.tokens, texts, tokens, self._readings)
+            return _select_tokens(self.tokens, places)
+        return _Read.apply(self.tokens, places, self._readings)
 
 
 class PlacesOfTokens:
@@ -53,28 +54,29 @@ class PlacesOfTokens:
 
     def __init__(self, x: Tensor, carrier: Tensor) -> None:
         self._readings: Readings = []
-        self._x = x.detach().new_zeros(()).expand(x.flatten(2).shape)
+        self._zero = x.detach().new_zeros(())
+        self._x = self._zero.expand(x.flatten(2).shape)
         record = carrier.requires_grad
         self.carrier = _RecordBeside.apply(carrier, x, self._readings) if record else carrier
 
     def read(self, batch_index: Sequence[int], start: Sequence[int], length: int) -> Tensor:
         """Zeros [R, length, c] in the place of tokens start[r], start[r] + 1, ... of text
         batch_index[r], the dimensions past the second as one."""
-        texts, tokens = _token_places(self._x, batch_index, start, length)
-        zeros = self._x.new_zeros(()).expand(*tokens.shape, self._x.shape[-1])
+        zeros = self._zero.expand(len(start), length, self._x.shape[-1])
         if not (self.carrier.requires_grad and torch.is_grad_enabled()):
             return zeros
-        return _ReadPlace.apply(self.carrier, zeros, texts, tokens, self._readings)
+        places = _places(self._x, batch_index, start, length)
+        return _ReadPlace.apply(self.carrier, zeros, places, self._readings)
 
 
-# Text [R, 1], token [R, length] and gradient [R * length, c] of what was read.
-Readings = list[tuple[Tensor, Tensor, Tensor]]
+# Places [R, length] and gradient [R * length, c] of what was read.
+Readings = list[tuple[Tensor, Tensor]]
 
 
 def _add_readings(grad: Tensor, readings: Readings) -> None:
     """Add the gradients of all readings to that of [B, T, c], and forget them."""
-    for texts, tokens, rows in readings:
-        grad.flatten(0, 1).index_add_(0, _row_index(grad, texts, tokens), rows)
+    for places, rows in readings:
+        grad.flatten(0, 1).index_add_(0, places.flatten(), rows)
     readings.clear()
 
 
@@ -101,17 +103,16 @@ class _Read(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        texts: Tensor,
-        tokens: Tensor,
+        places: Tensor,
         readings: Readings,
     ) -> Tensor:
-        ctx.places, ctx.readings = (texts, tokens), readings
-        return _select_tokens(x, texts, tokens)
+        ctx.places, ctx.readings = places, readings
+        return _select_tokens(x, places)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
-        ctx.readings.append((*ctx.places, grad.reshape(-1, grad.shape[-1])))
-        return None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.readings.append((ctx.places, grad.reshape(-1, grad.shape[-1])))
+        return None, None, None
 
 
 class _RecordBeside(torch.autograd.Function):
@@ -136,32 +137,37 @@ class _ReadPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, carrier: Tensor, zeros: Tensor, texts: Tensor, tokens: Tensor, readings: Readings
+        ctx: Any, carrier: Tensor, zeros: Tensor, places: Tensor, readings: Readings
     ) -> Tensor:
-        ctx.places, ctx.readings = (texts, tokens), readings
+        ctx.places, ctx.readings = places, readings
         return zeros.view_as(zeros)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-        ctx.readings.append((*ctx.places, grad.reshape(-1, grad.shape[-1])))
-        return None, None, None, None, None
+        ctx.readings.append((ctx.places, grad.reshape(-1, grad.shape[-1])))
+        return None, None, None, None
 
 
-def _token_places(
-    x: Tensor, batch_index: Sequence[int], start: Sequence[int], length: int
-) -> tuple[Tensor, Tensor]:
-    """Text [R, 1] and token [R, length] of everything to read from x [B, T, c]."""
-    texts = to_device(batch_index, x.device)[:, None]
-    starts = to_device(start, x.device)[:, None]
-    steps = torch.arange(length, device=x.device)
-    return texts, (starts + steps).clamp(max=x.shape[1] - 1)
+def _places(x: Tensor, batch_index: Sequence[int], start: Sequence[int], length: int) -> Tensor:
+    """Where in [B * T, c] everything is that is to be read from x [B, T, c]: [R, length]."""
+    return _places_on_device(tuple(batch_index), tuple(start), length, x.shape[1], x.device)
 
 
-def _select_tokens(x: Tensor, texts: Tensor, tokens: Tensor) -> Tensor:
-    rows = x.flatten(0, 1).index_select(0, _row_index(x, texts, tokens))
-    return rows.reshape(*tokens.shape, x.shape[-1])
+@functools.lru_cache(maxsize=256)
+def _places_on_device(
+    batch_index: tuple[int, ...],
+    start: tuple[int, ...],
+    length: int,
+    tokens: int,
+    device: torch.device,
+) -> Tensor:
+    """All layers of a model read at the same places: made once on the host, they share one copy."""
+    steps = torch.arange(length)
+    places = (torch.tensor(start, dtype=torch.long)[:, None] + steps).clamp(max=tokens - 1)
+    texts = torch.tensor(batch_index, dtype=torch.long)[:, None]
+    return without_waiting(texts * tokens + places, device)
 
 
-def _row_index(x: Tensor, texts: Tensor, tokens: Tensor) -> Tensor:
-    """Where these tokens of x [B, T, c] are in [B * T, c]."""
-    return (texts * x.shape[1] + tokens).flatten()
+def _select_tokens(x: Tensor, places: Tensor) -> Tensor:
+    rows = x.flatten(0, 1).index_select(0, places.flatten())
+    return rows.view(*places.shape, x.shape[-1])

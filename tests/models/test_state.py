@@ -194,6 +194,7 @@ def test_reading_the_tape_takes_memory_of_the_streams_only(
     made = []
     for length in (160, 640):
         tape = model(random_tokens(texts, length), record=True).tape
+        tape.at(batch_index, position)  # lists of positions are kept for the next layer and reading
         with NewBytes() as new:
             forks = [state.fork(2) for state in tape.at(batch_index, position)]
         made.append(new.made)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from refine_mcore import platform
+from refine_mcore.models import delta_rule_state, recorded_tokens
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.presets import preset
@@ -26,14 +27,20 @@ def copies(name: str, layers: int, groups: Any) -> int:
     tokens = torch.randint(61, (2, 40))
     batch = TextBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(2))
     branches = Branches.at([[5, 17, 33], [8, 16, 39]])
-    platform._on_device.cache_clear()
+    caches: list[Any] = [
+        platform._on_device,
+        recorded_tokens._places_on_device,
+        delta_rule_state._begin_with,
+    ]
+    for cache in caches:
+        cache.cache_clear()
     text = text_pass(model, batch, with_entropy=True, record=True)
     states = branch_states(text, branches, 2)
     streams = branches.fork(2)
     logits = model.logits(streams.rows_before(text.hidden)[:, None])[:, 0]
     rollouts, _ = decode(model, states, logits, 4, None)
     score(model, states, streams.rows_before(text.hidden), rollouts)
-    return platform._on_device.cache_info().misses
+    return sum(cache.cache_info().misses for cache in caches)
 
 
 @pytest.mark.parametrize("name", ["tiny-deltanet", "tiny-gated-deltanet", "tiny-lact"])
