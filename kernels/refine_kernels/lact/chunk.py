@@ -71,11 +71,21 @@ def update_fast_weights(
         decay = momentum.to(lr.dtype).mean(1)[..., None, None]
         g0, g1, g2 = (g + decay * b for g, b in zip(grads, weights.momentum, strict=True))
         grads = (g0, g1, g2)
-    steps = [recomputed_where_remaking(newton_schulz, g, muon_dtype) if muon else g for g in grads]
+    steps = grads
+    if muon:
+        steps = recomputed_where_remaking(_orthogonalised, *grads, muon_dtype)
     w0, w1, w2 = (w + step for w, step in zip(weights[:3], steps, strict=True))
     s0, s1, s2 = (scale_to_norm(w, norm) for w, norm in zip((w0, w1, w2), norms, strict=True))
     updated = FastWeights(w0, w1, w2, None if momentum is None else grads, (s0, s1, s2))
     return updated if prenorm else FastWeights(*updated.effective(), momentum=updated.momentum)
+
+
+def _orthogonalised(
+    g0: Tensor, g1: Tensor, g2: Tensor, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three at once: they have one shape when that of w1 is transposed."""
+    x0, x1, x2 = newton_schulz(torch.stack((g0, g1.mT, g2)), dtype)
+    return x0, x1.mT, x2
 
 
 def _of(weights: tuple[Tensor, ...]) -> FastWeights:

@@ -19,10 +19,10 @@ COEFFICIENTS = (
 def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """X = G / (|G|_F + 1e-7), then X <- a X + (b A + c A^2) X with A = X X^T, five times.
 
-    matrix [..., rows, cols]; computed in ``dtype`` (None: its own), returned in its own dtype.
-    Differentiable.
+    matrix [..., rows, cols], one or more; computed in ``dtype`` (None: its own), returned in its
+    own dtype.  Differentiable.
     """
-    x = matrix.to(dtype or matrix.dtype)
+    x = matrix.to(dtype or matrix.dtype).flatten(0, -3)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         # A is square in the shorter side.
@@ -30,7 +30,8 @@ def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in COEFFICIENTS:
         gram = x @ x.transpose(-1, -2)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     if tall:
         x = x.transpose(-1, -2)
-    return x.to(matrix.dtype)
+    return x.to(matrix.dtype).view(matrix.shape)
