@@ -46,7 +46,7 @@ class Built:
     optimizer: dict[str, Any]  # the OptimizerConfig
     adam: list[dict[str, Any]]  # the options of every group of parameters
     schedule: dict[str, Any]  # the OptimizerParamScheduler
-    delta_rule: str  # the form of it that runs
+    kernels: dict[str, str]  # the forms of operations that run
 
     @classmethod
     def by(cls, run: Any) -> Built:
@@ -66,7 +66,7 @@ class Built:
             optimizer=_plain(vars(run.optimizer.config)),
             adam=[_plain(group) for part in parts for group in part.param_groups],
             schedule=_plain(vars(run.scheduler)),
-            delta_rule=dispatch.delta_rule_backend("cpu"),
+            kernels={name: dispatch.backend(name, "cpu") for name in dispatch.CHOICES},
         )
 
 

@@ -276,7 +276,11 @@ TABLE: list[tuple[str, Seen]] = [
     ("parallel.slices", Seen("2", lambda s: 32 in s.passes, True)),
     ("parallel.layers_per_stage", layout("[1, 2]", lambda b: b.layers, 1)),
     ("parallel.timeout", Seen("77", lambda s: built(s).timeouts, {77.0})),
-    ("kernels.delta_rule", layout("triton", lambda b: b.delta_rule)),
+    ("kernels.delta_rule", layout("triton", lambda b: b.kernels["delta_rule"])),
+    ("kernels.rms_norm", layout("triton", lambda b: b.kernels["rms_norm"])),
+    ("kernels.short_conv", layout("triton", lambda b: b.kernels["short_conv"])),
+    ("kernels.swiglu", layout("triton", lambda b: b.kernels["swiglu"])),
+    ("kernels.vocabulary", layout("triton", lambda b: b.kernels["vocabulary"])),
     (
         "checkpoint.load",
         Seen("$checkpoint", lambda s: s.column("step"), [1], (*DEMO, "training.steps=2")),

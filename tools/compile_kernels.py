@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for GPUs that need not be there: what the compiler makes of them.
 
-    python tools/compile_kernels.py [--arch sm_80,sm_90,sm_100] [--heads 128x128,256x512]
-        [--gates both|yes|no]
+    python tools/compile_kernels.py [--arch sm_80,sm_90,sm_100] [--kernels delta_rule,rms_norm]
+        [--heads 128x128,256x512] [--gates both|yes|no]
 
 Prints a Markdown table: registers a thread, spilled bytes a thread, shared memory in KB. Exit code
 1 if a kernel spills more than the budget, needs more shared memory than the chip has, or multiplies
@@ -12,6 +12,7 @@ About a second a kernel; all of them, for three architectures, some minutes.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import subprocess
@@ -21,7 +22,15 @@ from typing import Any, NamedTuple
 
 from refine_mcore.errors import UserError, cli
 
-KERNELS_WITHOUT_PRODUCTS = ("invert",)
+# Where each operation's variants are listed.
+LISTS = {
+    "delta_rule": "delta_rule.triton_variants",
+    "decode": "delta_rule.triton_recurrent",
+    "rms_norm": "rms_norm.triton_rms_norm",
+    "short_conv": "short_conv.triton_conv",
+    "swiglu": "swiglu.triton_swiglu",
+    "vocabulary": "vocab.triton_rows",
+}
 # Shared memory of a block, in bytes, and the instructions of tensor cores.
 CHIPS = {
     "sm_80": (163 * 1024, "mma.sync"),
@@ -46,23 +55,39 @@ def main(argv: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", default=",".join(CHIPS), help="architectures, with commas")
-    parser.add_argument("--heads", help="KEYSxVALUES widths, with commas; default: all")
-    parser.add_argument("--gates", choices=["both", "yes", "no"], default="both")
+    parser.add_argument("--kernels", default=",".join(LISTS), help="operations, with commas")
+    parser.add_argument("--heads", help="delta_rule's KEYSxVALUES, with commas; default: all")
+    parser.add_argument(
+        "--gates", choices=["both", "yes", "no"], default="both", help="delta_rule's"
+    )
     arguments = parser.parse_args(argv)
     chips = arguments.arch.split(",")
     for chip in chips:
         if chip not in CHIPS:
             raise UserError(f"--arch knows {', '.join(CHIPS)}, not {chip!r}")
+    for name in arguments.kernels.split(","):
+        if name not in LISTS:
+            raise UserError(f"--kernels knows {', '.join(LISTS)}, not {name!r}")
     gated = {"both": (False, True), "yes": (True,), "no": (False,)}[arguments.gates]
     os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
+    options: dict[str, Any] = {"gated": gated}
+    if arguments.heads is not None:
+        options["heads"] = _heads(arguments.heads)
     try:
-        from refine_kernels.delta_rule.triton_variants import HEADS, variants
+        lists = {
+            name: importlib.import_module(f"refine_kernels.{LISTS[name]}")
+            for name in arguments.kernels.split(",")
+        }
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: compiling takes the extra `dev`") from None
-    heads = HEADS if arguments.heads is None else _heads(arguments.heads)
+    kernels = [
+        variant
+        for name, module in lists.items()
+        for variant in module.variants(**(options if name == "delta_rule" else {}))
+    ]
     problems = []
     print(f"| kernel | {' | '.join(chips)} |\n|---{'|---' * len(chips)}|")
-    for variant in variants(heads, gated):
+    for variant in kernels:
         cells = []
         for chip in chips:
             found = compiled(variant, chip)
@@ -101,14 +126,13 @@ def compiled(variant: Any, chip: str) -> Compiled:
 
 def _faults(variant: Any, chip: str, found: Compiled) -> list[str]:
     shared, instruction = CHIPS[chip]
-    key_width = int(re.search(r"_k(\d+)", variant.name)[1])  # type: ignore[index]
-    budget = 0 if key_width <= 128 and chip != "sm_80" else MOST_SPILLED
+    budget = 0 if chip != "sm_80" and not variant.may_spill else MOST_SPILLED
     faults = []
     if found.spilled > budget:
         faults.append(f"{found.spilled} bytes a thread are spilled, more than {budget}")
     if found.shared > shared:
         faults.append(f"{found.shared} bytes of shared memory, the chip has {shared}")
-    if not found.tensor_cores and not any(x in variant.name for x in KERNELS_WITHOUT_PRODUCTS):
+    if variant.products and not found.tensor_cores:
         faults.append(f"no {instruction}")
     return faults
 

@@ -1,15 +1,15 @@
 """The one place that says which backend runs each operation.
 
-Plain torch, but for the chunk forms of the delta rules on CUDA: Triton.  `use` chooses theirs on
-any device.  The first call of an operation on a device type is logged, so a run's log says what
-ran.
+Triton on CUDA for those that have such a form, plain torch otherwise; `use` chooses on any device.
+The first call of an operation on a device type is logged, so a run's log says what ran.
 """
 
 import functools
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -57,7 +57,30 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_WANTED = {"delta_rule": "auto"}
+# What `use` can choose: operations that have a Triton form.
+CHOICES = ("delta_rule", "rms_norm", "short_conv", "swiglu", "vocabulary")
+_WANTED = dict.fromkeys(CHOICES, "auto")
+
+
+def use(**forms: str) -> None:
+    """From now on in this process run this form of these operations: "torch", "triton" (torch where
+    it does not fit), or "auto", by the device; all others by the device."""
+    for name, form in forms.items():
+        if name not in CHOICES:
+            raise ValueError(f"{name} is not one of {', '.join(CHOICES)}")
+        if form not in ("auto", "torch", "triton"):
+            raise ValueError(f"{name} is {form!r}, must be 'auto', 'torch' or 'triton'")
+    for name in CHOICES:
+        _WANTED[name] = forms.get(name, "auto")
+
+
+def backend(name: str, device_type: str) -> str:
+    """Which form of the operations of this name is wanted on devices of this type, "torch" or
+    "triton"."""
+    wanted = _WANTED[name]
+    if wanted == "auto":
+        return "triton" if device_type == "cuda" else "torch"
+    return wanted
 
 
 @functools.cache
@@ -65,73 +88,55 @@ def _log_backend(operation: str, device_type: str, backend: str = "torch") -> No
     logger.info("%s on %s: %s", operation, device_type, backend)
 
 
-def _torch_backend(operation: Callable[P, R]) -> Callable[P, R]:
-    @functools.wraps(operation)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        _log_backend(operation.__name__, next(tensors).device.type)
-        return operation(*args, **kwargs)
+def _operation(
+    torch_form: Callable[P, R], name: str | None = None, module: str = ""
+) -> Callable[P, R]:
+    """Triton's form where it is wanted and takes the arguments, otherwise torch's.
 
-    return run
-
-
-def use(*, delta_rule: str = "auto") -> None:
-    """From now on in this process run this form of an operation: "torch", "triton" (torch where it
-    does not fit), or "auto", by the device."""
-    if delta_rule not in ("auto", "torch", "triton"):
-        raise ValueError(f"delta_rule is {delta_rule!r}, must be 'auto', 'torch' or 'triton'")
-    _WANTED["delta_rule"] = delta_rule
-
-
-def delta_rule_backend(device_type: str) -> str:
-    """Which form of the delta rules is wanted on devices of this type, "torch" or "triton"."""
-    wanted = _WANTED["delta_rule"]
-    if wanted == "auto":
-        return "triton" if device_type == "cuda" else "torch"
-    return wanted
-
-
-def _delta_rule(torch_form: Callable[P, R]) -> Callable[P, R]:
-    """Triton where it is wanted and takes the arguments, which begin q, k, v, beta[, g]."""
-    name, gated = torch_form.__name__, torch_form is _gated_chunk.chunk_gated_delta_rule
+    The form is in ``module`` under the same name, and beside it `refusal`, which says of the same
+    arguments why it would not take them.
+    """
+    operation = torch_form.__name__
 
     @functools.wraps(torch_form)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        k, v = (args[i] if len(args) > i else kwargs[x] for i, x in ((1, "k"), (2, "v")))
-        assert isinstance(k, Tensor) and isinstance(v, Tensor)
-        device = v.device.type
-        wanted = delta_rule_backend(device)
-        if wanted == "torch":
-            _log_backend(name, device)
+        device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device.type
+        if name is None or backend(name, device) == "torch":
+            _log_backend(operation, device)
             return torch_form(*args, **kwargs)
-        why: str | None = "triton is not installed"
-        if importlib.util.find_spec("triton") is not None:
-            from refine_kernels.delta_rule import triton_chunk
-
-            options: dict[str, Any] = {
-                x: kwargs[x] for x in ("qk_norm_eps", "chunk_size") if x in kwargs
-            }
-            why = triton_chunk.refusal(k, v, gated=gated, **options)
-        if why is not None:
-            _log_backend(name, device, f"torch, as {why}")
-            return torch_form(*args, **kwargs)
-        _log_backend(name, device, "triton")
-        return getattr(triton_chunk, name)(*args, **kwargs)
+        why = "triton is not installed"
+        if _triton_is_installed():
+            triton_forms = importlib.import_module(f"refine_kernels.{module}")
+            why = triton_forms.refusal(*args, **kwargs)
+            if why is None:
+                _log_backend(operation, device, "triton")
+                return getattr(triton_forms, operation)(*args, **kwargs)
+        _log_backend(operation, device, f"torch, as {why}")
+        return torch_form(*args, **kwargs)
 
     return run
 
 
-chunk_delta_rule = _delta_rule(_delta_chunk.chunk_delta_rule)
-recurrent_delta_rule = _torch_backend(_delta_recurrent.recurrent_delta_rule)
-chunk_gated_delta_rule = _delta_rule(_gated_chunk.chunk_gated_delta_rule)
-recurrent_gated_delta_rule = _torch_backend(_gated_recurrent.recurrent_gated_delta_rule)
-state_from_writes = _torch_backend(_delta_read.state_from_writes)
-apply_fast_weights = _torch_backend(_lact.apply_fast_weights)
-update_fast_weights = _torch_backend(_lact.update_fast_weights)
-chunk_lact = _torch_backend(_lact.chunk_lact)
-causal_conv1d = _torch_backend(_conv.causal_conv1d)
-rms_norm = _torch_backend(_rms_norm.rms_norm)
-swiglu = _torch_backend(_swiglu.swiglu)
-log_probs_and_entropy = _torch_backend(_log_probs.log_probs_and_entropy)
-sample_tokens = _torch_backend(_sampling.sample_tokens)
-linear_log_probs_and_entropy = _torch_backend(_linear.linear_log_probs_and_entropy)
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+_CHUNK = ("delta_rule", "delta_rule.triton_chunk")
+_RECURRENT = ("delta_rule", "delta_rule.triton_recurrent")
+_ROWS = ("vocabulary", "vocab.triton_rows")
+
+chunk_delta_rule = _operation(_delta_chunk.chunk_delta_rule, *_CHUNK)
+recurrent_delta_rule = _operation(_delta_recurrent.recurrent_delta_rule, *_RECURRENT)
+chunk_gated_delta_rule = _operation(_gated_chunk.chunk_gated_delta_rule, *_CHUNK)
+recurrent_gated_delta_rule = _operation(_gated_recurrent.recurrent_gated_delta_rule, *_RECURRENT)
+state_from_writes = _operation(_delta_read.state_from_writes)
+apply_fast_weights = _operation(_lact.apply_fast_weights)
+update_fast_weights = _operation(_lact.update_fast_weights)
+chunk_lact = _operation(_lact.chunk_lact)
+causal_conv1d = _operation(_conv.causal_conv1d, "short_conv", "short_conv.triton_conv")
+rms_norm = _operation(_rms_norm.rms_norm, "rms_norm", "rms_norm.triton_rms_norm")
+swiglu = _operation(_swiglu.swiglu, "swiglu", "swiglu.triton_swiglu")
+log_probs_and_entropy = _operation(_log_probs.log_probs_and_entropy, *_ROWS)
+sample_tokens = _operation(_sampling.sample_tokens)
+linear_log_probs_and_entropy = _operation(_linear.linear_log_probs_and_entropy, *_ROWS)

@@ -283,7 +283,16 @@ class KernelsConfig:
 
     # auto: Triton on GPUs, torch elsewhere. triton: torch where the kernels do not fit, and where
     # they disagree with torch at their first call.
+    # Delta rules, over a text and a token at a time.
     delta_rule: Literal["auto", "torch", "triton"] = "auto"
+    # RMS norms, gated or not.
+    rms_norm: Literal["auto", "torch", "triton"] = "auto"
+    # Short causal convolutions.
+    short_conv: Literal["auto", "torch", "triton"] = "auto"
+    # The activation of MLPs.
+    swiglu: Literal["auto", "torch", "triton"] = "auto"
+    # Log-probabilities and entropies of rows of logits.
+    vocabulary: Literal["auto", "torch", "triton"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def training_model(
 ) -> FastWeightModel:
     """This rank's model, with the weights of `model.checkpoint` or drawn from `training.seed`; for
     a run that goes on from `source` without weights yet. Chooses the kernels of this process."""
-    dispatch.use(delta_rule=config.kernels.delta_rule)
+    dispatch.use(**asdict(config.kernels))
     model = build_model(
         transformer_config(
             resolve_architecture(config, source),

@@ -1,9 +1,6 @@
 """The Triton kernels of both delta rules against the token loop in float64.
 
-Without a GPU they run in Triton's interpreter, one program after another in numpy.  It shows that
-the mathematics, the addresses and the masks are right.  It cannot show races between programs or
-warps, what shared memory and pipelining do, TF32's rounding, the order of sums, approximate
-exponentials, what the compiler makes of the code, or speed.  Its matrices hold no bfloat16, so
+Without a GPU they run in Triton's interpreter (interpreter.py).  Its matrices hold no bfloat16, so
 operands are rounded to bfloat16 and multiplied in float32, which is exact in either.
 """
 
@@ -14,14 +11,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from refine_kernels import dispatch
+from refine_kernels import dispatch, launch
 from refine_kernels.delta_rule.naive import naive_delta_rule
 from refine_kernels.gated_delta_rule.naive import naive_gated_delta_rule
 from torch import Tensor
@@ -36,40 +32,20 @@ from refine_mcore.models.delta_rule_state import _own
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.transformer_config import transformer_config
+from tests.kernels.interpreter import (
+    DEVICE,
+    assert_near,
+    gradients,
+    interpreter_and_poison,  # noqa: F401
+    leaves,
+)
 from tests.models import zoo
 from tools.compile_kernels import Compiled, _faults
 from tools.compile_kernels import main as compile_main
 
 # An exponential that overflows is one too many, also where its value is then masked.
 pytestmark = pytest.mark.filterwarnings("error:overflow encountered:RuntimeWarning")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 gated_or_not = pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
-
-
-@pytest.fixture(autouse=True)
-def _automatic_choice() -> Iterator[None]:
-    """Again after each test."""
-    yield
-    dispatch.use()
-
-
-@pytest.fixture(autouse=True)
-def _interpreter_and_poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that no kernel wrote is NaN; numpy 2.4 makes no integer of an array of one element,
-    which the interpreter counts on for the bounds of loops."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def with_index(tensor: Any) -> None:
-        patch(tensor)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
-
-    def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(shape, math.nan, dtype=dtype, device=device)
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
-    monkeypatch.setattr(triton_chunk, "_empty", poisoned)
 
 
 def make_inputs(
@@ -93,10 +69,6 @@ def make_inputs(
 def rounded(inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """As a kernel gets them: q, k, v in `dtype`, gates and state in float32."""
     return [x.to(dtype if i < 3 else torch.float32) for i, x in enumerate(inputs)]
-
-
-def leaves(inputs: list[Tensor], **to: Any) -> list[Tensor]:
-    return [x.detach().to(**to).requires_grad_() for x in inputs]
 
 
 def definition(inputs: list[Tensor], chunk_size: int, eps: float | None) -> list[Tensor]:
@@ -123,22 +95,6 @@ def kernels(inputs: list[Tensor], chunk_size: int, eps: float | None) -> list[Te
     assert len(states) == -(-sequences[1].shape[1] // chunk_size)
     assert states[0] is state
     return [o, final, *states[1:]]
-
-
-def gradients(outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor | None]:
-    """Gradients of a fixed random projection of the outputs, the same in every dtype."""
-    gen = torch.Generator().manual_seed(0)
-    weights = [torch.randn(x.shape, dtype=torch.float64, generator=gen) for x in outputs]
-    total = sum((x.double() * w.to(x.device)).sum() for x, w in zip(outputs, weights, strict=True))
-    assert isinstance(total, Tensor)
-    return list(torch.autograd.grad(total, inputs, allow_unused=True))
-
-
-def assert_near(actual: list[Any], expected: list[Any], tolerance: float) -> None:
-    """Of each tensor: the norm of the difference against the norm."""
-    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        error = (a.detach().double().cpu() - e).norm() / e.norm().clamp_min(1e-12)
-        assert error <= tolerance, f"tensor {i}: {error:.1e}"  # false for NaN
 
 
 def compare(
@@ -375,7 +331,7 @@ def test_the_tape_keeps_no_more_than_its_states():
     """The kernels hand out views of one buffer with the states of all chunks."""
     buffer = torch.zeros(8, 1, 2, 16, 16)
     for state in (buffer[3], torch.zeros(1, 2, 16, 16)):
-        own = _own(state)
+        (own,) = _own([state])
         assert torch.equal(own, state)
         assert own.untyped_storage().nbytes() == own.nbytes
         assert (own.data_ptr() == state.data_ptr()) == (state._base is None)
@@ -385,16 +341,16 @@ def test_the_tape_keeps_no_more_than_its_states():
 def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, wrong):
     """As if the compiler had got one wrong."""
     triton_chunk._disagreement.cache_clear()
-    run = triton_chunk._Run.run
+    run = launch.run
 
-    def wrong_run(self: Any, name: str, *arguments: Any) -> None:
-        run(self, name, *arguments)
-        if name == ("inputs" if wrong == "gradient of beta" else "output"):
+    def wrong_run(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        run(kernel, grid, *arguments, **constants)
+        if kernel.fn.__name__ == ("inputs" if wrong == "gradient of beta" else "output"):
             arguments[16 if wrong == "gradient of beta" else 7][:, 3] = 0.5
 
-    monkeypatch.setattr(triton_chunk._Run, "run", wrong_run)
+    monkeypatch.setattr(launch, "run", wrong_run)
     x = torch.zeros(1, 1, 1, 16, device=DEVICE)
-    why = triton_chunk.refusal(x, x, gated=True, chunk_size=16)
+    why = triton_chunk.refusal(x, x, x, x[..., 0], x[..., 0], chunk_size=16)
     assert why is not None and wrong in why
     monkeypatch.undo()
     triton_chunk._disagreement.cache_clear()
@@ -414,8 +370,10 @@ def test_compiles_for_hopper(tmp_path):
     """With tensor cores, without spills, within shared memory.  Needs no GPU."""
     done = compile_kernels(tmp_path, "--arch", "sm_90", "--heads", "128x128", "--gates", "yes")
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [line for line in done.stdout.splitlines() if "gated_delta_rule_" in line]
-    assert len(rows) == 9
+    rows = done.stdout.splitlines()[2:]
+    assert sum("gated_delta_rule_" in row for row in rows) == 9
+    for name in ("recurrent", "rms_norm_backward", "conv_backward", "swiglu", "row_statistics"):
+        assert any(f"| {name}" in row for row in rows)
     assert all(re.fullmatch(r"\| \w+ \| \d+, 0, \d+ \|", row) for row in rows)
 
 
@@ -427,7 +385,9 @@ def test_compiles_for_all_chips(tmp_path):
 
 
 def test_kernels_over_budget_are_named(capsys, monkeypatch):
-    variant = SimpleNamespace(name="gated_delta_rule_scan_k128_v128")
+    variant = SimpleNamespace(
+        name="gated_delta_rule_scan_k128_v128", products=True, may_spill=False
+    )
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # which the command sets, for itself
     faults = {
         Compiled(255, 8, 1024, True): "8 bytes a thread are spilled, more than 0",
@@ -441,6 +401,6 @@ def test_kernels_over_budget_are_named(capsys, monkeypatch):
         compile_main(["--arch", "sm_90", "--heads", "128x128", "--gates", "yes"])
     assert exit_code.value.code == 1
     assert "over budget: gated_delta_rule_scan_k128_v128 for sm_90" in capsys.readouterr().out
-    for options in (["--arch", "sm_70"], ["--heads", "128"]):
+    for options in (["--arch", "sm_70"], ["--heads", "128"], ["--kernels", "attention"]):
         with pytest.raises(UserError):
             compile_main(options)

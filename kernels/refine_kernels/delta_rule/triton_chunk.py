@@ -14,10 +14,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from refine_kernels import agreement, launch
 from refine_kernels.delta_rule import chunk
 from refine_kernels.delta_rule import triton_kernels as kernels
 from refine_kernels.delta_rule.chunk import ChunkOutput
@@ -32,8 +32,6 @@ _PRODUCTS = {
 }
 _LEAST_CHUNK = 16
 _LARGEST_KEY = 256
-# Largest relative difference (of norms) from the torch form that `refusal` lets pass.
-_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 
 def chunk_delta_rule(
@@ -74,12 +72,17 @@ def chunk_gated_delta_rule(
 
 
 def refusal(
+    q: Tensor | None,
     k: Tensor,
     v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
     *,
-    gated: bool,
+    scale: float | None = None,
     qk_norm_eps: float | None = None,
+    initial_state: Tensor | None = None,
     chunk_size: int = 64,
+    output_writes: bool = False,
 ) -> str | None:
     """Why the kernels are not for these arguments here, None if they are.
 
@@ -94,7 +97,7 @@ def refusal(
         return f"chunks of {chunk_size} are no multiple of {_LEAST_CHUNK}"
     groups = v.shape[2] // k.shape[2]
     shape = (k.shape[-1], v.shape[-1], groups, chunk_of(chunk_size, v.dtype))
-    return _disagreement(shape, gated, qk_norm_eps, v.dtype, v.device)
+    return _disagreement(shape, g is not None, qk_norm_eps, v.dtype, v.device)
 
 
 @functools.cache
@@ -105,43 +108,39 @@ def _disagreement(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str | None:
-    """What differs most between the kernels and the torch form on a small text, if too much."""
     k_dim, v_dim, groups, size = shape
-    n = 2 * size + 5
+    n, heads = 2 * size + 5, 2 * groups
     gen = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, n, 2, k_dim, generator=gen) for _ in range(2))
     if qk_norm_eps is None:
         q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
-    heads = 2 * groups
-    v = torch.randn(1, n, heads, v_dim, generator=gen)
-    beta = torch.rand(1, n, heads, generator=gen) / 2  # larger ones wipe narrow states out
-    inputs = [q, k, v, beta, *([-torch.rand(1, n, heads, generator=gen)] if gated else [])]
-    weights = torch.randn(1, heads, k_dim, v_dim, generator=gen).to(device)
-    inputs = [x.to(device, dtype) for x in inputs]
-    results = []
-    rule: Any
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        for rule, as_dtype in ((chunk_rule, dtype), (chunk.chunk_rule, torch.float32)):
-            leaves = [x.detach().to(as_dtype).requires_grad_() for x in inputs]
-            state = weights.clone().requires_grad_()
-            out = rule(*leaves, *([] if gated else [None]), None, qk_norm_eps, state, size, True)
-            found = [out.o, out.final_state, out.states[1], out.writes]
-            at = (v.to(device), weights, weights, v.to(device))
-            total = sum((x.float() * w).sum() for x, w in zip(found, at, strict=True))
-            assert isinstance(total, Tensor)
-            results.append([*found, *torch.autograd.grad(total, [*leaves, state])])
-    names = ["output", "final state", "state between", "writes"]
-    names += [
-        f"gradient of {x}" for x in ("q", "k", "v", "beta", *(["g"] if gated else []), "state")
-    ]
-    errors = {
-        name: ((actual.float() - expected).norm() / expected.norm()).item()
-        for name, actual, expected in zip(names, *results, strict=True)
+    inputs = {
+        "q": q,
+        "k": k,
+        "v": torch.randn(1, n, heads, v_dim, generator=gen),
+        # larger ones wipe narrow states out
+        "beta": torch.rand(1, n, heads, generator=gen) / 2,
     }
-    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
-    if errors[worst] <= _TOLERANCE[dtype]:
-        return None
-    return f"on this machine the kernels' {worst} differs from torch's by {errors[worst]:.1e}"
+    if gated:
+        inputs["g"] = -torch.rand(1, n, heads, generator=gen)
+    inputs["state"] = torch.randn(1, heads, k_dim, v_dim, generator=gen)
+
+    def of(rule: Any) -> agreement.Form:
+        def run(*given: Tensor) -> list[Tensor]:
+            *tokens, state = given
+            g = [] if gated else [None]
+            out = rule(*tokens, *g, None, qk_norm_eps, state.float(), size, True)
+            return [out.o, out.final_state, out.states[1], out.writes]
+
+        return run
+
+    return agreement.disagreement(
+        of(chunk_rule),
+        of(chunk.chunk_rule),
+        {name: x.to(device, dtype) for name, x in inputs.items()},
+        ["output", "final state", "state between", "writes"],
+        tolerance=agreement.TOLERANCE[dtype],
+    )
 
 
 def chunk_of(tap_interval: int, dtype: torch.dtype) -> int:
@@ -200,7 +199,7 @@ class Call(NamedTuple):
             "K": self.k_dim,
             "V": self.v_dim,
             "C": self.chunk,
-            "BK": max(16, triton.next_power_of_2(self.k_dim)),
+            "BK": max(16, launch.power_of_two(self.k_dim)),
             "BV": self._columns(kernel),
             "GATED": self.gated,
             "NORM": self.norm,
@@ -226,21 +225,12 @@ class Call(NamedTuple):
         few = kernel in ("scan", "reverse", "inputs") or (
             kernel in ("queries", "output") and self.k_dim > _WIDE
         )
-        return min(32 if few else 64, max(16, triton.next_power_of_2(self.v_dim)))
+        return min(32 if few else 64, max(16, launch.power_of_two(self.v_dim)))
 
 
 # Keys above this width take more warps or smaller blocks.  Chosen by what the compiler says of
 # registers and shared memory, without a GPU; docs/kernels.md has the figures.
 _WIDE = 128
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory whose every element a kernel writes before it is read."""
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class _Run:
@@ -255,8 +245,8 @@ class _Run:
         g: Tensor | None,
         options: _Options,
     ) -> None:
-        self.q = None if q is None else _dense_rows(q)
-        self.k, self.v = _dense_rows(k), _dense_rows(v)
+        self.q = None if q is None else launch.dense_rows(q)
+        self.k, self.v = launch.dense_rows(k), launch.dense_rows(v)
         self.beta, self.g = beta.contiguous(), None if g is None else g.contiguous()
         self.batch, self.n, self.heads, v_dim = v.shape
         products, _ = _PRODUCTS[v.dtype]
@@ -273,7 +263,7 @@ class _Run:
             output=q is not None,
             products=products,
         )
-        self.count = triton.cdiv(self.n, self.compiled.chunk)
+        self.count = launch.blocks(self.n, self.compiled.chunk)
         self.size = (self.n, self.heads)
         self.numbers = (options.scale, options.qk_norm_eps or 0.0)
         self.q_strides = (0, 0, 0) if self.q is None else self.q.stride()[:3]
@@ -282,7 +272,7 @@ class _Run:
     def scratch(self, *width: int, dtype: torch.dtype | None = None) -> Tensor:
         """[B*H, chunks, *width]."""
         shape = (self.batch * self.heads, self.count, *width)
-        return _empty(shape, dtype or self.scratch_dtype, self.v.device)
+        return launch.empty(shape, dtype or self.scratch_dtype, self.v.device)
 
     def tokens(self, x: Tensor) -> Tensor:
         """A view [B,T,H,D] of what scratch [B*H, chunks, C, D] holds of the text's tokens."""
@@ -298,9 +288,11 @@ class _Run:
         elif name in ("gram", "apply", "queries", "inputs"):
             grid = (self.count, heads)
         else:
-            blocks = triton.cdiv(self.compiled.v_dim, constants["BV"])
+            blocks = launch.blocks(self.compiled.v_dim, constants["BV"])
             grid = (blocks, heads) if name in ("scan", "reverse") else (blocks, self.count, heads)
-        getattr(kernels, name)[grid](*arguments, **constants, **self.compiled.launch(name))
+        launch.run(
+            getattr(kernels, name), grid, *arguments, **constants, **self.compiled.launch(name)
+        )
 
     def scan(self, state: Tensor) -> "_Scanned":
         """Kernels gram, invert, apply and scan."""
@@ -321,8 +313,8 @@ class _Run:
             *(*self.size, *self.k_strides, *self.v_strides),
         )
         state = state.contiguous()
-        states = _empty((self.count, *state.shape), torch.float32, state.device)
-        final_state = _empty(tuple(state.shape), torch.float32, state.device)
+        states = launch.empty((self.count, *state.shape), torch.float32, state.device)
+        final_state = launch.empty(tuple(state.shape), torch.float32, state.device)
         self.run(
             "scan",
             *(self.k, self.beta, w, errors, decays, norms, state, states, final_state),
@@ -361,7 +353,7 @@ class _ChunkRule(torch.autograd.Function):
         _, errors, _, decays, norms, states, final_state = call.scan(state)
         o = None
         if q is not None:
-            o = _empty(tuple(v.shape), v.dtype, v.device)
+            o = launch.empty(tuple(v.shape), v.dtype, v.device)
             call.run(
                 "output",
                 *(call.q, call.k, call.beta, errors, decays, norms, states, o),
@@ -414,7 +406,7 @@ class _ChunkRule(torch.autograd.Function):
             )
             if grad_u is not None:
                 call.tokens(grad_writes).add_(grad_u)
-            grad_q = _empty(keyed, keyed_dtype, v.device)
+            grad_q = launch.empty(keyed, keyed_dtype, v.device)
             grad_scores = call.scratch(c, c)
             grad_decays = call.scratch(c, dtype=torch.float32)
             call.run(
@@ -423,16 +415,16 @@ class _ChunkRule(torch.autograd.Function):
                 *(grad_q, grad_scores, grad_decays, *call.size, *call.numbers, *strides),
             )
         grad_after = call.scratch(k_dim, v_dim)
-        grad_state = _empty(tuple(state.shape), torch.float32, v.device)
+        grad_state = launch.empty(tuple(state.shape), torch.float32, v.device)
         call.run(
             "reverse",
             *(call.q, call.k, call.beta, grad_o, w, decays, norms, q_norms),
             *(slots, given, grad_writes, grad_after, grad_state, *call.size, *strides),
         )
-        grad_k = _empty(keyed, keyed_dtype, v.device)
-        grad_v = _empty(tuple(v.shape), v.dtype, v.device)
-        grad_beta = _empty(tuple(beta.shape), beta.dtype, v.device)
-        grad_g = None if g is None else _empty(tuple(g.shape), g.dtype, v.device)
+        grad_k = launch.empty(keyed, keyed_dtype, v.device)
+        grad_v = launch.empty(tuple(v.shape), v.dtype, v.device)
+        grad_beta = launch.empty(tuple(beta.shape), beta.dtype, v.device)
+        grad_g = None if g is None else launch.empty(tuple(g.shape), g.dtype, v.device)
         call.run(
             "inputs",
             *(call.q, call.k, call.beta, call.g, inverse, errors, decays, norms, q_norms),

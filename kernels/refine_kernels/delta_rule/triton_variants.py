@@ -1,14 +1,10 @@
-"""The delta rule's kernels as they are compiled ahead of time, for machines without a GPU.
-
-Each entry has what triton.compiler.ASTSource and triton.compile take.  Nothing at run time reads
-this list: there, Triton compiles what a call needs.
-"""
+"""The chunkwise delta rules' kernels as they are compiled ahead of time."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 from refine_kernels.delta_rule import triton_kernels as kernels
 from refine_kernels.delta_rule.triton_chunk import Call
+from refine_kernels.triton_variant import Variant, variant
 
 NAMES = (
     "gram",
@@ -29,17 +25,6 @@ _AS_INPUTS = ("q", "k", "v", "o", "grad_o", "grad_q", "grad_k", "grad_v")
 _OF_GATES = ("g", "grad_g", "log_decays", "grad_log_decays")
 
 
-class Variant(NamedTuple):
-    """A kernel and what it is compiled for."""
-
-    name: str
-    kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    attributes: dict[tuple[int, ...], list[list[Any]]]  # addresses and strides divide by 16
-    options: dict[str, int]  # warps and pipeline stages
-
-
 def variants(
     heads: Sequence[tuple[int, int]] = HEADS, gated: Sequence[bool] = (False, True)
 ) -> Iterator[Variant]:
@@ -48,25 +33,17 @@ def variants(
         for with_gates in gated:
             call = Call(k_dim, v_dim, 1, 64, with_gates, norm=True, output=True, products="bf16")
             for name in NAMES:
-                yield _variant(name, call)
-
-
-def _variant(name: str, call: Call) -> Variant:
-    kernel = getattr(kernels, name)
-    constexprs = call.constants(name)
-    if not call.gated:
-        constexprs |= {x: None for x in _OF_GATES if x in kernel.arg_names}
-    signature: dict[str, str] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, argument in enumerate(kernel.arg_names):
-        if argument in constexprs:
-            signature[argument] = "constexpr"
-            continue
-        signature[argument] = _type(argument)
-        if signature[argument].startswith("*") or argument.startswith("stride"):
-            attributes[i,] = [["tt.divisibility", 16]]
-    title = f"{'gated_' * call.gated}delta_rule_{name}_k{call.k_dim}_v{call.v_dim}"
-    return Variant(title, kernel, signature, constexprs, attributes, call.launch(name))
+                kernel = getattr(kernels, name)
+                found = variant(
+                    kernel,
+                    f"k{k_dim}_v{v_dim}",
+                    {**call.constants(name), **call.launch(name)},
+                    {argument: _type(argument) for argument in kernel.arg_names},
+                    () if with_gates else _OF_GATES,
+                    products=name != "invert",
+                    may_spill=k_dim > 128,
+                )
+                yield found._replace(name=f"{'gated_' * with_gates}delta_rule_{found.name}")
 
 
 def _type(argument: str) -> str:

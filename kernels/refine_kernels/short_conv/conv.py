@@ -31,9 +31,17 @@ def causal_conv1d(
         initial_state = x.new_zeros(x.shape[0], tail, x.shape[2])
     initial_state = initial_state.to(x.dtype)
     y = _CausalConv.apply(x, weight, initial_state, activation == "silu")
+    return y, last_inputs(x, initial_state, tail)
+
+
+def last_inputs(x: Tensor, initial_state: Tensor | None, tail: int) -> Tensor:
+    """The last ``tail`` inputs after x: [B,tail,D]."""
     t = x.shape[1]
-    final_state = x[:, t - tail :] if t >= tail else torch.cat((initial_state[:, t:], x), 1)
-    return y, final_state
+    if t >= tail:
+        return x[:, t - tail :]
+    if initial_state is None:
+        initial_state = x.new_zeros(x.shape[0], tail, x.shape[2])
+    return torch.cat((initial_state[:, t:], x), 1)
 
 
 def _spans(x: Tensor, initial_state: Tensor) -> list[tuple[Tensor, slice]]:

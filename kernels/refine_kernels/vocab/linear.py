@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from refine_kernels.vocab.log_probs import combine, local_statistics, slice_rows, write_gradient
+from refine_kernels.vocab.log_probs import RowForms, combine, sliced_rows
 from refine_kernels.vocab.shard import VocabShard
 
 # Logits alive at a time: enough of them for an efficient product, few beside a layer's activations.
@@ -33,11 +33,12 @@ def linear_log_probs_and_entropy(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     tile_entries: int = TILE_ENTRIES,
+    forms: RowForms | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log p(target) and H(p) for p = softmax(hidden weight^T / temperature).
 
     hidden [..., d], the same on all ranks of ``group``; weight [V_local, d]; targets [...] global
-    token ids.  ``vocab_size``, ``group``, ignored targets and what is returned as in
+    token ids.  ``vocab_size``, ``group``, ``forms``, ignored targets and what is returned as in
     log_probs_and_entropy: (log_probs [...], entropy [...] or None) in at least float32, of which
     only log_probs carries a gradient.  Products are in the dtype of the arguments, as logits are.
     The gradient of ``hidden`` is summed over ``group``, as a column-parallel layer does.
@@ -51,6 +52,7 @@ def linear_log_probs_and_entropy(
         shard,
         tile_entries,
         with_entropy,
+        forms or sliced_rows(),
     )
     shape = targets.shape
     return log_probs.view(shape), entropy.view(shape) if with_entropy else None
@@ -67,16 +69,13 @@ class _LinearLogProbs(torch.autograd.Function):
         shard: VocabShard,
         tile_entries: int,
         with_entropy: bool,
+        forms: RowForms,
     ) -> tuple[Tensor, Tensor | None]:
         parts, logits = [], None
         rows = max(1, tile_entries // weight.shape[0])
         for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):
             logits = h @ weight.t()
-            parts.append(
-                local_statistics(
-                    logits, y, temperature, shard, slice_rows(weight.shape[0]), with_entropy
-                )
-            )
+            parts.append(forms.local_statistics(logits, y, temperature, shard, with_entropy))
         stats, target_logit = (torch.cat(part, -1) for part in zip(*parts, strict=True))
         peak, total, weighted, target_logit = combine(stats, target_logit, shard.group)
         log_total = total.log()
@@ -84,6 +83,7 @@ class _LinearLogProbs(torch.autograd.Function):
         kept = logits if len(parts) == 1 else None
         ctx.save_for_backward(hidden, weight, targets, lse, kept)
         ctx.temperature, ctx.shard, ctx.tile_entries = temperature, shard, tile_entries
+        ctx.forms = forms
         entropy = None
         if with_entropy:
             entropy = log_total - weighted / total
@@ -103,23 +103,15 @@ class _LinearLogProbs(torch.autograd.Function):
             w = weight[tile]
             logits = hidden @ w.t() if kept is None else kept
             g = logits if kept is None else torch.empty_like(kept)
-            write_gradient(
-                logits,
-                targets,
-                lse,
-                grad,
-                ctx.temperature,
-                ctx.shard.columns(start, start + len(w)),
-                slice_rows(len(w)),
-                out=g,
-            )
+            shard = ctx.shard.columns(start, start + len(w))
+            ctx.forms.write_gradient(logits, targets, lse, grad, ctx.temperature, shard, out=g)
             _add_product_(grad_hidden, g, w)
             if grad_weight is not None:
                 torch.mm(g.t(), hidden, out=grad_weight[tile])
         grad_hidden = grad_hidden.to(hidden.dtype)
         if ctx.shard.group is not None:
             dist.all_reduce(grad_hidden, group=ctx.shard.group)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -7,7 +7,9 @@ slices straight into the gradient.  With a tensor-parallel group each rank holds
 the vocabulary and only per-row numbers cross the wire.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,18 @@ def slice_rows(columns: int) -> int:
     return max(1, SLICE_ENTRIES // columns)
 
 
+class RowForms(NamedTuple):
+    """What is done to the rows of a tile of logits, in one form or another."""
+
+    local_statistics: Callable[..., tuple[Tensor, Tensor]]
+    write_gradient: Callable[..., None]
+
+
+def sliced_rows(rows: int | None = None) -> RowForms:
+    """torch's, so many rows at a time; None: as many as make a slice."""
+    return RowForms(partial(local_statistics, rows=rows), partial(write_gradient, rows=rows))
+
+
 def log_probs_and_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -34,20 +48,22 @@ def log_probs_and_entropy(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     rows_per_slice: int | None = None,
+    forms: RowForms | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log p(target) and H(p) for p = softmax(logits / temperature).
 
     logits [..., V_local]; targets [...] global token ids.  ``vocab_size`` is the true size of the
     vocabulary (later columns count as -inf), ``group`` the ranks over which it is sharded evenly.
+    ``forms`` are the kernels for the rows, torch's if None.
 
     Returns (log_probs [...], entropy [...] or None) in at least float32.  Only log_probs carries a
     gradient; it arrives in the dtype of the logits.  A target outside the vocabulary (an ignore
     index) is read as logit 0: finite, and for the caller to mask.
     """
     shard = VocabShard.of(logits.shape[-1], vocab_size, group)
-    rows = rows_per_slice or slice_rows(logits.shape[-1])
+    forms = forms or sliced_rows(rows_per_slice)
     log_probs, entropy = _LogProbs.apply(
-        logits.flatten(0, -2), targets.flatten(), temperature, shard, rows, with_entropy
+        logits.flatten(0, -2), targets.flatten(), temperature, shard, forms, with_entropy
     )
     shape = targets.shape
     return log_probs.view(shape), entropy.view(shape) if with_entropy else None
@@ -61,17 +77,17 @@ class _LogProbs(torch.autograd.Function):
         targets: Tensor,
         temperature: float,
         shard: VocabShard,
-        rows: int,
+        forms: RowForms,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        stats, target_logit = local_statistics(
-            logits, targets, temperature, shard, rows, with_entropy
+        stats, target_logit = forms.local_statistics(
+            logits, targets, temperature, shard, with_entropy
         )
         peak, total, weighted, target_logit = combine(stats, target_logit, shard.group)
         log_total = total.log()
         lse = peak + log_total
         ctx.save_for_backward(logits, targets, lse)
-        ctx.temperature, ctx.shard, ctx.rows = temperature, shard, rows
+        ctx.temperature, ctx.shard, ctx.forms = temperature, shard, forms
         entropy = None
         if with_entropy:
             entropy = log_total - weighted / total
@@ -84,8 +100,8 @@ class _LogProbs(torch.autograd.Function):
         """d log p(y) / d logits = (onehot(y) - p) / temperature."""
         logits, targets, lse = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
-        write_gradient(
-            logits, targets, lse, grad, ctx.temperature, ctx.shard, ctx.rows, out=grad_logits
+        ctx.forms.write_gradient(
+            logits, targets, lse, grad, ctx.temperature, ctx.shard, out=grad_logits
         )
         return grad_logits, None, None, None, None, None
 
@@ -97,8 +113,8 @@ def write_gradient(
     grad: Tensor,
     temperature: float,
     shard: VocabShard,
-    rows: int,
     *,
+    rows: int | None = None,
     out: Tensor,
 ) -> None:
     """Gradient of sum_r grad_r log p(target_r) by this rank's logits [R, V_local], into ``out``,
@@ -106,6 +122,7 @@ def write_gradient(
     out[:, shard.valid :] = 0
     if shard.valid == 0:
         return
+    rows = rows or slice_rows(logits.shape[1])
     grad = (grad / temperature).unsqueeze(1)
     column, held = _local_columns(targets, shard)
     for start in range(0, logits.shape[0], rows):
@@ -128,8 +145,9 @@ def local_statistics(
     targets: Tensor,
     temperature: float,
     shard: VocabShard,
-    rows: int,
     with_entropy: bool,
+    *,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per row, over this rank's columns, with z = logits / temperature and peak m = max z:
 
@@ -144,6 +162,7 @@ def local_statistics(
         stats[0] = torch.finfo(dtype).min
         return stats, target_logit
     column, held = _local_columns(targets, shard)
+    rows = rows or slice_rows(logits.shape[1])
     for start in range(0, n, rows):
         s = slice(start, start + rows)
         z = logits[s, : shard.valid].to(dtype) / temperature

@@ -60,7 +60,7 @@ class OpCase:
     def limit(self, dtype: torch.dtype, device_type: str = "cpu") -> float:
         """Of the relative errors with inputs of `dtype` on a device of this type."""
         narrow = self.narrow
-        if self.narrow_in_triton and dispatch.delta_rule_backend(device_type) == "triton":
+        if self.narrow_in_triton and dispatch.backend("delta_rule", device_type) == "triton":
             narrow = self.narrow_in_triton
         chain = _CHAIN_FACTOR * math.sqrt(self.chain) * UNIT_ROUNDOFF[torch.float32]
         limit = self.gain * chain + self.product_roundoff

@@ -1,0 +1,32 @@
+"""How every Triton kernel is run and gets its memory: the one place to watch them from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel; ``constants`` are its compile-time arguments, warps and stages."""
+    kernel[grid](*arguments, **constants)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory whose every element a kernel writes before it is read."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover ``size``."""
+    return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest that is not below ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x with its last dimension's numbers side by side, which is how kernels take it."""
+    return x if x.stride(-1) == 1 else x.contiguous()

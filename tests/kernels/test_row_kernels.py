@@ -1,0 +1,263 @@
+"""The Triton kernels of norms, convolutions, SwiGLU, decoding and the vocabulary against their
+definitions in float64."""
+
+import functools
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from refine_kernels import dispatch, launch
+from refine_kernels.delta_rule.naive import naive_delta_rule
+from refine_kernels.gated_delta_rule.naive import naive_gated_delta_rule
+from refine_kernels.rms_norm.naive import naive_rms_norm
+from refine_kernels.short_conv.naive import naive_causal_conv1d
+from refine_kernels.swiglu.naive import naive_swiglu
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs triton", allow_module_level=True)
+
+from refine_kernels.delta_rule import triton_recurrent
+from refine_kernels.rms_norm import triton_rms_norm
+from refine_kernels.short_conv import triton_conv
+from refine_kernels.swiglu import triton_swiglu
+from refine_kernels.vocab import triton_rows
+
+from tests.kernels.interpreter import (
+    DEVICE,
+    assert_near,
+    compare,
+    gradients,
+    interpreter_and_poison,  # noqa: F401
+    leaves,
+)
+
+# float32: sums of up to some thousand terms; bfloat16: gradients come in and go out rounded
+PRECISIONS = [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)]
+precision = pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS, ids=["float32", "bfloat16"])
+
+
+def randn(*shape: int) -> Tensor:
+    gen = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, dtype=torch.float64, generator=gen)
+
+
+@precision
+@pytest.mark.parametrize("shape", [(1, 16), (2, 3, 20), (1, 37, 3, 128), (5, 5000)])
+@pytest.mark.parametrize("gate", ["none", "full", "row"])
+def test_rms_norm(monkeypatch, shape, gate, dtype, tolerance):
+    monkeypatch.setattr(triton_rms_norm, "_PROGRAMS", 3)  # several blocks of rows a program
+    inputs = [randn(*shape), 1 + randn(shape[-1]) / 2]
+    if gate != "none":
+        inputs.append(randn(*shape[:-1], shape[-1] if gate == "full" else 1))
+
+    def of(form: Any) -> Any:
+        return lambda x, weight, gate=None: [form(x, weight, 1e-5, gate)]
+
+    compare(of(triton_rms_norm.rms_norm), of(naive_rms_norm), inputs, dtype, tolerance)
+
+
+def test_rms_norm_of_views():
+    """A gate as the mixer has it, side by side with other projections, and a gradient that was
+    transposed."""
+    packed = randn(2, 9, 4 * 16 + 3).float().to(DEVICE)
+    x, gate = randn(2, 9, 4, 16).float().to(DEVICE), packed[..., 2:66].unflatten(-1, (4, 16))
+    weight = torch.ones(16, device=DEVICE)
+    found = []
+    for form in (triton_rms_norm.rms_norm, naive_rms_norm):
+        given = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+        view = gate.detach().requires_grad_()
+        y = form(given[0], given[1], 1e-5, view)
+        found.append([y, *torch.autograd.grad(y.transpose(1, 2).cos().sum(), [*given, view])])
+    assert_near(found[0], [x.double().cpu() for x in found[1]], 2e-6)
+
+
+@precision
+@pytest.mark.parametrize("shape", [(1, 2), (3, 5, 14), (2, 2 * 1500)])
+def test_swiglu(shape, dtype, tolerance):
+    compare(
+        lambda x: [triton_swiglu.swiglu(x)],
+        lambda x: [naive_swiglu(x)],
+        [3 * randn(*shape)],
+        dtype,
+        tolerance,
+    )
+
+
+@precision
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize(
+    ("texts", "tokens", "channels", "width", "past"),
+    [
+        (1, 1, 5, 4, True),
+        (2, 2, 70, 4, True),
+        (2, 3, 3, 2, False),
+        (1, 70, 40, 4, False),
+        (2, 21, 6, 3, True),
+        (1, 9, 4, 1, False),
+    ],
+)
+def test_short_conv(
+    monkeypatch, texts, tokens, channels, width, past, activation, dtype, tolerance
+):
+    monkeypatch.setattr(triton_conv, "_BLOCKS", 2)
+    inputs = [randn(texts, tokens, channels), randn(channels, 1, width)]
+    if past:
+        inputs.append(randn(texts, width - 1, channels))
+
+    def of(form: Any) -> Any:
+        return lambda x, weight, past=None: form(x, weight, past, activation)
+
+    compare(of(triton_conv.causal_conv1d), of(naive_causal_conv1d), inputs, dtype, tolerance)
+
+
+def test_short_conv_of_a_view():
+    """The channels as the mixer has them, side by side with other projections."""
+    packed = randn(2, 70, 30).float().to(DEVICE)
+    weight = randn(12, 1, 4).float().to(DEVICE)
+    found = []
+    for form in (triton_conv.causal_conv1d, naive_causal_conv1d):
+        given = [packed.detach().requires_grad_(), weight.detach().requires_grad_()]
+        y, last = form(given[0][..., 5:17], given[1], None, "silu")
+        found.append([y, last, *torch.autograd.grad(y.transpose(1, 2).cos().sum(), given)])
+    assert_near(found[0], [x.double().cpu() for x in found[1]], 2e-6)
+
+
+@precision
+@pytest.mark.parametrize("gated", [False, True], ids=["delta", "gated"])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "groups", "k_dim", "v_dim", "norm"),
+    [
+        (1, 1, 1, 16, 16, None),
+        (3, 1, 2, 20, 40, 1e-6),
+        (2, 5, 1, 96, 192, 0.5),
+        (1, 2, 1, 256, 16, 1e-6),
+    ],
+)
+def test_decode(batch, tokens, groups, k_dim, v_dim, norm, gated, dtype, tolerance):
+    q, k = randn(batch, tokens, 2, k_dim), randn(batch, tokens, 2, k_dim) / 3
+    if norm is None:
+        q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    heads = 2 * groups
+    inputs = [q, k, randn(batch, tokens, heads, v_dim), 2 * randn(batch, tokens, heads).sigmoid()]
+    if gated:
+        inputs.append(-randn(batch, tokens, heads).exp())
+    state = randn(batch, heads, k_dim, v_dim).float()
+    given = [x.to(dtype) for x in inputs]
+    name = "recurrent_gated_delta_rule" if gated else "recurrent_delta_rule"
+    rule: Any = getattr(triton_recurrent, name)
+    naive: Any = naive_gated_delta_rule if gated else naive_delta_rule
+    with torch.no_grad():
+        options = {"initial_state": state.to(DEVICE), "qk_norm_eps": norm}
+        found = rule(*(x.to(DEVICE) for x in given), **options)
+    options = {"initial_state": state.double(), "qk_norm_eps": norm}
+    expected = naive(*(x.double() for x in given), **options)
+    assert found[0].dtype == dtype and found[1].dtype == torch.float32
+    assert_near(found[:1], expected[:1], tolerance)
+    assert_near(found[1:], expected[1:], 2e-6)
+
+
+def test_decode_from_nothing_without_queries():
+    k, v = (randn(2, 3, 2, 16).float().to(DEVICE) for _ in range(2))
+    beta = randn(2, 3, 2).sigmoid().float().to(DEVICE)
+    o, state = triton_recurrent.recurrent_delta_rule(None, k, v, beta)
+    exact = [x.double().cpu() for x in (k, v, beta)]
+    assert o is None
+    assert_near([state], [naive_delta_rule(exact[0], *exact)[1]], 2e-6)
+
+
+@precision
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "hidden"])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "padding"), [(1, 2, 0), (7, 70, 3), (3, 9000, 100), (2, 40, 39)]
+)
+def test_vocabulary(rows, vocabulary, padding, linear, dtype, tolerance):
+    """A target within, one at the edge and one outside, with tiles of few rows and columns."""
+    targets = torch.arange(rows) * (vocabulary // rows)
+    targets[-1] = vocabulary - padding - 1
+    if rows > 2:
+        targets[0] = -100
+    options: dict[str, Any] = {
+        "with_entropy": True,
+        "temperature": 0.7,
+        "vocab_size": vocabulary - padding,
+    }
+    inputs = [3 * randn(rows, vocabulary)]
+    form: Any = triton_rows.log_probs_and_entropy
+    if linear:
+        inputs = [randn(rows, 8), randn(vocabulary, 8)]
+        form = functools.partial(
+            triton_rows.linear_log_probs_and_entropy, tile_entries=2 * max(rows, vocabulary)
+        )
+
+    def definition(*given: Tensor) -> list[Tensor]:
+        logits = given[0] @ given[1].t() if linear else given[0]
+        if linear and dtype != torch.float32:
+            logits = logits + (logits.detach().to(dtype).double() - logits.detach())
+        log_p = (logits / 0.7)[:, : vocabulary - padding].log_softmax(-1)
+        held = (targets >= 0)[:, None]
+        column = targets.clamp_min(0)[:, None]
+        # an ignored target is read as logit 0
+        of_target = log_p.gather(1, column)
+        lse = (logits / 0.7)[:, : vocabulary - padding].logsumexp(-1, keepdim=True)
+        return [torch.where(held, of_target, -lse)[:, 0], -(log_p.exp() * log_p).sum(-1).detach()]
+
+    given = [x.to(dtype) for x in inputs]
+    exact, actual = leaves(given, dtype=torch.float64), leaves(given, device=DEVICE)
+    expected, found = definition(*exact), form(*actual, targets.to(DEVICE), **options)
+    assert all(x.dtype == torch.float32 for x in found)
+    assert_near(found, [x.detach() for x in expected], 2e-6 if not linear else tolerance)
+    grads = gradients(found[:1], actual)
+    assert_near(grads, gradients(expected[:1], exact), tolerance * (3 if linear else 1))
+
+
+def test_extreme_logits():
+    """Of all sizes, and a row of which one token has everything."""
+    logits = torch.tensor([[-3e4, 3e4, 0.0, 3e4], [0.0, -1e4, -1e4, -1e4], [-3e38] * 4])
+    targets = torch.tensor([1, 0, 2])
+    found = []
+    for form in (triton_rows.log_probs_and_entropy, dispatch.log_probs_and_entropy):
+        x = logits.detach().to(DEVICE).requires_grad_()
+        log_p, entropy = form(x, targets.to(DEVICE), with_entropy=True)
+        found.append([log_p, entropy, *torch.autograd.grad(log_p.sum(), x)])
+    for a, e in zip(*found, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+CALLS: dict[str, tuple[Any, Any]] = {
+    "rms_norm": (triton_rms_norm, lambda x: (x, x[0, 0], 1e-5)),
+    "swiglu": (triton_swiglu, lambda x: (x,)),
+    "short_conv": (triton_conv, lambda x: (x, x[0, 0, :, None, None].expand(-1, 1, 2))),
+    "vocabulary": (triton_rows, lambda x: (x,)),
+    "delta_rule": (triton_recurrent, lambda x: (*[x[:, :, None]] * 3, x[..., :1])),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [(name, wrong) for name in CALLS for wrong in ("forward", "backward")][
+        :-1
+    ],  # decoding has none
+)
+def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, name, wrong):
+    """As if the compiler had got the last tensor that it writes wrong."""
+    module, arguments = CALLS[name]
+    x = torch.ones(1, 1, 16, device=DEVICE)
+    run = launch.run
+
+    def wrong_run(kernel: Any, grid: Any, *given: Any, **constants: Any) -> None:
+        run(kernel, grid, *given, **constants)
+        backward = "backward" in kernel.fn.__name__ or "gradient" in kernel.fn.__name__
+        if backward == (wrong == "backward"):
+            written = [x for x in given if isinstance(x, Tensor)][-1]
+            written[..., written.shape[-1] // 3 :] *= 1.2
+
+    module._disagreement.cache_clear()
+    assert module.refusal(*arguments(x)) is None
+    module._disagreement.cache_clear()
+    monkeypatch.setattr(launch, "run", wrong_run)
+    why = module.refusal(*arguments(x))
+    module._disagreement.cache_clear()
+    assert why is not None and "differs from torch's" in why
+    assert ("gradient" in why) == (wrong == "backward")

@@ -1,0 +1,134 @@
+"""How many operations a GPU would be given for a step: counted on the meta device, where tensors
+have shapes and no contents, so that the sizes are the real ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from refine_kernels import dispatch, launch
+from refine_kernels.delta_rule import triton_chunk, triton_recurrent
+from refine_kernels.rms_norm import triton_rms_norm
+from refine_kernels.short_conv import triton_conv
+from refine_kernels.swiglu import triton_swiglu
+from refine_kernels.vocab import triton_rows
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from refine_mcore.config import RefineConfig
+from refine_mcore.models.architecture import Architecture
+from refine_mcore.models.fast_weight_model import build_model
+from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.pipeline import head
+from refine_mcore.pipeline.engine import PASS_NAMES, PipelineEngine
+from refine_mcore.pipeline.micro_batch import MicroBatch
+from refine_mcore.pipeline.passes import Pass
+from refine_mcore.rollout.branches import Branches, Randomness
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.metrics import StepAccumulator
+from refine_mcore.step.refine_loss import TextBatch
+
+META = torch.device("meta")
+# What only makes a tensor, or looks at one in another way.
+_NOTHING_TO_RUN = {"empty", "empty_strided", "empty_like", "new_empty", "detach", "_unsafe_view"}
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts operations that run something, by pass and name, a kernel of ours as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, Counter[str]] = {}
+        self.current: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        outputs = [r.alias_info for r in func._schema.returns]
+        view = any(a is not None and not a.is_write for a in outputs)
+        on_device = any(isinstance(x, Tensor) and x.device == META for x in _tensors(args, kwargs))
+        if on_device and not view and name not in _NOTHING_TO_RUN:
+            self.current[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, kernel: Any, *_: Any, **__: Any) -> None:
+        """In place of `refine_kernels.launch.run`."""
+        self.current[kernel.fn.__name__] += 1
+
+    @contextmanager
+    def observe(self, item: Pass) -> Iterator[None]:
+        """As `PipelineEngine.observe`."""
+        before, self.current = self.current, self.counts.setdefault(PASS_NAMES[item.op], Counter())
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @property
+    def total(self) -> int:
+        return sum(sum(of_pass.values()) for of_pass in self.counts.values())
+
+
+def _tensors(args: Any, kwargs: Any) -> Iterator[Any]:
+    for x in (*args, *(kwargs or {}).values()):
+        if isinstance(x, list | tuple):
+            yield from x
+        else:
+            yield x
+
+
+def count_operations(
+    architecture: Architecture,
+    groups: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    tokens: int,
+    rolls_out: bool,
+    tape_interval: int,
+    refine: RefineConfig | None = None,
+) -> OperationCounter:
+    """Of the passes of one micro-batch, a text of so many tokens, in bfloat16. Gradients gather in
+    the weights' own, as operations that autograd runs."""
+    counter, config = OperationCounter(), refine or RefineConfig()
+    for module in (triton_chunk, triton_recurrent, triton_rms_norm, triton_conv, triton_swiglu):
+        monkeypatch.setattr(module, "_disagreement", lambda *_: None)
+    monkeypatch.setattr(triton_rows, "_disagreement", lambda *_: None)
+    monkeypatch.setattr(launch, "run", counter.launch)
+    dispatch.use(**dict.fromkeys(dispatch.CHOICES, "triton"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: META)
+    monkeypatch.setattr(head, "choose_branches", _branches)
+    model = build_model(
+        transformer_config(architecture, dtype=torch.bfloat16, tape_interval=tape_interval), groups
+    )
+    with torch.device(META):
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        batch = TextBatch(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0])
+    wrapped: Any = SimpleNamespace(
+        module=model,
+        no_sync=nullcontext,
+        config=SimpleNamespace(finalize_model_grads_func=lambda *_: None),
+    )
+    engine = PipelineEngine(wrapped, groups)
+    engine.observe = counter.observe
+    context = StepContext(model, config, Randomness(0, 0), groups.dp)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: None)
+    try:
+        with counter:
+            engine.forward_backward(
+                context, [MicroBatch(batch, rolls_out=rolls_out)], 1.0, StepAccumulator()
+            )
+    finally:
+        dispatch.use()
+    return counter
+
+
+def _branches(
+    model: Any, entropy: Tensor, batch: TextBatch, config: RefineConfig, randomness: Any
+) -> Branches:
+    """Spread over the text, away from chunk borders: there are no entropies to choose by."""
+    step = batch.tokens.shape[1] // config.num_chunks
+    return Branches.at([[step * i + step // 2 + 13 for i in range(config.num_chunks)]])
