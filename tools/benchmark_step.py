@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     config = load_config(arguments.config, arguments.overrides)
     _check_runs_here(config)
     from refine_mcore.benchmark import pipeline, whole_texts
-    from refine_mcore.benchmark.report import write_report
+    from refine_mcore.report import write_report
 
     lengths = _lengths(arguments.sequence_lengths, config)
     measure: Callable[[], Any]

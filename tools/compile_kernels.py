@@ -30,6 +30,7 @@ LISTS = {
     "short_conv": "short_conv.triton_conv",
     "swiglu": "swiglu.triton_swiglu",
     "vocabulary": "vocab.triton_rows",
+    "sampling": "vocab.triton_sampling",
 }
 # Shared memory of a block, in bytes, and the instructions of tensor cores.
 CHIPS = {

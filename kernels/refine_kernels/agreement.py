@@ -57,7 +57,7 @@ def disagreement(
     floating = [name for name, x in inputs.items() if gradients and x.is_floating_point()]
     names = [*outputs, *(f"gradient of {name}" for name in floating)]
     errors = {
-        name: ((actual.float() - expected).norm() / expected.norm()).item()
+        name: ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
         for name, actual, expected in zip(names, *results, strict=True)
     }
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))

@@ -60,6 +60,7 @@ R = TypeVar("R")
 # What `use` can choose: operations that have a Triton form.
 CHOICES = ("delta_rule", "rms_norm", "short_conv", "swiglu", "vocabulary")
 _WANTED = dict.fromkeys(CHOICES, "auto")
+_RAN: dict[str, str] = {}
 
 
 def use(**forms: str) -> None:
@@ -83,9 +84,17 @@ def backend(name: str, device_type: str) -> str:
     return wanted
 
 
+def ran() -> dict[str, str]:
+    """What has run so far in this process: of each operation on each type of device the form, and
+    why not the one that was wanted."""
+    return dict(sorted(_RAN.items()))
+
+
 @functools.cache
 def _log_backend(operation: str, device_type: str, backend: str = "torch") -> None:
-    logger.info("%s on %s: %s", operation, device_type, backend)
+    place = f"{operation} on {device_type}"
+    _RAN[place] = backend
+    logger.info("%s: %s", place, backend)
 
 
 def _operation(
@@ -138,5 +147,5 @@ causal_conv1d = _operation(_conv.causal_conv1d, "short_conv", "short_conv.triton
 rms_norm = _operation(_rms_norm.rms_norm, "rms_norm", "rms_norm.triton_rms_norm")
 swiglu = _operation(_swiglu.swiglu, "swiglu", "swiglu.triton_swiglu")
 log_probs_and_entropy = _operation(_log_probs.log_probs_and_entropy, *_ROWS)
-sample_tokens = _operation(_sampling.sample_tokens)
+sample_tokens = _operation(_sampling.sample_tokens, "vocabulary", "vocab.triton_sampling")
 linear_log_probs_and_entropy = _operation(_linear.linear_log_probs_and_entropy, *_ROWS)

@@ -291,7 +291,7 @@ class KernelsConfig:
     short_conv: Literal["auto", "torch", "triton"] = "auto"
     # The activation of MLPs.
     swiglu: Literal["auto", "torch", "triton"] = "auto"
-    # Log-probabilities and entropies of rows of logits.
+    # Log-probabilities, entropies and samples of rows of logits.
     vocabulary: Literal["auto", "torch", "triton"] = "auto"
 
 

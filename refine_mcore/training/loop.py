@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from refine_kernels import dispatch
 
 from refine_mcore import compat, platform
 from refine_mcore.config import (
@@ -34,6 +35,7 @@ from refine_mcore.evaluation.in_training import HeldOut
 from refine_mcore.models.transformer_config import check_layout
 from refine_mcore.pipeline.modes import parts_of_step
 from refine_mcore.pipeline.plan import describe
+from refine_mcore.report import write_json
 from refine_mcore.step.metrics import ReducedMetrics
 from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.checkpointing import (
@@ -134,6 +136,7 @@ class _Run:
             self.wrapped, config, getattr(torch, config.training.dtype)
         )
         self.engine = build_engine(config, self.wrapped, self.groups)
+        self._recorded: dict[str, str] = {}
         self.held_out = HeldOut(config, tokenizer) if config.evaluation.every else None
         self._begin() if source is None else self._go_on(source)
         start = config.model.checkpoint
@@ -212,6 +215,7 @@ class _Run:
                 evaluation = self._evaluate(step + 1)
                 if writer is not None:
                     writer.write(self._step_metrics(step, outcomes, lr, seconds), evaluation)
+                    self._record_kernels()
                 step += 1
                 self.progress = self.progress.after(config.training.global_batch_size)
                 self.checkpoints.poll()
@@ -234,6 +238,12 @@ class _Run:
                 writer.close()
 
         return signal
+
+    def _record_kernels(self) -> None:
+        """RUN/kernels.json: which form of each operation has run, on this rank."""
+        if dispatch.ran() != self._recorded:
+            self._recorded = dispatch.ran()
+            write_json(self.directory / "kernels.json", {"kernels": self._recorded})
 
     def _evaluate(self, steps: int) -> dict[str, float]:
         """Figures of held-out texts, if they are due after so many steps."""

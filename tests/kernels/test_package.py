@@ -31,3 +31,4 @@ def test_the_backend_is_logged_once(caplog):
         dispatch.causal_conv1d(x, weight)
         dispatch.causal_conv1d(x=x, weight=weight)
     assert [r.getMessage() for r in caplog.records] == ["causal_conv1d on cpu: torch"]
+    assert dispatch.ran()["causal_conv1d on cpu"] == "torch"

@@ -13,6 +13,9 @@ from refine_kernels.gated_delta_rule.naive import naive_gated_delta_rule
 from refine_kernels.rms_norm.naive import naive_rms_norm
 from refine_kernels.short_conv.naive import naive_causal_conv1d
 from refine_kernels.swiglu.naive import naive_swiglu
+from refine_kernels.vocab import sampling
+from refine_kernels.vocab.random import combine_keys
+from refine_kernels.vocab.shard import VocabShard
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
@@ -22,7 +25,7 @@ from refine_kernels.delta_rule import triton_recurrent
 from refine_kernels.rms_norm import triton_rms_norm
 from refine_kernels.short_conv import triton_conv
 from refine_kernels.swiglu import triton_swiglu
-from refine_kernels.vocab import triton_rows
+from refine_kernels.vocab import triton_rows, triton_sampling
 
 from tests.kernels.interpreter import (
     DEVICE,
@@ -225,20 +228,55 @@ def test_extreme_logits():
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize("greedy", [False, True], ids=["drawn", "likeliest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "vocabulary", "padding"), [(1, 2, 0), (5, 70, 3), (4, 2500, 400)])
+def test_samples_are_torchs(monkeypatch, rows, vocabulary, padding, dtype, greedy):
+    """To the token, with the noise of the same keys; of equals the first, in any block."""
+    monkeypatch.setattr(triton_sampling, "_CONSTANTS", {"BLOCK": 512, "num_warps": 4})
+    logits = (2 * randn(rows, vocabulary)).to(DEVICE, dtype)
+    if greedy:
+        logits = logits.round()
+    keys = None if greedy else combine_keys(3, torch.arange(rows)).to(DEVICE)
+    options: dict[str, Any] = {"vocab_size": vocabulary - padding}
+    if not greedy:
+        options["temperature"] = 1.3
+    found = triton_sampling.sample_tokens(logits, keys, **options)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, sampling.sample_tokens(logits, keys, **options))
+
+
+def test_the_noise_of_samples_is_torchs():
+    """To rounding: so few columns that every one is its row's best."""
+    keys = combine_keys(3, torch.arange(200)).to(DEVICE)
+    logits = torch.zeros(200, 1, device=DEVICE)
+    shard = VocabShard(7, 1, None)
+    found, _ = triton_sampling.best_columns(logits, keys, 1.3, shard)
+    expected, _ = sampling.best_columns(logits, keys, 1.3, shard)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_rank_of_padding_has_no_best_column():
+    best, token = triton_sampling.best_columns(
+        torch.ones(3, 8, device=DEVICE), None, 1.0, VocabShard(8, 0, None)
+    )
+    assert token.tolist() == [0, 0, 0] and best.tolist() == [-torch.inf] * 3
+
+
 CALLS: dict[str, tuple[Any, Any]] = {
     "rms_norm": (triton_rms_norm, lambda x: (x, x[0, 0], 1e-5)),
     "swiglu": (triton_swiglu, lambda x: (x,)),
     "short_conv": (triton_conv, lambda x: (x, x[0, 0, :, None, None].expand(-1, 1, 2))),
     "vocabulary": (triton_rows, lambda x: (x,)),
+    "sampling": (triton_sampling, lambda x: (x, None)),
     "delta_rule": (triton_recurrent, lambda x: (*[x[:, :, None]] * 3, x[..., :1])),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "wrong"),
-    [(name, wrong) for name in CALLS for wrong in ("forward", "backward")][
-        :-1
-    ],  # decoding has none
+    [(name, "forward") for name in CALLS]
+    + [(name, "backward") for name in ("rms_norm", "swiglu", "short_conv", "vocabulary")],
 )
 def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, name, wrong):
     """As if the compiler had got the last tensor that it writes wrong."""
@@ -251,7 +289,8 @@ def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, name, wrong):
         backward = "backward" in kernel.fn.__name__ or "gradient" in kernel.fn.__name__
         if backward == (wrong == "backward"):
             written = [x for x in given if isinstance(x, Tensor)][-1]
-            written[..., written.shape[-1] // 3 :] *= 1.2
+            part = written[..., written.shape[-1] // 3 :]
+            part.copy_(part * 1.2 + 1)
 
     module._disagreement.cache_clear()
     assert module.refusal(*arguments(x)) is None

@@ -16,7 +16,7 @@ from refine_kernels.delta_rule import triton_chunk, triton_recurrent
 from refine_kernels.rms_norm import triton_rms_norm
 from refine_kernels.short_conv import triton_conv
 from refine_kernels.swiglu import triton_swiglu
-from refine_kernels.vocab import triton_rows
+from refine_kernels.vocab import triton_rows, triton_sampling
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -96,7 +96,8 @@ def count_operations(
     counter, config = OperationCounter(), refine or RefineConfig()
     for module in (triton_chunk, triton_recurrent, triton_rms_norm, triton_conv, triton_swiglu):
         monkeypatch.setattr(module, "_disagreement", lambda *_: None)
-    monkeypatch.setattr(triton_rows, "_disagreement", lambda *_: None)
+    for module in (triton_rows, triton_sampling):
+        monkeypatch.setattr(module, "_disagreement", lambda *_: None)
     monkeypatch.setattr(launch, "run", counter.launch)
     dispatch.use(**dict.fromkeys(dispatch.CHOICES, "triton"))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: META)

@@ -113,6 +113,7 @@ def test_files_of_a_run(config: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "run"
     assert {file.name for file in run.iterdir()} == {
         "config.yaml",
+        "kernels.json",
         "metrics.jsonl",
         "checkpoints",
         "data",
@@ -123,6 +124,9 @@ def test_files_of_a_run(config: Path, tmp_path: Path, capsys) -> None:
         config, [f"run.directory={run}", "run.tensorboard=true", "run.progress=true"]
     )
     assert any((run / "tensorboard").iterdir())
+    ran = json.loads((run / "kernels.json").read_text())
+    assert ran["kernels"]["rms_norm on cpu"] == ran["kernels"]["chunk_delta_rule on cpu"] == "torch"
+    assert "torch" in ran["versions"]
     shown = capsys.readouterr()
     assert shown.err.count("ETA") == STEPS  # no terminal here: a line a step
     # Three rollouts beside the text, and where everything lies.

@@ -13,9 +13,9 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
+GOLDEN = _signed(0x9E3779B97F4A7C15)
+MIX_1 = _signed(0xBF58476D1CE4E5B9)
+MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _xor_shift_(x: Tensor, bits: int) -> Tensor:
@@ -25,8 +25,8 @@ def _xor_shift_(x: Tensor, bits: int) -> Tensor:
 
 def _mix_(x: Tensor) -> Tensor:
     """splitmix64 finaliser, in place: a bijection of 64-bit integers in which every bit counts."""
-    _xor_shift_(x, 30).mul_(_MIX_1)
-    _xor_shift_(x, 27).mul_(_MIX_2)
+    _xor_shift_(x, 30).mul_(MIX_1)
+    _xor_shift_(x, 27).mul_(MIX_2)
     return _xor_shift_(x, 31)
 
 
@@ -38,7 +38,7 @@ def combine_keys(*parts: int | Tensor) -> Tensor:
     key = torch.zeros((), dtype=torch.int64)
     for part in parts:
         # a 0-dim key on the host joins a tensor on the device without a copy to wait for
-        key = _mix_((key + _GOLDEN) ^ torch.as_tensor(part, dtype=torch.int64))
+        key = _mix_((key + GOLDEN) ^ torch.as_tensor(part, dtype=torch.int64))
     return key
 
 
@@ -47,7 +47,7 @@ def counter_uniform(keys: Tensor, counters: Tensor, dtype: torch.dtype = torch.f
 
     keys [R] and counters [N] are int64; returns [R, N] in float64 (default) or float32.
     """
-    x = keys[:, None] + _mix_(counters * _GOLDEN)[None, :]
+    x = keys[:, None] + _mix_(counters * GOLDEN)[None, :]
     x = _mix_(x)
     # The top bits, centred in their interval: never 0 and never 1.
     bits = 52 if dtype == torch.float64 else 23

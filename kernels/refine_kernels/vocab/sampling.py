@@ -5,6 +5,8 @@ hash of the row's key and the token's global id (random.py), so a sharded vocabu
 the same token as an unsharded one, and no rank needs the whole row.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,13 +26,24 @@ def sample_tokens(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
+    form: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """One token id per row of logits [R, V_local] from softmax(logits / temperature): [R] int64.
 
     keys [R] int64 decide the draw; None takes the most likely token, the lowest id among equals.
-    ``vocab_size`` and ``group`` as in log_probs_and_entropy.
+    ``vocab_size`` and ``group`` as in log_probs_and_entropy; ``form`` is the kernel for this rank's
+    columns, torch's `best_columns` if None.
     """
     shard = VocabShard.of(logits.shape[-1], vocab_size, group)
+    best, token = (form or best_columns)(logits, keys, temperature, shard)
+    token += shard.offset
+    return token if shard.group is None else _combine(best, token, shard.group)
+
+
+def best_columns(
+    logits: Tensor, keys: Tensor | None, temperature: float, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Of each row, over this rank's columns: the largest value, noise included, and its column."""
     dtype = torch.promote_types(logits.dtype, torch.float32 if keys is None else torch.float64)
     best = torch.full((logits.shape[0],), -torch.inf, dtype=dtype, device=logits.device)
     token = torch.zeros_like(best, dtype=torch.int64)
@@ -41,14 +54,11 @@ def sample_tokens(
         if keys is not None:
             ids = torch.arange(shard.valid, device=logits.device) + shard.offset
             z = z / temperature - counter_uniform(keys[s], ids).log_().neg_().log_()
-        best[s], token[s] = _first_max(z)
-    token += shard.offset
-    if shard.group is None:
-        return token
-    return _combine(best, token, shard.group)
+        best[s], token[s] = first_max(z)
+    return best, token
 
 
-def _first_max(z: Tensor) -> tuple[Tensor, Tensor]:
+def first_max(z: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum of each row and the lowest column that has it (torch.max leaves ties open)."""
     best = z.amax(1)
     return best, (z == best[:, None]).to(torch.uint8).argmax(1)
@@ -61,5 +71,5 @@ def _combine(best: Tensor, token: Tensor, group: dist.ProcessGroup) -> Tensor:
     tokens = [torch.empty_like(token) for _ in range(size)]
     dist.all_gather(bests, best, group=group)
     dist.all_gather(tokens, token, group=group)
-    _, shard = _first_max(torch.stack(bests, 1))
+    _, shard = first_max(torch.stack(bests, 1))
     return torch.stack(tokens, 1).gather(1, shard[:, None]).squeeze(1)

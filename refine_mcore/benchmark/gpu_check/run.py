@@ -25,7 +25,7 @@ from refine_mcore.benchmark.gpu_check.steps import (
     check_steps,
     fused_steps,
 )
-from refine_mcore.benchmark.report import write_json
+from refine_mcore.report import write_json
 
 _TIMEOUT_SECONDS = 120.0  # of a collective of this one process
 

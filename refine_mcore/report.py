@@ -1,4 +1,4 @@
-"""What a benchmark's report says beside its figures, and how it is written."""
+"""JSON that says beside its figures on which machine and with which versions they were made."""
 
 from __future__ import annotations
 

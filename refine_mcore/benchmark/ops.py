@@ -1,0 +1,411 @@
+"""Time, rate and memory of single operations in each of their forms, at the sizes of presets.
+
+`torch` is plain torch, `compile` the same through torch.compile, `triton` the project's kernels,
+`fla` flash-linear-attention's. A form is timed once its results, gradients included, agree with
+torch's in float32 on the first tokens; otherwise it has an error in place of a time. The forms take
+turns round by round. Rates are the forward's: bytes that have to be read and written once, and
+operations of products, over its seconds, beside what this machine reaches in a plain copy and a
+plain product of the same dtype.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from refine_kernels import dispatch
+from refine_kernels.lact.fast_weights import FastWeights
+from torch import Tensor
+
+from refine_mcore.models.architecture import (
+    Architecture,
+    DeltaNetOptions,
+    GatedDeltaNetOptions,
+    LaCTOptions,
+)
+
+FORMS = ("torch", "compile", "triton", "fla")
+OPERATIONS = (
+    "rms_norm",
+    "short_conv",
+    "swiglu",
+    "delta_rule",
+    "decode",
+    "lact",
+    "vocabulary",
+)
+_LIMIT = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
+# Newton-Schulz multiplies the smallest singular values, and the rounding in them, by hundreds.
+_MUON_LIMIT = 0.5
+_L2_EPS = 1e-6
+
+Run = Callable[..., Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation on inputs of given shapes, of which all but the `fixed` ones have tokens."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    run: Run
+    products: float  # operations of the forward's products
+    fla: Run | None = None
+    wide: frozenset[str] = frozenset()  # float32 whatever the dtype
+    integers: Mapping[str, int] | None = None  # inputs that are numbers below a bound
+    fixed: frozenset[str] = frozenset()
+    gradients: bool = True
+    muon: bool = False
+    checked: int = 1024  # tokens of the comparison
+
+    def inputs(self, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Drawn anew, the same for the same number of tokens; the second dimension is cut."""
+        gen = torch.Generator().manual_seed(0)
+        found: dict[str, Tensor] = {}
+        for name, shape in self.shapes.items():
+            if name not in self.fixed:
+                shape = (shape[0], min(tokens, shape[1]), *shape[2:])
+            if self.integers and name in self.integers:
+                found[name] = torch.randint(self.integers[name], shape, generator=gen).to(device)
+                continue
+            x = torch.randn(shape, generator=gen)
+            if name in ("beta", "lr", "momentum"):
+                x = x.sigmoid() / (10 if name == "lr" else 1)
+            elif name == "g":
+                x = -x.sigmoid()
+            elif name in ("w0", "w1", "w2", "weight", "fq", "fk"):
+                x = x / shape[-1] ** 0.5
+            wide = dtype if name not in self.wide else torch.float32
+            found[name] = x.to(device, wide).requires_grad_(self.gradients)
+        return found
+
+
+def cases(name: str, architecture: Architecture, tokens: int) -> Iterator[Case]:
+    """The operation's case at these sizes, if the architecture has it."""
+    hidden, mixer = architecture.hidden_size, architecture.mixer
+    text = (1, tokens)
+    if name == "rms_norm":
+        yield Case(
+            {"x": (*text, hidden), "gain": (hidden,)},
+            lambda x, gain: [dispatch.rms_norm(x, gain, 1e-6)],
+            0.0,
+            fixed=frozenset({"gain"}),
+        )
+    elif name == "swiglu":
+        yield Case(
+            {"x": (*text, 2 * architecture.intermediate_size)},
+            lambda x: [dispatch.swiglu(x)],
+            0.0,
+        )
+    elif name == "vocabulary":
+        words = architecture.vocab_size
+        yield Case(
+            {"hidden": (*text, hidden), "weight": (words, hidden), "targets": text},
+            lambda hidden, weight, targets: dispatch.linear_log_probs_and_entropy(
+                hidden, weight, targets, with_entropy=False
+            )[:1],
+            2.0 * tokens * hidden * words,
+            fixed=frozenset({"weight"}),
+            integers={"targets": words},
+        )
+    elif name == "lact" and isinstance(mixer, LaCTOptions):
+        yield _lact(mixer, hidden, tokens)
+    elif isinstance(mixer, DeltaNetOptions | GatedDeltaNetOptions) and name != "lact":
+        yield _delta_rule_layer(name, mixer, hidden, tokens)
+
+
+def _delta_rule_layer(
+    name: str, mixer: DeltaNetOptions | GatedDeltaNetOptions, hidden: int, tokens: int
+) -> Case:
+    gated = isinstance(mixer, GatedDeltaNetOptions)
+    if isinstance(mixer, GatedDeltaNetOptions):
+        keys, heads = mixer.num_heads, mixer.value_heads
+        k_dim, v_dim = mixer.head_dim, mixer.value_head_dim
+    else:
+        keys = heads = mixer.num_heads
+        k_dim, v_dim = mixer.key_head_dim(hidden), mixer.value_head_dim(hidden)
+    if name == "short_conv":
+        channels = 2 * keys * k_dim + heads * v_dim
+        return Case(
+            {"x": (1, tokens, channels), "taps": (channels, 1, mixer.conv_size)},
+            lambda x, taps: [dispatch.causal_conv1d(x, taps, None, "silu")[0]],
+            0.0,
+            fixed=frozenset({"taps"}),
+        )
+    rows, length = (1, tokens) if name == "delta_rule" else (8, 1)
+    shapes: dict[str, tuple[int, ...]] = {
+        "q": (rows, length, keys, k_dim),
+        "k": (rows, length, keys, k_dim),
+        "v": (rows, length, heads, v_dim),
+        "beta": (rows, length, heads),
+    }
+    shapes |= {"g": (rows, length, heads)} if gated else {}
+    shapes["state"] = (rows, heads, k_dim, v_dim)
+    # the state is read for the error and the output, and written
+    products = 6.0 * rows * length * heads * k_dim * v_dim
+    wide, fixed = frozenset({"beta", "g", "state"}), frozenset({"state"})
+
+    def run(*given: Tensor) -> Sequence[Tensor]:
+        *tokens_of, state = given
+        options: dict[str, Any] = {"initial_state": state, "qk_norm_eps": _L2_EPS}
+        if name == "decode":
+            form: Any = dispatch.recurrent_delta_rule
+            form = dispatch.recurrent_gated_delta_rule if gated else form
+            return form(*tokens_of, **options)
+        form = dispatch.chunk_gated_delta_rule if gated else dispatch.chunk_delta_rule
+        out = form(*tokens_of, **options)
+        return [out.o, out.final_state]
+
+    if name == "decode":
+        return Case(shapes, run, products, wide=wide, fixed=fixed, gradients=False)
+    return Case(shapes, run, products, _fla_delta_rule(gated), wide=wide, fixed=fixed)
+
+
+def _fla_delta_rule(gated: bool) -> Run:
+    def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *rest: Tensor) -> Sequence[Tensor]:
+        from fla.ops.delta_rule import chunk_delta_rule
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        *g, state = rest
+        form: Any = chunk_gated_delta_rule if gated else chunk_delta_rule
+        return form(
+            q=q,
+            k=k,
+            v=v,
+            beta=beta,
+            initial_state=state,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            **({"g": g[0]} if gated else {}),
+        )
+
+    return run
+
+
+def _lact(mixer: LaCTOptions, hidden: int, tokens: int) -> Case:
+    heads, chunk = mixer.num_fast_heads, mixer.chunk_size
+    width = hidden // heads
+    inner = int(width * mixer.inter_multi)
+    of_tokens = (1, tokens, heads, width)
+    shapes: dict[str, tuple[int, ...]] = {
+        "fq": of_tokens,
+        "fk": of_tokens,
+        "fv": of_tokens,
+        "lr": (1, tokens, heads, 3),
+        "momentum": (1, tokens, heads),
+        "w0": (1, heads, inner, width),
+        "w1": (1, heads, width, inner),
+        "w2": (1, heads, inner, width),
+    }
+
+    def run(*given: Tensor) -> Sequence[Tensor]:
+        fq, fk, fv, lr, momentum, w0, w1, w2 = given
+        weights = FastWeights(w0, w1, w2)
+        o, _ = dispatch.chunk_lact(
+            *(fq, fk, fv, lr, momentum),
+            weights,
+            weights.row_norms(),
+            chunk_size=chunk,
+            muon=mixer.use_muon,
+            muon_dtype=getattr(torch, mixer.muon_dtype),
+        )
+        return [o]
+
+    # reading is three products, the gradients of an update six; Newton-Schulz is not counted
+    products = 2.0 * 9 * tokens * heads * width * inner
+    fixed = frozenset({"w0", "w1", "w2"})
+    wide = fixed | {"lr", "momentum"}
+    return Case(
+        shapes, run, products, wide=wide, fixed=fixed, muon=mixer.use_muon, checked=chunk + 512
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one form of a case came to; seconds are medians over the rounds."""
+
+    form: str
+    error: float | None = None  # the largest relative one, of outputs and gradients
+    why: str | None = None  # there are no times
+    forward: float | None = None
+    both: float | None = None  # forward and backward
+    moved: float = 0.0  # bytes a second
+    products: float = 0.0  # operations a second
+    peak: int | None = None  # bytes of forward and backward above the inputs, on a GPU
+
+
+def measure(
+    case: Case,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    forms: Sequence[str],
+    rounds: int,
+) -> list[Row]:
+    """All forms of a case that are here, those that disagree with torch without times."""
+    few = case.inputs(case.checked, dtype, device)
+    exact = _results(case, "torch", {name: _widened(x) for name, x in few.items()})
+    rows: dict[str, Row] = {}
+    steps: dict[str, Callable[[bool], None]] = {}
+    inputs = case.inputs(tokens, dtype, device)
+    for form in forms:
+        limit = _MUON_LIMIT if case.muon else _LIMIT[dtype]
+        try:
+            found = _results(case, form, few)
+            error = max(_relative(a, e) for a, e in zip(found, exact, strict=True))
+        except Exception as failure:  # a compiler's or another package's: the row says so
+            rows[form] = Row(form, why=f"{type(failure).__name__}: {failure}".splitlines()[0])
+            continue
+        rows[form] = Row(form, error, None if error <= limit else "differs from torch's")
+        if rows[form].why is None:
+            steps[form] = _step(case, form, inputs)
+    times: dict[str, list[tuple[float, float]]] = {form: [] for form in steps}
+    for number in range(rounds + 1):
+        for form, step in steps.items():
+            seconds = (_seconds(step, False, device), _seconds(step, True, device))
+            if number > 0:  # the first one compiles
+                times[form].append(seconds)
+    for form, measured in times.items():
+        forward, both = (statistics.median(x) for x in zip(*measured, strict=True))
+        rows[form] = Row(
+            form,
+            rows[form].error,
+            None,
+            forward,
+            both if case.gradients else None,
+            _bytes(case, inputs) / forward,
+            case.products / forward,
+            _peak(steps[form], device),
+        )
+    return list(rows.values())
+
+
+def _form(case: Case, form: str) -> Run:
+    if form == "fla":
+        if case.fla is None:
+            raise LookupError("not in fla")
+        return case.fla
+    return torch.compile(case.run) if form == "compile" else case.run
+
+
+def _use(form: str) -> None:
+    chosen = "triton" if form == "triton" else "torch"
+    dispatch.use(**dict.fromkeys(dispatch.CHOICES, chosen))
+
+
+def _widened(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return x
+    return x.detach().float().requires_grad_(x.requires_grad)
+
+
+def _results(case: Case, form: str, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Outputs and the gradients of a projection of them."""
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    _use(form)
+    try:
+        with torch.set_grad_enabled(case.gradients):
+            outputs = list(_form(case, form)(*inputs.values()))
+        gradients: Sequence[Tensor] = []
+        if case.gradients:
+            gradients = torch.autograd.grad(
+                outputs, leaves, _projections(outputs), allow_unused=True, materialize_grads=True
+            )
+        return [x.detach().float() for x in (*outputs, *gradients)]
+    finally:
+        dispatch.use()
+
+
+def _projections(outputs: Sequence[Tensor]) -> list[Tensor]:
+    gen = torch.Generator().manual_seed(1)
+    return [torch.randn(x.shape, generator=gen).to(x.device, x.dtype) for x in outputs]
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
+def _step(case: Case, form: str, inputs: Mapping[str, Tensor]) -> Callable[[bool], None]:
+    """Runs the form forward, and backward if asked to."""
+    given, run = list(inputs.values()), _form(case, form)
+    leaves = [x for x in given if x.requires_grad]
+    projections: list[Tensor] = []
+
+    def step(backward: bool) -> None:
+        _use(form)
+        with torch.set_grad_enabled(case.gradients):
+            outputs = list(run(*given))
+        if backward and case.gradients:
+            if not projections:
+                projections.extend(_projections(outputs))
+            torch.autograd.grad(outputs, leaves, projections, allow_unused=True)
+        dispatch.use()
+
+    return step
+
+
+def _seconds(step: Callable[[bool], None], backward: bool, device: torch.device) -> float:
+    """Of several runs in a row, each."""
+    runs = 5 if device.type == "cuda" else 1
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(runs):
+        step(backward)
+    _wait(device)
+    return (time.perf_counter() - started) / runs
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _bytes(case: Case, inputs: Mapping[str, Tensor]) -> int:
+    """Inputs read and outputs written once."""
+    with torch.no_grad():
+        outputs = case.run(*inputs.values())
+    return sum(x.numel() * x.element_size() for x in (*inputs.values(), *outputs))
+
+
+def _peak(step: Callable[[bool], None], device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step(True)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Bytes a second of a copy, read and written, and operations a second of a product."""
+    size = 2**28 if device.type == "cuda" else 2**25
+    x = torch.zeros(size, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    width = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(width, width, device=device).to(dtype)
+
+    def best(step: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(6):
+            _wait(device)
+            started = time.perf_counter()
+            step()
+            _wait(device)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    return 2 * size / best(lambda: y.copy_(x)), 2 * width**3 / best(lambda: a @ a)
+
+
+def available(forms: Sequence[str]) -> list[str]:
+    """Those of the forms that are installed here."""
+    package = {"triton": "triton", "fla": "fla"}
+    return [
+        form
+        for form in forms
+        if form not in package or importlib.util.find_spec(package[form]) is not None
+    ]
