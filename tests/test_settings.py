@@ -277,6 +277,7 @@ TABLE: list[tuple[str, Seen]] = [
     ("parallel.layers_per_stage", layout("[1, 2]", lambda b: b.layers, 1)),
     ("parallel.timeout", Seen("77", lambda s: built(s).timeouts, {77.0})),
     ("kernels.delta_rule", layout("triton", lambda b: b.kernels["delta_rule"])),
+    ("kernels.lact", layout("triton", lambda b: b.kernels["lact"])),
     ("kernels.rms_norm", layout("triton", lambda b: b.kernels["rms_norm"])),
     ("kernels.short_conv", layout("triton", lambda b: b.kernels["short_conv"])),
     ("kernels.swiglu", layout("triton", lambda b: b.kernels["swiglu"])),

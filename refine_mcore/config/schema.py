@@ -285,6 +285,8 @@ class KernelsConfig:
     # they disagree with torch at their first call.
     # Delta rules, over a text and a token at a time.
     delta_rule: Literal["auto", "torch", "triton"] = "auto"
+    # What LaCT computes between its products.
+    lact: Literal["auto", "torch", "triton"] = "auto"
     # RMS norms, gated or not.
     rms_norm: Literal["auto", "torch", "triton"] = "auto"
     # Short causal convolutions.

@@ -10,6 +10,8 @@ import torch
 from refine_kernels import dispatch, launch
 from refine_kernels.delta_rule.naive import naive_delta_rule
 from refine_kernels.gated_delta_rule.naive import naive_gated_delta_rule
+from refine_kernels.lact import gates
+from refine_kernels.lact.fast_weights import FastWeights
 from refine_kernels.rms_norm.naive import naive_rms_norm
 from refine_kernels.short_conv.naive import naive_causal_conv1d
 from refine_kernels.swiglu.naive import naive_swiglu
@@ -22,6 +24,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
 from refine_kernels.delta_rule import triton_recurrent
+from refine_kernels.lact import triton_gates
 from refine_kernels.rms_norm import triton_rms_norm
 from refine_kernels.short_conv import triton_conv
 from refine_kernels.swiglu import triton_swiglu
@@ -263,11 +266,33 @@ def test_a_rank_of_padding_has_no_best_column():
     assert token.tolist() == [0, 0, 0] and best.tolist() == [-torch.inf] * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("texts", "heads", "tokens", "width"), [(1, 1, 1, 16), (2, 3, 5, 40)])
+@pytest.mark.parametrize("form", ["hidden", "factors"])
+def test_lact_gates(form, texts, heads, tokens, width, dtype):
+    """Rates as a chunk has them, a piece of the text's."""
+    inputs = [2 * randn(texts, heads, tokens, width + i)[..., :width] for i in range(3)]
+    rates = randn(texts, tokens + 2, heads, 3).sigmoid()[:, 2:]
+    chosen = inputs[:2] if form == "hidden" else [*inputs, rates]
+    exact = leaves(chosen, dtype=torch.float64)
+    actual = [x.float().to(DEVICE).requires_grad_() for x in chosen]
+    expected = getattr(gates, form)(*exact, torch.float64)
+    found = getattr(triton_gates, form)(*actual, dtype)
+    expected, found = ([x] if isinstance(x, Tensor) else x for x in (expected, found))
+    assert all(x.dtype == dtype for x in found)
+    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    assert_near(found, [x.detach() for x in expected], tolerance)
+    grads = gradients(found, actual)
+    assert all(x is not None and x.dtype == torch.float32 for x in grads)
+    assert_near(grads, gradients(expected, exact), tolerance)
+
+
 CALLS: dict[str, tuple[Any, Any]] = {
     "rms_norm": (triton_rms_norm, lambda x: (x, x[0, 0], 1e-5)),
     "swiglu": (triton_swiglu, lambda x: (x,)),
     "short_conv": (triton_conv, lambda x: (x, x[0, 0, :, None, None].expand(-1, 1, 2))),
     "vocabulary": (triton_rows, lambda x: (x,)),
+    "lact": (triton_gates, lambda x: (FastWeights(*[x[None]] * 3), x)),
     "sampling": (triton_sampling, lambda x: (x, None)),
     "delta_rule": (triton_recurrent, lambda x: (*[x[:, :, None]] * 3, x[..., :1])),
 }
@@ -276,7 +301,7 @@ CALLS: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [(name, "forward") for name in CALLS]
-    + [(name, "backward") for name in ("rms_norm", "swiglu", "short_conv", "vocabulary")],
+    + [(name, "backward") for name in ("lact", "rms_norm", "swiglu", "short_conv", "vocabulary")],
 )
 def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, name, wrong):
     """As if the compiler had got the last tensor that it writes wrong."""

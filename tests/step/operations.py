@@ -13,6 +13,7 @@ import pytest
 import torch
 from refine_kernels import dispatch, launch
 from refine_kernels.delta_rule import triton_chunk, triton_recurrent
+from refine_kernels.lact import triton_gates
 from refine_kernels.rms_norm import triton_rms_norm
 from refine_kernels.short_conv import triton_conv
 from refine_kernels.swiglu import triton_swiglu
@@ -96,10 +97,12 @@ def count_operations(
     counter, config = OperationCounter(), refine or RefineConfig()
     for module in (triton_chunk, triton_recurrent, triton_rms_norm, triton_conv, triton_swiglu):
         monkeypatch.setattr(module, "_disagreement", lambda *_: None)
-    for module in (triton_rows, triton_sampling):
+    for module in (triton_rows, triton_sampling, triton_gates):
         monkeypatch.setattr(module, "_disagreement", lambda *_: None)
     monkeypatch.setattr(launch, "run", counter.launch)
     dispatch.use(**dict.fromkeys(dispatch.CHOICES, "triton"))
+    attention = _Attention(counter)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: META)
     monkeypatch.setattr(head, "choose_branches", _branches)
     model = build_model(
@@ -125,6 +128,31 @@ def count_operations(
     finally:
         dispatch.use()
     return counter
+
+
+class _Attention:
+    """torch's attention as one operation each way, as the libraries' kernels are on a GPU; on the
+    meta device it would be products and a softmax."""
+
+    def __init__(self, counter: OperationCounter) -> None:
+        self._counter = counter
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        return _AttentionOnce.apply(q, k, v, self._counter)
+
+
+class _AttentionOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, counter: OperationCounter) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.counter = counter
+        counter.current["attention"] += 1
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.counter.current["attention"] += 1
+        return *(torch.empty_like(x) for x in ctx.saved_tensors), None
 
 
 def _branches(

@@ -11,29 +11,33 @@ but under selective recomputation.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from refine_kernels.lact.fast_weights import FastWeights, RowNorms, scale_to_norm
+from refine_kernels.lact.gates import BY_TORCH, GateForms
 from refine_kernels.lact.newton_schulz import newton_schulz
 from refine_kernels.lact.products import Precision, Product, product_in
 from refine_kernels.recompute import recomputed, recomputed_where_remaking
 
 
 def apply_fast_weights(
-    weights: FastWeights, fq: Tensor, *, precision: Precision | None = None
+    weights: FastWeights,
+    fq: Tensor,
+    *,
+    precision: Precision | None = None,
+    forms: GateForms = BY_TORCH,
 ) -> Tensor:
     """f(fq) = w1 (silu(w0 fq) * (w2 fq)) for every token and fast head: [B,T,n,d] -> [B,T,n,d].
 
     ``precision`` is that of the products (see products.py); all else is computed in at least
-    float32.  Returned in the dtype of fq.
+    float32.  Returned in the dtype of fq.  ``forms`` are the kernels between the products.
     """
     product = product_in(precision, fq.dtype, weights.w0.dtype)
 
     def read(fq: Tensor, *weights: Tensor) -> Tensor:
         w0, w1, w2 = _of(weights).effective()
         x = fq.transpose(1, 2)
-        hidden = F.silu(product(x, w0.mT)) * product(x, w2.mT)
+        hidden = forms.hidden(product(x, w0.mT), product(x, w2.mT), product.operands)
         return product(hidden, w1.mT).transpose(1, 2).to(fq.dtype)
 
     return recomputed(read, fq, *weights[:3], *(weights.scales or ()))
@@ -51,6 +55,7 @@ def update_fast_weights(
     muon_dtype: torch.dtype | None = None,
     prenorm: bool = False,
     precision: Precision | None = None,
+    forms: GateForms = BY_TORCH,
 ) -> FastWeights:
     """One update from all given tokens: ascent on sum_t eta_t <f(fk_t), fv_t>.
 
@@ -64,7 +69,7 @@ def update_fast_weights(
     def gradients(
         fk: Tensor, fv: Tensor, lr: Tensor, *weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _objective_gradients(_of(weights).effective(), fk, fv, lr, product)
+        return _objective_gradients(_of(weights).effective(), fk, fv, lr, product, forms)
 
     grads = recomputed(gradients, fk, fv, lr, *weights[:3], *(weights.scales or ()))
     if momentum is not None and weights.momentum is not None:
@@ -108,6 +113,7 @@ def chunk_lact(
     muon_dtype: torch.dtype | None = None,
     prenorm: bool = False,
     precision: Precision | None = None,
+    forms: GateForms = BY_TORCH,
 ) -> tuple[Tensor, list[FastWeights]]:
     """The branch over a text whose first token starts a chunk.
 
@@ -131,28 +137,27 @@ def chunk_lact(
             muon_dtype=muon_dtype,
             prenorm=prenorm,
             precision=precision,
+            forms=forms,
         )
         boundary_weights.append(weights)
     outputs = [
-        apply_fast_weights(w, q, precision=precision)
+        apply_fast_weights(w, q, precision=precision, forms=forms)
         for w, q in zip(boundary_weights, queries, strict=True)
     ]
     return torch.cat(outputs, 1), boundary_weights
 
 
 def _objective_gradients(
-    weights: tuple[Tensor, Tensor, Tensor], fk: Tensor, fv: Tensor, lr: Tensor, product: Product
+    weights: tuple[Tensor, Tensor, Tensor],
+    fk: Tensor,
+    fv: Tensor,
+    lr: Tensor,
+    product: Product,
+    forms: GateForms,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of sum_t eta_t <f(fk_t), fv_t> for (w0, w1, w2), each with its own rates."""
     w0, w1, w2 = weights
     k, v = fk.transpose(1, 2), fv.transpose(1, 2)
-    z, h = product(k, w0.mT), product(k, w2.mT)
-    d_hidden = product(v, w1)
-    eta0, eta1, eta2 = lr.transpose(1, 2).to(z.dtype).split(1, -1)
-    sigma = z.sigmoid()
-    silu = z * sigma
-    d_z = eta0 * d_hidden * h * (sigma + silu * (1 - sigma))
-    g0 = product(d_z.mT, k)
-    g1 = product(v.mT, eta1 * silu * h)
-    g2 = product((eta2 * d_hidden * silu).mT, k)
-    return g0, g1, g2
+    z, h, d_hidden = product(k, w0.mT), product(k, w2.mT), product(v, w1)
+    of_w0, of_w1, of_w2 = forms.factors(z, h, d_hidden, lr, product.operands)
+    return product(of_w0.mT, k), product(v.mT, of_w1), product(of_w2.mT, k)

@@ -6,40 +6,44 @@ The published code runs them under autocast, in the dtype of the tokens; what it
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Precision = Literal["float32", "tf32", "bfloat16"]
-Product = Callable[[Tensor, Tensor], Tensor]
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Product:
+    """a [..., i, j], b [..., j, k] -> a b [..., i, k] in ``result``, operands in ``operands``."""
+
+    operands: torch.dtype
+    result: torch.dtype
+    tf32: bool = False
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.to(self.operands), b.to(self.operands)
+        if self.tf32:
+            if a.is_cuda and self.operands == torch.float32:
+                return _TF32Product.apply(a, b)
+            _log_no_tf32(a.device.type, self.operands)
+        return (a @ b).to(self.result)
+
+
 def product_in(precision: Precision | None, tokens: torch.dtype, states: torch.dtype) -> Product:
-    """a [..., i, j], b [..., j, k] -> a b [..., i, k] in the dtype of the states, of operands in
-    that of ``precision``: bfloat16, float32 (the dtype of the states if wider), tf32 (on CUDA;
-    elsewhere float32), or None for that of the tokens."""
+    """The product in the dtype of the states, of operands in that of ``precision``: bfloat16,
+    float32 (the dtype of the states if wider), tf32 (on CUDA; elsewhere float32), or None for that
+    of the tokens."""
     compute = torch.promote_types(torch.promote_types(tokens, states), torch.float32)
-    if precision == "tf32":
-        return functools.partial(_tf32_product, dtype=compute)
-    operands = {None: tokens, "float32": compute, "bfloat16": torch.bfloat16}[precision]
-    return functools.partial(_rounded_product, operands=operands, result=compute)
-
-
-def _rounded_product(a: Tensor, b: Tensor, *, operands: torch.dtype, result: torch.dtype) -> Tensor:
-    return (a.to(operands) @ b.to(operands)).to(result)
-
-
-def _tf32_product(a: Tensor, b: Tensor, *, dtype: torch.dtype) -> Tensor:
-    a, b = a.to(dtype), b.to(dtype)
-    if a.is_cuda and dtype == torch.float32:
-        return _TF32Product.apply(a, b)
-    _log_no_tf32(a.device.type, dtype)
-    return a @ b
+    if precision in (None, "bfloat16"):
+        return Product(tokens if precision is None else torch.bfloat16, compute)
+    return Product(compute, compute, tf32=precision == "tf32")
 
 
 @functools.cache
