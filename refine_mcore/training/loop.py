@@ -240,10 +240,20 @@ class _Run:
         return signal
 
     def _record_kernels(self) -> None:
-        """RUN/kernels.json: which form of each operation has run, on this rank."""
-        if dispatch.ran() != self._recorded:
-            self._recorded = dispatch.ran()
-            write_json(self.directory / "kernels.json", {"kernels": self._recorded})
+        """RUN/kernels.json: which form of each operation has run on this rank, and whose linear
+        layers and optimizer."""
+        if dispatch.ran() == self._recorded:
+            return
+        self._recorded = dispatch.ran()
+        parts = {
+            "linear": self.model.decoder.layers[0].mlp.linear_fc2,
+            "optimizer": self.optimizer.chained_optimizers[0].optimizer,
+        }
+        classes = {
+            name: f"{type(part).__module__}.{type(part).__qualname__}"
+            for name, part in parts.items()
+        }
+        write_json(self.directory / "kernels.json", {"kernels": self._recorded, **classes})
 
     def _evaluate(self, steps: int) -> dict[str, float]:
         """Figures of held-out texts, if they are due after so many steps."""

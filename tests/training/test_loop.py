@@ -127,6 +127,8 @@ def test_files_of_a_run(config: Path, tmp_path: Path, capsys) -> None:
     ran = json.loads((run / "kernels.json").read_text())
     assert ran["kernels"]["rms_norm on cpu"] == ran["kernels"]["chunk_delta_rule on cpu"] == "torch"
     assert "torch" in ran["versions"]
+    assert ran["linear"].startswith("megatron.core.tensor_parallel.")
+    assert ran["optimizer"].startswith("torch.optim.")
     shown = capsys.readouterr()
     assert shown.err.count("ETA") == STEPS  # no terminal here: a line a step
     # Three rollouts beside the text, and where everything lies.
