@@ -38,6 +38,7 @@ def disagreement(
     weights: list[Tensor] = []
     results: list[list[Tensor]] = []
     with (
+        torch.inference_mode(False),
         torch.set_grad_enabled(gradients),
         torch.autocast(device.type, enabled=False),
         saved_tensors_hooks(_same, _same),
@@ -71,7 +72,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _leaf(x: Tensor, widen: bool) -> Tensor:
+    x = x.detach().clone()
     if not x.is_floating_point():
         return x
-    x = x.detach().to(torch.float32) if widen else x.detach().clone()
-    return x.requires_grad_()
+    return (x.float() if widen else x).requires_grad_()

@@ -55,14 +55,27 @@ def rotary_table(
     positions: Sequence[int], length: int, dim: int, base: float, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [R or 1, length, 1, dim/2] of angle (positions[r] + t) * base^(-2i/dim), at least
-    float32."""
+    float32; not to be written to."""
     dtype = at_least_float32(like.dtype)
-    steps = torch.arange(length, device=like.device)[None]
+    return _rotary_table(tuple(positions), length, dim, base, dtype, like.device)
+
+
+# The layers of a model ask for the same one, one after the other.
+@lru_cache(maxsize=4)
+def _rotary_table(
+    positions: tuple[int, ...],
+    length: int,
+    dim: int,
+    base: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    steps = torch.arange(length, device=device)[None]
     if len(set(positions)) == 1:
         steps = steps + positions[0]
     else:
-        steps = to_device(positions, like.device)[:, None] + steps
-    exponents = torch.arange(0, dim, 2, device=like.device, dtype=dtype) / dim
+        steps = to_device(positions, device)[:, None] + steps
+    exponents = torch.arange(0, dim, 2, device=device, dtype=dtype) / dim
     angles = steps.to(dtype)[:, :, None, None] * base**-exponents
     return angles.cos(), angles.sin()
 
@@ -273,25 +286,40 @@ def _branch_attention_core(
     scores = [streams_first(q_rows @ k.permute(0, 2, 3, 1)) for k in text_k]
     scores.append(q_own @ own_k.permute(0, 2, 3, 1).unsqueeze(2))
 
-    query = torch.arange(length, device=q.device)[:, None] + before
-    own_token = torch.arange(before + length, device=q.device)
-    own_mask = own_token <= query
-    ends = to_device(limit, q.device)[:, None, None]
-    text_token = torch.cat([span.tokens(q.device) for span in spans])
-    text_mask = (text_token < ends).expand(streams, length, -1)
-    if window is not None:
-        own_mask = own_mask & (own_token > query - window)
-        text_mask = text_mask & (text_token > ends + query - window)
-    seen = torch.cat([text_mask, own_mask.expand(streams, -1, -1)], dim=-1)
-
+    hidden = _hidden_from_branches(tuple(spans), before, length, window, tuple(limit), q.device)
     joined = torch.cat(scores, dim=-1).to(compute) * scale
-    joined = joined.masked_fill(~seen[:, None, None], float("-inf"))
+    joined = joined.masked_fill(hidden[:, None, None], float("-inf"))
     weights = joined.softmax(dim=-1).to(q.dtype).split([x.shape[-1] for x in scores], dim=-1)
     out = weights[-1] @ own_v.transpose(1, 2).unsqueeze(2)
     for of_piece, v in zip(weights, text_v, strict=False):
         by_stream = of_piece.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, -1)
         out = out + streams_first(by_head(groups.gather(by_stream)) @ v.transpose(1, 2))
     return out.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, dim)
+
+
+# The layers of a model ask for the same one, one after the other.
+@lru_cache(maxsize=4)
+def _hidden_from_branches(
+    spans: tuple[_Span, ...],
+    before: int,
+    length: int,
+    window: int | None,
+    limit: tuple[int, ...],
+    device: torch.device,
+) -> Tensor:
+    """[streams, length, keys]: what a branch's token does not see of the text's `spans` and, behind
+    them, of its own tokens."""
+    streams = len(limit)
+    query = torch.arange(length, device=device)[:, None] + before
+    own_token = torch.arange(before + length, device=device)
+    own_mask = own_token <= query
+    ends = to_device(limit, device)[:, None, None]
+    text_token = torch.cat([span.tokens(device) for span in spans])
+    text_mask = (text_token < ends).expand(streams, length, -1)
+    if window is not None:
+        own_mask = own_mask & (own_token > query - window)
+        text_mask = text_mask & (text_token > ends + query - window)
+    return ~torch.cat([text_mask, own_mask.expand(streams, -1, -1)], dim=-1)
 
 
 def _visible_range(limit: Sequence[int], before: int, window: int | None) -> tuple[int, int]:

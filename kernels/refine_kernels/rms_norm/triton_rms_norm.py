@@ -229,8 +229,16 @@ def rms_norm_backward(
     tl.store(sums + tl.program_id(0).to(tl.int64) * D + column, total, mask=column < D)
 
 
-# Widths of the published models from 0.4B to 7B: of layers, and of heads with gates.
-_COMPILED = ((1024, "none"), (2048, "none"), (4096, "none"), (128, "full"), (256, "full"))
+# Widths of the published models from 0.4B to 7B: of layers, and of heads, with a gate for each
+# number or for each head.
+_COMPILED = (
+    (1024, "none"),
+    (2048, "none"),
+    (4096, "none"),
+    (128, "full"),
+    (256, "full"),
+    (384, "row"),
+)
 
 
 def variants() -> Iterator[Variant]:
