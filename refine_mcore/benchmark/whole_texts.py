@@ -35,7 +35,10 @@ def measure(config: Config, variants: list[str], rounds: int) -> dict[str, Any]:
     """
     benches = _benches(config, variants)
     passes: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
+    differences: dict[str, float] = {}
     try:
+        # before any step: variants with settings of their own train weights of their own
+        differences = _gradient_differences(benches, variants)
         for index in range(-1, rounds):  # first steps allocate and build the optimizer state
             for variant in variants:
                 if variant in _ONCE and index != 0:
@@ -44,9 +47,8 @@ def measure(config: Config, variants: list[str], rounds: int) -> dict[str, Any]:
                 if index >= 0:
                     passes[variant].append(spent)
                 _say(config, variant, index, rounds, spent["seconds"])
-        differences = _gradient_differences(benches, variants)
     except KeyboardInterrupt:
-        differences = {}
+        pass
     base = [spent["seconds"] for spent in passes["ntp"]]
     tokens = config.training.global_batch_size * config.data.sequence_length
     return {

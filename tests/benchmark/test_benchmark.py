@@ -38,7 +38,9 @@ def test_modes_of_the_step_on_whole_texts(tmp_path: Path, capsys: Any, single_ra
 
 
 def test_recomputation_beside_the_plain_step(tmp_path: Path, single_rank: Any) -> None:
-    overrides = ["training.global_batch_size=2", "parallel.slices=4"]
+    """Compared at the same weights: each setting trains its own in the rounds."""
+    learns = ["optimizer.lr_warmup_steps=0", "optimizer.lr=1e-2"]
+    overrides = ["training.global_batch_size=2", "parallel.slices=4", *learns]
     config = load_config(write_config(tmp_path), overrides)
     variants = ["ntp", "fused", "fused/selective", "fused/full"]
     benches = whole_texts._benches(config, variants)
