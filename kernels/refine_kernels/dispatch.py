@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -113,8 +114,8 @@ def _operation(
         if name is None or backend(name, device) == "torch":
             _log_backend(operation, device)
             return torch_form(*args, **kwargs)
-        why = "triton is not installed"
-        if _triton_is_installed():
+        why = _without_triton(device)
+        if why is None:
             triton_forms = importlib.import_module(f"refine_kernels.{module}")
             why = triton_forms.refusal(*args, **kwargs)
             if why is None:
@@ -127,8 +128,13 @@ def _operation(
 
 
 @functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _without_triton(device_type: str) -> str | None:
+    """Why Triton does not run on this type of device here, None if it does."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on a CPU Triton runs in its interpreter alone, with TRITON_INTERPRET=1"
+    return None
 
 
 _CHUNK = ("delta_rule", "delta_rule.triton_chunk")

@@ -287,6 +287,22 @@ def test_lact_gates(form, texts, heads, tokens, width, dtype):
     assert_near(grads, gradients(expected, exact), tolerance)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU they run")
+def test_on_a_cpu_without_the_interpreter_torch_runs(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="refine_kernels.dispatch")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    dispatch.use(swiglu="triton")
+    for cache in (dispatch._without_triton, dispatch._log_backend):
+        cache.cache_clear()
+    x = torch.randn(3, 8)
+    try:
+        torch.testing.assert_close(dispatch.swiglu(x), naive_swiglu(x))
+    finally:
+        dispatch._without_triton.cache_clear()
+    (said,) = (r.getMessage() for r in caplog.records)
+    assert said.startswith("swiglu on cpu: torch, as on a CPU Triton runs in its interpreter")
+
+
 CALLS: dict[str, tuple[Any, Any]] = {
     "rms_norm": (triton_rms_norm, lambda x: (x, x[0, 0], 1e-5)),
     "swiglu": (triton_swiglu, lambda x: (x,)),
