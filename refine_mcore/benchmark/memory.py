@@ -93,8 +93,8 @@ def count_saved_bytes(
     dtype: torch.dtype = torch.bfloat16,
     selective_recompute: bool = False,
 ) -> SavedBytes:
-    """Count over a text of `tokens` tokens: the difference between two layers and one is a layer,
-    of each kind that a hybrid has.
+    """Count over a text of `tokens` tokens: what one more layer of a kind adds is a layer, of each
+    kind that a hybrid has. What layers share (rotary tables) is none of a layer's.
 
     `groups` are those of a single rank. What is made
     again in the backward is not counted, what it is made of is; the tape of a LaCT text holds the
@@ -109,7 +109,11 @@ def count_saved_bytes(
     first = _kind(architecture, 0)
     one = count(first)
     alone = sum(x.bytes for x in one)
-    bytes_of = {kind: sum(x.bytes for x in count(first, kind)) - alone for kind in kinds}
+    bytes_of = {}
+    for kind in kinds:
+        before = [first] if kind == first else [first, kind]
+        sums = [sum(x.bytes for x in count(*layers)) for layers in (before, [*before, kind])]
+        bytes_of[kind] = sums[1] - sums[0]
     layer = sum(kinds[kind] * kept for kind, kept in bytes_of.items()) / architecture.num_layers
     return SavedBytes(layer / tokens, (alone - bytes_of[first]) / tokens, one)
 

@@ -1,5 +1,6 @@
 """Floating-point operations of a training step, by architecture and mode: those of its matrix
-products, a multiplication and an addition being two, and a backward pass twice its forward.
+products, a multiplication and an addition being two, and a backward pass twice its forward, but
+for that of Newton-Schulz, which is written by hand and takes four products where that has three.
 
 What is computed again for the backward does not count, as usual in model FLOPs; what branches read
 again of the text does, for a method that needs it should not look cheaper. Where attention reads a
@@ -59,6 +60,16 @@ class ModelFlops:
         of_tokens = self._length * (self._layers + self.head)
         return of_tokens + sum(self._of_text(mixer) for mixer in self._mixers())
 
+    @property
+    def text_and_backward(self) -> float:
+        """The same with its backward."""
+        spared = 0.0
+        for mixer in self._mixers():
+            if isinstance(mixer, LaCTOptions):
+                forward, backward = _orthogonalised(mixer, self._architecture.hidden_size)
+                spared += (self._length - 1) // mixer.chunk_size * (2 * forward - backward)
+        return 3 * self.text - spared
+
     def branches(self, count: int, tokens: int) -> float:
         """`count` streams of `tokens` tokens, up to the last layer."""
         mixers = sum(self._of_token(mixer) for mixer in self._mixers())
@@ -78,7 +89,7 @@ class ModelFlops:
             attended = 4.0 * width * _pairs(length, mixer.window_size)
             chunks = (length - 1) // mixer.chunk_size
             read, written = self._fast_weights(mixer)
-            updates = chunks * (mixer.chunk_size * written + _orthogonalised(mixer, width))
+            updates = chunks * (mixer.chunk_size * written + _orthogonalised(mixer, width)[0])
             return attended + length * read + updates
         heads, key, value = _heads(mixer, width)
         within = 4 * KERNEL_CHUNK * (key + value) + KERNEL_CHUNK**2 * 2 / 3  # and an inverse
@@ -123,13 +134,14 @@ def _heads(mixer: MixerOptions, width: int) -> tuple[int, int, int]:
     return mixer.value_heads, mixer.head_dim, mixer.value_head_dim
 
 
-def _orthogonalised(mixer: LaCTOptions, width: int) -> float:
-    """Newton-Schulz of the three gradients of a chunk."""
+def _orthogonalised(mixer: LaCTOptions, width: int) -> tuple[float, float]:
+    """Newton-Schulz of the three gradients of a chunk, and its backward."""
     if not mixer.use_muon:
-        return 0.0
+        return 0.0, 0.0
     short, long = sorted((mixer.fast_head_dim(width), mixer.fast_hidden_dim(width)))
-    of_one = _NEWTON_SCHULZ_STEPS * (4.0 * short**2 * long + 2.0 * short**3)
-    return 3 * mixer.num_fast_heads * of_one
+    steps = 3 * mixer.num_fast_heads * _NEWTON_SCHULZ_STEPS
+    square = 2.0 * short**3
+    return steps * (4.0 * short**2 * long + square), steps * (6.0 * short**2 * long + square)
 
 
 def with_equal_flops(config: Config, architecture: Architecture, modes: Sequence[str]) -> Config:
@@ -155,9 +167,9 @@ def step_flops(architecture: Architecture, config: Config, mode: str) -> float:
     refine, length = config.refine, config.data.sequence_length
     model = ModelFlops(architecture, length, tape_interval(config))
     if mode in ("ntp", "sft"):
-        return 3 * model.text
+        return model.text_and_backward
     share = refine.rollout_fraction
-    return 3 * (1 - share) * model.text + share * _refine_flops(model, refine, mode)
+    return (1 - share) * model.text_and_backward + share * _refine_flops(model, refine, mode)
 
 
 def _refine_flops(model: ModelFlops, refine: RefineConfig, mode: str) -> float:
@@ -169,5 +181,6 @@ def _refine_flops(model: ModelFlops, refine: RefineConfig, mode: str) -> float:
     rollouts = model.replay(c) + decode
     if mode == "two_phase":
         of_stored = model.branches(streams, k) + streams * k * model.head
-        return model.text + rollouts + score + 3 * (model.text + of_stored) + model.replay(c)
-    return 3 * model.text + rollouts + 3 * score
+        trained = model.text_and_backward + 3 * of_stored
+        return model.text + rollouts + score + trained + model.replay(c)
+    return model.text_and_backward + rollouts + 3 * score
