@@ -14,6 +14,14 @@ from torch.autograd.graph import saved_tensors_hooks
 # Largest relative difference (of norms) that passes, by the dtype of the inputs.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
+
+def unknown_dtype(dtype: torch.dtype) -> str | None:
+    """Why kernels are not for inputs of this dtype, None if they are."""
+    if dtype in TOLERANCE:
+        return None
+    return f"{dtype} is none of bfloat16, float16 and float32"
+
+
 Form = Callable[..., Sequence[Tensor]]
 
 

@@ -17,16 +17,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def blocks(size: int, block: int) -> int:
-    """How many blocks cover ``size``."""
-    return -(-size // block)
-
-
-def power_of_two(size: int) -> int:
-    """The smallest that is not below ``size``."""
-    return 1 << (size - 1).bit_length()
-
-
 def dense_rows(x: Tensor) -> Tensor:
     """x with its last dimension's numbers side by side, which is how kernels take it."""
     return x if x.stride(-1) == 1 else x.contiguous()

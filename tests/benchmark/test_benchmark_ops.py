@@ -37,7 +37,8 @@ def test_a_wrong_form_and_an_absent_one_have_no_time(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(triton_swiglu, "refusal", lambda x: None)
     monkeypatch.setattr(triton_swiglu, "swiglu", lambda x: 1.01 * x[..., : x.shape[-1] // 2])
-    (case,) = ops.cases("swiglu", preset("tiny-deltanet"), 8)
+    case = ops.case_of("swiglu", preset("tiny-deltanet"), 8)
+    assert case is not None
     rows = ops.measure(case, 8, torch.float32, CPU, ["torch", "triton", "fla"], 1)
     assert [row.form for row in rows] == ["torch", "triton", "fla"]
     assert rows[0].why is None and rows[0].forward is not None

@@ -215,7 +215,9 @@ def test_vocabulary(rows, vocabulary, padding, linear, dtype, tolerance):
     assert all(x.dtype == torch.float32 for x in found)
     assert_near(found, [x.detach() for x in expected], 2e-6 if not linear else tolerance)
     grads = gradients(found[:1], actual)
-    assert_near(grads, gradients(expected[:1], exact), tolerance * (3 if linear else 1))
+    # of hidden states: sums over all words, tile by tile
+    tolerance = max(tolerance, 6e-6) if linear else tolerance
+    assert_near(grads, gradients(expected[:1], exact), tolerance)
 
 
 def test_extreme_logits():
@@ -301,6 +303,45 @@ def test_on_a_cpu_without_the_interpreter_torch_runs(monkeypatch, caplog):
         dispatch._without_triton.cache_clear()
     (said,) = (r.getMessage() for r in caplog.records)
     assert said.startswith("swiglu on cpu: torch, as on a CPU Triton runs in its interpreter")
+
+
+KEYWORDS: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("x", "weight", "eps"),
+    "swiglu": ("x",),
+    "causal_conv1d": ("x", "weight"),
+    "log_probs_and_entropy": ("logits", "targets", "with_entropy"),
+    "linear_log_probs_and_entropy": ("hidden", "weight", "targets", "with_entropy"),
+    "sample_tokens": ("logits", "keys"),
+    "apply_fast_weights": ("weights", "fq"),
+    "recurrent_delta_rule": ("q", "k", "v", "beta"),
+    "chunk_delta_rule": ("q", "k", "v", "beta"),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_arguments_by_name_reach_the_kernels(name):
+    operation = getattr(dispatch, name)
+    x, heads = torch.randn(1, 3, 16, device=DEVICE), torch.randn(1, 3, 1, 16, device=DEVICE)
+    square = torch.randn(1, 1, 16, 16, device=DEVICE)
+    values: dict[str, Any] = {
+        "x": x,
+        "weight": x[0, 0, :, None, None].expand(-1, 1, 2) if "conv" in name else x[0, 0],
+        "logits": x[0],
+        "hidden": x,
+        "targets": torch.zeros(3, dtype=torch.long, device=DEVICE),
+        "with_entropy": True,
+        "keys": torch.arange(3, device=DEVICE),
+        "eps": 1e-5,
+        "weights": FastWeights(square, square, square),
+        **dict.fromkeys(("fq", "q", "k", "v"), heads),
+        "beta": heads[..., 0],
+    }
+    if name.startswith("linear"):
+        values |= {"weight": torch.randn(7, 16, device=DEVICE), "targets": values["targets"][None]}
+    dispatch.use(**dict.fromkeys(dispatch.CHOICES, "triton"))
+    dispatch._log_backend.cache_clear()
+    operation(**{x: values[x] for x in KEYWORDS[name]})
+    assert dispatch.ran()[f"{name} on {DEVICE}"] == "triton"
 
 
 CALLS: dict[str, tuple[Any, Any]] = {

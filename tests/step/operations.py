@@ -35,6 +35,16 @@ from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
 
 META = torch.device("meta")
+_KERNELS: tuple[Any, ...] = (
+    triton_chunk,
+    triton_recurrent,
+    triton_gates,
+    triton_rms_norm,
+    triton_conv,
+    triton_swiglu,
+    triton_rows,
+    triton_sampling,
+)
 # What only makes a tensor, or looks at one in another way.
 _NOTHING_TO_RUN = {"empty", "empty_strided", "empty_like", "new_empty", "detach", "_unsafe_view"}
 
@@ -95,14 +105,15 @@ def count_operations(
     """Of the passes of one micro-batch, a text of so many tokens, in bfloat16. Gradients gather in
     the weights' own, as operations that autograd runs."""
     counter, config = OperationCounter(), refine or RefineConfig()
-    for module in (triton_chunk, triton_recurrent, triton_rms_norm, triton_conv, triton_swiglu):
-        monkeypatch.setattr(module, "_disagreement", lambda *_: None)
-    for module in (triton_rows, triton_sampling, triton_gates):
+    for module in _KERNELS:
         monkeypatch.setattr(module, "_disagreement", lambda *_: None)
     monkeypatch.setattr(launch, "run", counter.launch)
     dispatch.use(**dict.fromkeys(dispatch.CHOICES, "triton"))
-    attention = _Attention(counter)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **_: _AttentionOnce.apply(q, k, v, counter),
+    )
     monkeypatch.setattr(torch.cuda, "current_device", lambda: META)
     monkeypatch.setattr(head, "choose_branches", _branches)
     model = build_model(
@@ -130,18 +141,10 @@ def count_operations(
     return counter
 
 
-class _Attention:
+class _AttentionOnce(torch.autograd.Function):
     """torch's attention as one operation each way, as the libraries' kernels are on a GPU; on the
     meta device it would be products and a softmax."""
 
-    def __init__(self, counter: OperationCounter) -> None:
-        self._counter = counter
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        return _AttentionOnce.apply(q, k, v, self._counter)
-
-
-class _AttentionOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, counter: OperationCounter) -> Tensor:
         ctx.save_for_backward(q, k, v)

@@ -14,6 +14,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -89,8 +90,9 @@ def refusal(
     The first arguments of a kind on a device have the kernels compared with the torch form on a
     small text, gradients too: a miscompiled kernel is not noticed otherwise.
     """
-    if v.dtype not in _PRODUCTS:
-        return f"{v.dtype} is none of bfloat16, float16 and float32"
+    unknown = agreement.unknown_dtype(v.dtype)
+    if unknown is not None:
+        return unknown
     if k.shape[-1] > _LARGEST_KEY:
         return f"keys are {k.shape[-1]} wide, above {_LARGEST_KEY}"
     if chunk_size % _LEAST_CHUNK:
@@ -199,7 +201,7 @@ class Call(NamedTuple):
             "K": self.k_dim,
             "V": self.v_dim,
             "C": self.chunk,
-            "BK": max(16, launch.power_of_two(self.k_dim)),
+            "BK": max(16, triton.next_power_of_2(self.k_dim)),
             "BV": self._columns(kernel),
             "GATED": self.gated,
             "NORM": self.norm,
@@ -225,7 +227,7 @@ class Call(NamedTuple):
         few = kernel in ("scan", "reverse", "inputs") or (
             kernel in ("queries", "output") and self.k_dim > _WIDE
         )
-        return min(32 if few else 64, max(16, launch.power_of_two(self.v_dim)))
+        return min(32 if few else 64, max(16, triton.next_power_of_2(self.v_dim)))
 
 
 # Keys above this width take more warps or smaller blocks.  Chosen by what the compiler says of
@@ -263,7 +265,7 @@ class _Run:
             output=q is not None,
             products=products,
         )
-        self.count = launch.blocks(self.n, self.compiled.chunk)
+        self.count = triton.cdiv(self.n, self.compiled.chunk)
         self.size = (self.n, self.heads)
         self.numbers = (options.scale, options.qk_norm_eps or 0.0)
         self.q_strides = (0, 0, 0) if self.q is None else self.q.stride()[:3]
@@ -288,7 +290,7 @@ class _Run:
         elif name in ("gram", "apply", "queries", "inputs"):
             grid = (self.count, heads)
         else:
-            blocks = launch.blocks(self.compiled.v_dim, constants["BV"])
+            blocks = triton.cdiv(self.compiled.v_dim, constants["BV"])
             grid = (blocks, heads) if name in ("scan", "reverse") else (blocks, self.count, heads)
         launch.run(
             getattr(kernels, name), grid, *arguments, **constants, **self.compiled.launch(name)

@@ -62,15 +62,15 @@ def refusal(
     initial_state: Tensor | None = None,
 ) -> str | None:
     """Why the kernel is not for these arguments here, None if it is."""
-    if v.dtype not in agreement.TOLERANCE:
-        return f"{v.dtype} is none of bfloat16, float16 and float32"
     if k.shape[-1] > _LARGEST_KEY:
         return f"keys are {k.shape[-1]} wide, above {_LARGEST_KEY}"
     inputs = (q, k, v, beta, g, initial_state)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return "the decode form has a gradient to find"
     shape = (k.shape[-1], v.shape[-1], v.shape[2] // k.shape[2])
-    return _disagreement(shape, g is not None, qk_norm_eps, v.dtype, v.device)
+    return agreement.unknown_dtype(v.dtype) or _disagreement(
+        shape, g is not None, qk_norm_eps, v.dtype, v.device
+    )
 
 
 @functools.cache
@@ -133,7 +133,7 @@ def _rule(
     constants = _constants(k_dim, v_dim, heads // k.shape[2], qk_norm_eps is not None)
     launch.run(
         recurrent,
-        (launch.blocks(v_dim, constants["BV"]), batch * heads),
+        (triton.cdiv(v_dim, constants["BV"]), batch * heads),
         *(q, k, v, beta.contiguous(), None if g is None else g.contiguous()),
         None if initial_state is None else initial_state.float().contiguous(),
         *(o, state, tokens, heads, k_dim**-0.5 if scale is None else scale, qk_norm_eps or 0.0),
@@ -145,8 +145,8 @@ def _rule(
 
 
 def _constants(k_dim: int, v_dim: int, groups: int, norm: bool) -> dict[str, Any]:
-    rows = launch.power_of_two(k_dim)
-    columns = min(max(16, _ELEMENTS // rows), launch.power_of_two(v_dim))
+    rows = triton.next_power_of_2(k_dim)
+    columns = min(max(16, _ELEMENTS // rows), triton.next_power_of_2(v_dim))
     return {
         "GROUPS": groups,
         "K": k_dim,

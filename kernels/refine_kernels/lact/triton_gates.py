@@ -32,11 +32,12 @@ _WIDEST = 8192
 _TILE = 1024  # numbers a program holds at a time
 
 
-def refusal(*arguments: Any, precision: Precision | None = None, **_: Any) -> str | None:
+def refusal(*arguments: Any, precision: Precision | None = None, **options: Any) -> str | None:
     """Why the kernels are not for these arguments of chunk.py's operations here, None if they
     are."""
-    weights = next(x for x in arguments if isinstance(x, FastWeights))
-    tokens = next(x for x in arguments if isinstance(x, Tensor))
+    given = (*arguments, *options.values())
+    weights = next(x for x in given if isinstance(x, FastWeights))
+    tokens = next(x for x in given if isinstance(x, Tensor))
     if weights.w0.dtype != torch.float32 or tokens.dtype not in agreement.TOLERANCE:
         return f"tokens are {tokens.dtype} and fast weights {weights.w0.dtype}"
     width = weights.w0.shape[-2]
@@ -91,7 +92,7 @@ class _Hidden(torch.autograd.Function):
         z, h = z.contiguous(), h.contiguous()
         ctx.save_for_backward(z, h)
         out = launch.empty(z.shape, dtype, z.device)
-        grid = (launch.blocks(z.numel(), _TILE),)
+        grid = (triton.cdiv(z.numel(), _TILE),)
         launch.run(hidden_forward, grid, z, h, out, z.numel(), BLOCK=_TILE, num_warps=4)
         return out
 
@@ -100,7 +101,7 @@ class _Hidden(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, h = ctx.saved_tensors
         found = [launch.empty(z.shape, torch.float32, z.device) for _ in range(2)]
-        grid = (launch.blocks(z.numel(), _TILE),)
+        grid = (triton.cdiv(z.numel(), _TILE),)
         arguments = (z, h, grad.contiguous(), *found, z.numel())
         launch.run(hidden_backward, grid, *arguments, BLOCK=_TILE, num_warps=4)
         return *found, None
@@ -135,13 +136,13 @@ class _Factors(torch.autograd.Function):
 
 
 def _constants(width: int) -> dict[str, Any]:
-    columns = launch.power_of_two(width)
+    columns = triton.next_power_of_2(width)
     rows = max(1, _TILE // columns)
     return {"D": width, "BD": columns, "ROWS": rows, "num_warps": 8 if columns > _TILE else 4}
 
 
 def _grid(z: Tensor) -> tuple[int]:
-    return (launch.blocks(z.numel() // z.shape[-1], _constants(z.shape[-1])["ROWS"]),)
+    return (triton.cdiv(z.numel() // z.shape[-1], _constants(z.shape[-1])["ROWS"]),)
 
 
 def _sizes(z: Tensor, lr: Tensor) -> tuple[int, ...]:

@@ -30,11 +30,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) 
 
 def refusal(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> str | None:
     """Why the kernels are not for these arguments here, None if they are."""
-    if x.dtype not in agreement.TOLERANCE:
-        return f"{x.dtype} is none of bfloat16, float16 and float32"
     if x.shape[-1] > _WIDEST:
         return f"rows are {x.shape[-1]} wide, above {_WIDEST}"
-    return _disagreement(x.shape[-1], _gate_kind(gate), x.dtype, x.device)
+    return agreement.unknown_dtype(x.dtype) or _disagreement(
+        x.shape[-1], _gate_kind(gate), x.dtype, x.device
+    )
 
 
 @functools.cache
@@ -87,7 +87,7 @@ class _Run:
 
 
 def _constants(width: int, kind: str) -> dict[str, Any]:
-    columns = launch.power_of_two(width)
+    columns = triton.next_power_of_2(width)
     return {
         "D": width,
         "BD": columns,
@@ -106,7 +106,7 @@ class _RMSNorm(torch.autograd.Function):
         y = launch.empty(x.shape, x.dtype, x.device)
         launch.run(
             rms_norm_forward,
-            (launch.blocks(run.rows, run.block),),
+            (triton.cdiv(run.rows, run.block),),
             *(run.x, weight, run.gate, y, run.rows, run.heads, *run.strides, eps),
             **run.constants,
         )
@@ -117,8 +117,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gate = ctx.saved_tensors
         run = _Run(x, gate)
-        steps = launch.blocks(run.rows, run.block * _PROGRAMS)
-        programs = launch.blocks(run.rows, run.block * steps)
+        steps = triton.cdiv(run.rows, run.block * _PROGRAMS)
+        programs = triton.cdiv(run.rows, run.block * steps)
         grad_x = launch.empty(x.shape, x.dtype, x.device)
         grad_gate = None if gate is None else launch.empty(gate.shape, gate.dtype, x.device)
         sums = launch.empty((programs, run.width), torch.float32, x.device)

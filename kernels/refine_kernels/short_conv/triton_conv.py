@@ -47,12 +47,12 @@ def refusal(
     activation: str | None = None,
 ) -> str | None:
     """Why the kernels are not for these arguments here, None if they are."""
-    if x.dtype not in agreement.TOLERANCE:
-        return f"{x.dtype} is none of bfloat16, float16 and float32"
     width = weight.shape[-1]
     if width > _WIDEST:
         return f"{width} taps are more than {_WIDEST}"
-    return _disagreement(width, initial_state is not None, activation, x.dtype, x.device)
+    return agreement.unknown_dtype(x.dtype) or _disagreement(
+        width, initial_state is not None, activation, x.dtype, x.device
+    )
 
 
 @functools.cache
@@ -80,24 +80,26 @@ def _disagreement(
 
 
 def _constants(width: int, silu: bool, tokens: int) -> dict[str, Any]:
-    tokens = min(_TOKENS, launch.power_of_two(tokens))
+    tokens = min(_TOKENS, triton.next_power_of_2(tokens))
     return {"W": width, "SILU": silu, "BT": tokens, "BD": _TILE // tokens, "num_warps": 4}
 
 
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, past: Tensor | None, silu: bool) -> Tensor:
+        x, weight = launch.dense_rows(x), weight.contiguous()
+        past = None if past is None else past.contiguous()
         ctx.save_for_backward(x, weight, past)
         ctx.silu = silu
         texts, tokens, channels = x.shape
         y = launch.empty(x.shape, x.dtype, x.device)
         constants = _constants(weight.shape[-1], silu, tokens)
         grid = (
-            launch.blocks(tokens, constants["BT"]),
-            launch.blocks(channels, constants["BD"]),
+            triton.cdiv(tokens, constants["BT"]),
+            triton.cdiv(channels, constants["BD"]),
             texts,
         )
-        launch.run(conv_forward, grid, *_inputs(x, weight, past), y, *_sizes(x), **constants)
+        launch.run(conv_forward, grid, x, weight, past, y, *_sizes(x), **constants)
         return y
 
     @staticmethod
@@ -110,35 +112,28 @@ class _CausalConv(torch.autograd.Function):
         grad_past = None if past is None else launch.empty(past.shape, past.dtype, past.device)
         # the inputs, those before x first
         constants = _constants(width, ctx.silu, tokens + width - 1)
-        blocks = min(_BLOCKS, launch.blocks(tokens + width - 1, constants["BT"]))
+        blocks = min(_BLOCKS, triton.cdiv(tokens + width - 1, constants["BT"]))
         grid = (
-            launch.blocks(tokens + width - 1, constants["BT"] * blocks),
-            launch.blocks(channels, constants["BD"]),
+            triton.cdiv(tokens + width - 1, constants["BT"] * blocks),
+            triton.cdiv(channels, constants["BD"]),
             texts,
         )
         sums = launch.empty((texts, grid[0], width, channels), torch.float32, x.device)
         launch.run(
             conv_backward,
             grid,
-            *(*_inputs(x, weight, past), grad.contiguous(), grad_x, grad_past, sums),
+            *(x, weight, past, grad.contiguous(), grad_x, grad_past, sums),
             *(blocks, *_sizes(x)),
             **constants,
-            BW=launch.power_of_two(width),
+            BW=triton.next_power_of_2(width),
         )
         grad_weight = sums.sum((0, 1)).t().unsqueeze(1).to(weight.dtype)
         return grad_x, grad_weight, grad_past, None
 
 
-def _inputs(x: Tensor, weight: Tensor, past: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _dense(x), weight.contiguous(), None if past is None else past.contiguous()
-
-
-def _dense(x: Tensor) -> Tensor:
-    return launch.dense_rows(x)
-
-
 def _sizes(x: Tensor) -> tuple[int, ...]:
-    return x.shape[1], x.shape[2], *_dense(x).stride()[:2]
+    """Tokens, channels and strides of x [B,T,D]."""
+    return x.shape[1], x.shape[2], *x.stride()[:2]
 
 
 @triton.jit

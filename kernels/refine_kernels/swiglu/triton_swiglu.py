@@ -27,9 +27,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 def refusal(x: Tensor) -> str | None:
     """Why the kernels are not for this argument here, None if they are."""
-    if x.dtype not in agreement.TOLERANCE:
-        return f"{x.dtype} is none of bfloat16, float16 and float32"
-    return _disagreement(x.dtype, x.device)
+    return agreement.unknown_dtype(x.dtype) or _disagreement(x.dtype, x.device)
 
 
 @functools.cache
@@ -65,7 +63,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def _grid(y: Tensor) -> tuple[int, int]:
     width = y.shape[-1]
-    return y.numel() // width, launch.blocks(width, _CONSTANTS["BLOCK"])
+    return y.numel() // width, triton.cdiv(width, _CONSTANTS["BLOCK"])
 
 
 @triton.jit

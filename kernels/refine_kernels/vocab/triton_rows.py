@@ -24,11 +24,10 @@ _STATISTICS = {"BLOCK": 4096, "num_warps": 8}
 _GRADIENT = {"BLOCK": 2048, "num_warps": 4}
 
 
-def refusal(x: Tensor, *_: Any, **__: Any) -> str | None:
-    """Why the kernels are not for logits or hidden states like x here, None if they are."""
-    if x.dtype not in agreement.TOLERANCE:
-        return f"{x.dtype} is none of bfloat16, float16 and float32"
-    return _disagreement(x.dtype, x.device)
+def refusal(*arguments: Any, **options: Any) -> str | None:
+    """Why the kernels are not for these logits or hidden states here, None if they are."""
+    x = next(x for x in (*arguments, *options.values()) if isinstance(x, Tensor))
+    return agreement.unknown_dtype(x.dtype) or _disagreement(x.dtype, x.device)
 
 
 @functools.cache
@@ -94,7 +93,7 @@ def write_gradient(
     rows, columns = logits.shape
     launch.run(
         row_gradient,
-        (rows, launch.blocks(columns, _GRADIENT["BLOCK"])),
+        (rows, triton.cdiv(columns, _GRADIENT["BLOCK"])),
         *(logits, targets, lse, grad.contiguous(), out, logits.stride(0), out.stride(0)),
         *(columns, shard.offset, shard.valid, temperature),
         **_GRADIENT,

@@ -24,9 +24,9 @@ _GOLDEN, _MIX_1, _MIX_2 = (tl.constexpr(x) for x in (random.GOLDEN, random.MIX_1
 
 def refusal(logits: Tensor, keys: Tensor | None, **_: Any) -> str | None:
     """Why the kernel is not for these arguments here, None if it is."""
-    if logits.dtype not in agreement.TOLERANCE:
-        return f"{logits.dtype} is none of bfloat16, float16 and float32"
-    return _disagreement(keys is not None, logits.dtype, logits.device)
+    return agreement.unknown_dtype(logits.dtype) or _disagreement(
+        keys is not None, logits.dtype, logits.device
+    )
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def best_columns(
     if shard.valid == 0:
         return sampling.best_columns(logits, keys, temperature, shard)
     logits = launch.dense_rows(logits)
-    rows, blocks = logits.shape[0], launch.blocks(shard.valid, _CONSTANTS["BLOCK"])
+    rows, blocks = logits.shape[0], triton.cdiv(shard.valid, _CONSTANTS["BLOCK"])
     best = launch.empty((rows, blocks), torch.float64, logits.device)
     column = launch.empty((rows, blocks), torch.float64, logits.device)
     launch.run(
