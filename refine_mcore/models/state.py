@@ -212,8 +212,19 @@ class TokenHistory:
         reach: int | None = None,
     ) -> TokenHistory:
         """Streams that have just left their texts after `limit` tokens of them: no tokens of their
-        own yet."""
-        return cls((), text, tuple(rows), tuple(limit), reach)
+        own yet. Pieces that all streams leave behind are dropped, and of one of which they reach at
+        most half, the rest."""
+        if reach is None:
+            return cls((), text, tuple(rows), tuple(limit), reach)
+        low, high = max(0, min(min(limit) - reach, max(limit) - 1)), max(1, *limit)
+        kept, dropped = [], low
+        for piece, start, stop in piece_spans(text, low, high):
+            if stop - start <= piece[0].shape[1] // 2:
+                piece = tuple(x[:, start:stop] for x in piece)
+            elif not kept:
+                dropped -= start
+            kept.append(piece)
+        return cls((), tuple(kept), tuple(rows), tuple(end - dropped for end in limit), reach)
 
     @classmethod
     def join(cls, parts: Sequence[TokenHistory], *, one_text: bool = True) -> TokenHistory:

@@ -139,7 +139,6 @@ def select_positions(
     """
     _require(mode in SELECTION_MODES, f"unknown position mode {mode!r}; use {SELECTION_MODES}")
     _require(entropy_of in ENTROPY_OF, f"unknown entropy_of {entropy_of!r}; use {ENTROPY_OF}")
-    left, right = _margins(margin)
     inside, last = _chunks(mask, num_chunks)
     if mode in ("argmax", "argmin"):
         score = _upcast(entropy) if mode == "argmax" else -_upcast(entropy)
@@ -160,6 +159,45 @@ def select_positions(
                 documents=documents,
             )
         index = _inverse_cdf(probabilities, uniforms, last)
+    return _positions_of(index, mask, margin, entropy_of, documents)
+
+
+def known_up_to(
+    read: int,
+    mask: Tensor,
+    num_chunks: int,
+    window: int,
+    mode: str = "entropy",
+    margin: Margin = 20,
+    *,
+    entropy_of: str = "rollout_token",
+    documents: Tensor | None = None,
+) -> Tensor:
+    """Up to which position `select_positions` gives the same, whatever the entropies of columns
+    from `read` on are: chunks that depend on those have later positions.
+
+    Args:
+        read: columns whose entropies are known.
+        mask, num_chunks, window, mode, margin, entropy_of, documents: as in `select_positions`.
+
+    Returns:
+        [B], int64, each from 0 to S; S if all are known.
+    """
+    inside, last = _chunks(mask, num_chunks)
+    reach = window // 2 if mode == "entropy" else 0
+    # behind the row's last column there is nothing to read
+    known = (last + reach).clamp(max=mask.shape[1] - 1) < read
+    first = inside.to(torch.int64).argmax(-1)
+    least = _positions_of(first, mask, margin, entropy_of, documents)
+    return torch.where(known, mask.shape[1], least - 1).amin(-1)
+
+
+def _positions_of(
+    index: Tensor, mask: Tensor, margin: Margin, entropy_of: str, documents: Tensor | None
+) -> Tensor:
+    """The positions [B, c] that entropies [B, c] stand for, within the margins; a later entropy
+    never has an earlier one."""
+    left, right = _margins(margin)
     position = index + ENTROPY_OF.index(entropy_of) + 1
     if documents is not None:
         return _nearest(position, room_for_rollouts(mask, documents, margin))

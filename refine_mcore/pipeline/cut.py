@@ -31,6 +31,7 @@ class Cut:
 
     def __init__(self, value: Any) -> None:
         self._leaves: list[Tensor] = []
+        self._gradients: list[Tensor | None] = []
         self._edges: list[GradientEdge | None] = []
         recomputed = not torch.is_grad_enabled()
 
@@ -56,12 +57,18 @@ class Cut:
 
         map_tensors(connect, value)
 
+    def close(self) -> None:
+        """All gradients are there: keep them, and let go of the value."""
+        self._gradients += [leaf.grad for leaf in self._leaves]
+        self._leaves, self.handed = [], None
+
     def roots(self) -> list[Root]:
-        """Where backward goes on, and with which gradients."""
+        """Where backward goes on, and with which gradients; closes the cut."""
+        self.close()
         return [
-            (edge, leaf.grad)
-            for edge, leaf in zip(self._edges, self._leaves, strict=True)
-            if edge is not None and leaf.grad is not None
+            (edge, gradient)
+            for edge, gradient in zip(self._edges, self._gradients, strict=True)
+            if edge is not None and gradient is not None
         ]
 
 

@@ -98,16 +98,19 @@ class Head:
         if self.context.config.tokens_behind:
             self._text_log_probs.append(text.log_probs.detach())
 
-    def choose_branches(self) -> Branches:
-        """Where new rollouts leave the texts, once all slices have been read."""
+    def choose_branches(self) -> tuple[Branches, int]:
+        """Where new rollouts leave the texts, and up to which position that follows from the slices
+        read so far; of those behind it nothing is said."""
         context, config, texts = self.context, self.context.config, self.micro_batch.texts
-        entropy, hidden = torch.cat(self._entropy, dim=1), torch.cat(self._hidden, dim=1)
-        branches = choose_branches(context.model, entropy, texts, config, context.randomness)
-        log_probs = torch.cat(self._text_log_probs, dim=1) if config.tokens_behind else None
-        text = continuation(branches, hidden, log_probs, texts, config)
-        self._branched = _BranchContext(branches, entropy, text)
-        self._entropy, self._hidden, self._text_log_probs = [], [], []
-        return branches
+        entropy = torch.cat(self._entropy, dim=1)
+        branches, known = choose_branches(context.model, entropy, texts, config, context.randomness)
+        if entropy.shape == texts.tokens.shape:
+            hidden = torch.cat(self._hidden, dim=1)
+            behind = torch.cat(self._text_log_probs, dim=1) if config.tokens_behind else None
+            text = continuation(branches, hidden, behind, texts, config)
+            self._branched = _BranchContext(branches, entropy, text)
+            self._entropy, self._hidden, self._text_log_probs = [], [], []
+        return branches, known
 
     def draw(self, hidden: Tensor) -> Tensor:
         """The next token [R n] of every rollout, emitted by the hidden states [R n, d]."""

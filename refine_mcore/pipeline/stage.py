@@ -5,17 +5,17 @@ returns those it hands on. The graph is cut at slice borders and where branches 
 W(i) is one autograd call over slice i: its output, the states it handed on, the states and hidden
 states that branches took from it. The gradients are those of the uncut step.
 
-Branches leave the slices once their positions are known: those of stored rollouts at once, new ones
-after the last slice, until when every slice keeps its tape.
+Branches leave a slice once its positions are known, until when it keeps its tape: those of stored
+rollouts at once, new ones after the last slice.
 
 With recomputation F keeps no graph: a slice's activations are made again, all layers of the stage
-at once, just before its backward. So at most one slice's activations are alive, beside what the
-tapes of a micro-batch hold until its branches have left.
+at once, just before its backward. So at most one slice's activations are alive. Where no graph is
+kept the last stage, which draws the positions, does so slice by slice, and a tape is let go as soon
+as no branch can leave it any more; the stages before learn them after the last slice.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -94,12 +94,9 @@ class StageWork:
         self._rollouts = rollouts if micro_batch.rolls_out else None
         self._head, self._keeps_graph = head, keeps_graph
         self._slices: dict[int, _Slice] = {}
-        # Where branches leave, once that is known, and the rows of those that leave each slice.
-        self._branched_at: Branches | None = None
-        self._leaving: dict[int, list[int]] = {}
+        # Where branches leave; before the last slice of new ones, those of slices that were let go.
+        self._branched_at = None if self._stored is None else self._stored.branches
         self._branches: BranchPasses | None = None
-        if self._stored is not None:
-            self._branch_at(self._stored.branches)
 
     def run(self, item: Pass, message: Sequence[Tensor], *, last_backward: bool) -> list[Tensor]:
         """Run a pass on the tensors of its message (none if it comes from this stage); returns
@@ -146,14 +143,18 @@ class StageWork:
         piece = self._slices[index] = _Slice(*self._spans[index], hidden, before)
         new_rollouts = self._rollouts is not None and self._stored is None
         with torch.set_grad_enabled(self._keeps_graph):
-            out = self._read(piece, record=new_rollouts or index in self._leaving)
-            if new_rollouts:
-                piece.out = out
-            else:
-                self._branch_off(index, out)
-        if self._head is None:
-            return [out.hidden.detach()]
-        return self._begin_rollouts() if new_rollouts and index == len(self._spans) - 1 else []
+            piece.out = self._read(piece, record=new_rollouts or bool(self._leaving(piece)))
+        handed_on = [piece.out.hidden.detach()] if self._head is None else []
+        if not new_rollouts:
+            self._branch_off(until=piece.stop)
+        elif self._head is not None:
+            last = index == len(self._spans) - 1
+            if last or not self._keeps_graph:
+                self._branched_at, known = self._head.choose_branches()
+                self._branch_off(until=known)
+            if last:
+                return self._begin_rollouts()
+        return handed_on
 
     def _read(self, piece: _Slice, *, record: bool, again: bool = False) -> ModelOutput:
         """Forward over a slice, on the last stage with its part of the next-token loss; with
@@ -180,42 +181,44 @@ class StageWork:
 
     def _begin_rollouts(self) -> list[Tensor]:
         """On the last stage, after the last slice: first tokens and positions."""
-        assert self._head is not None
-        branches = self._head.choose_branches()
-        self._branch_at(branches)
+        assert self._branched_at is not None
         tokens = self._leave().draw_first_tokens()
-        positions = to_device(branches.position, tokens.device)
+        positions = to_device(self._branched_at.position, tokens.device)
         return [tokens, positions.reshape(self._batch.tokens.shape[0], -1)]
 
     def _branch_pass(
         self, item: Pass, message: Tensor | None = None, positions: Tensor | None = None
     ) -> list[Tensor]:
         if positions is not None and self._branched_at is None:
-            self._branch_at(Branches.at(positions.tolist()))
+            self._branched_at = Branches.at(positions.tolist())
+            self._branch_off(until=self._spans[-1][1])
         branches = self._branches or self._leave()
         run = branches.decode if item.op == "D" else branches.score
         handed_on = run(message), positions if self._head is None else None
         return [x for x in handed_on if x is not None]
 
-    def _branch_at(self, branches: Branches) -> None:
-        """Branches leave here: those read already hand on what they take."""
-        self._branched_at = branches
-        stops = [stop for _, stop in self._spans]
-        for row, position in enumerate(branches.position):
-            # the slice that holds the last token of the prefix
-            self._leaving.setdefault(bisect_left(stops, position), []).append(row)
-        for index, piece in self._slices.items():
-            with torch.set_grad_enabled(self._keeps_graph):
-                self._branch_off(index, piece.out)
-            piece.out = None
+    def _leaving(self, piece: _Slice) -> list[int]:
+        """The rows of the branches that leave a slice: it holds the last token of their prefix."""
+        positions = () if self._branched_at is None else self._branched_at.position
+        return [row for row, p in enumerate(positions) if piece.start < p <= piece.stop]
 
-    def _branch_off(self, index: int, out: ModelOutput | None) -> None:
+    def _branch_off(self, *, until: int) -> None:
+        """Slices up to the position `until` hand on what their branches take, and let go all
+        else."""
+        for piece in self._slices.values():
+            if piece.out is not None and piece.stop <= until:
+                with torch.set_grad_enabled(self._keeps_graph):
+                    self._cut_branches(piece, piece.out)
+                piece.out = None
+
+    def _cut_branches(self, piece: _Slice, out: ModelOutput) -> None:
         """Cut off what the branches that leave a slice take from it: per layer their states, and
         on the last stage the hidden states that emit their first tokens."""
-        if index not in self._leaving:
+        rows = self._leaving(piece)
+        if not rows:
             return
-        assert out is not None and out.tape is not None and self._branched_at is not None
-        piece, branches = self._slices[index], self._branched_at.select(self._leaving[index])
+        assert out.tape is not None and self._branched_at is not None
+        branches = self._branched_at.select(rows)
         states = out.tape.at(branches.batch_index, branches.position)
         hidden = None
         if self._head is not None:
@@ -226,13 +229,10 @@ class StageWork:
     def _leave(self) -> BranchPasses:
         """All branches together, ready for their passes."""
         assert self._rollouts is not None
-        back = inverse([row for rows in self._leaving.values() for row in rows])
+        pieces = [piece for piece in self._slices.values() if piece.branched is not None]
+        back = inverse([row for piece in pieces for row in self._leaving(piece)])
         streams = [row for row in back for _ in range(self._rollouts.rollouts)]
-        handed: list[Any] = []
-        for index in self._leaving:
-            cut = self._slices[index].branched
-            assert cut is not None
-            handed.append(cut.handed)
+        handed: list[Any] = [piece.branched.handed for piece in pieces if piece.branched]
         one_text = self._batch.documents is None
         states = [
             type(parts[0]).join(parts, one_text=one_text).select(streams)
@@ -271,8 +271,12 @@ class StageWork:
             with self._wrapped.no_sync():
                 of_branches = self._branches.backward(branch_gradient)
             self._branches = None
+            for read in self._slices.values():
+                if read.branched is not None:
+                    read.branched.close()
         if not self._keeps_graph:
-            self._branch_off(index, self._read(piece, record=index in self._leaving, again=True))
+            record = piece.branched is not None
+            self._cut_branches(piece, self._read(piece, record=record, again=True))
         del self._slices[index]
         with nullcontext() if last_backward else self._wrapped.no_sync():
             piece.backward(gradient)

@@ -26,6 +26,7 @@ from refine_mcore.objective.advantages import group_ids, group_relative_advantag
 from refine_mcore.objective.losses import clipped_policy_loss
 from refine_mcore.objective.positions import (
     check_lengths,
+    known_up_to,
     rollout_lengths,
     room_for_rollouts,
     select_positions,
@@ -199,19 +200,27 @@ def choose_branches(
     batch: TextBatch,
     config: RefineConfig,
     randomness: Randomness,
-) -> Branches:
-    """One position per chunk and text by the whole text's entropy [B, S] (Eq. 5, 6), and how long
-    its rollouts are; brings both to the host."""
+) -> tuple[Branches, int]:
+    """One position per chunk and text by the text's entropy (Eq. 5, 6), and how long its rollouts
+    are; brings both to the host.
+
+    Of the first T columns' entropies [B, T] also follow positions, those up to the second value
+    returned; it is S if T is.
+    """
     assert entropy is not None
+    length = batch.tokens.shape[1]
+    read = entropy.shape[1]
+    entropy = F.pad(entropy, (0, length - read))
     margins = (config.margin_left, config.margin_right)
     room = batch.mask.sum(dim=1)
     if batch.document_numbers is not None:
         room = room_for_rollouts(batch.mask, batch.document_numbers, margins).sum(dim=1)
+    window = config.smoothing_window or config.rollout_tokens
     positions = select_positions(
         entropy,
         batch.mask,
         config.num_chunks,
-        config.smoothing_window or config.rollout_tokens,
+        window,
         config.selection_temperature,
         config.selection,
         margins,
@@ -220,8 +229,18 @@ def choose_branches(
         entropy_of=config.entropy_of,
         documents=batch.document_numbers,
     )
+    known = known_up_to(
+        read,
+        batch.mask,
+        config.num_chunks,
+        window,
+        config.selection,
+        margins,
+        entropy_of=config.entropy_of,
+        documents=batch.document_numbers,
+    )
     k, c = config.rollout_tokens, config.num_chunks
-    parts = [positions, room[:, None]]
+    parts = [positions, room[:, None], known[:, None]]
     if config.rollout_entropy is not None:
         # columns of texts that are too short to roll out in, which is said below
         inside = positions.clamp(1, entropy.shape[1] - k + 1)
@@ -230,7 +249,7 @@ def choose_branches(
     if model.tp_group.size() > 1:
         # ranks must branch alike even if a bit of an entropy differed between them
         dist.broadcast(table, group=model.tp_group, group_src=0)
-    rows = table.tolist()  # a micro-batch's one planned wait for the device
+    rows = table.tolist()  # the one planned wait for the device: of a micro-batch, or of a slice
     room_of = [row[c] for row in rows]
     try:
         if batch.documents is None:
@@ -242,8 +261,8 @@ def choose_branches(
             )
     except ValueError as error:
         raise UserError(f"a batch of training texts: {error}") from None
-    lengths = None if config.rollout_entropy is None else [row[c + 1 :] for row in rows]
-    return Branches.at([row[:c] for row in rows], lengths)
+    lengths = None if config.rollout_entropy is None else [row[c + 2 :] for row in rows]
+    return Branches.at([row[:c] for row in rows], lengths), min(row[c + 1] for row in rows)
 
 
 @record_function("refine/read states")

@@ -86,7 +86,7 @@ def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, Wo
     """Positions, rollouts, old log-probs, rewards and advantages of a batch, each branch from its
     own prefix."""
     text = text_pass(context.model, batch, with_entropy=True, record=False)
-    branches = choose_branches(
+    branches, _ = choose_branches(
         context.model, text.entropy, batch, context.config, context.randomness
     )
     rows = range(len(branches))

@@ -40,7 +40,7 @@ def show_rollouts(
     randomness = Randomness(config.training.seed, config.training.steps)
     whole = whole_model(model)
     out = text_pass(whole, batch, with_entropy=True, record=True)
-    chosen = choose_branches(whole, out.entropy, batch, refine, randomness)
+    chosen, _ = choose_branches(whole, out.entropy, batch, refine, randomness)
     branches = chosen.select(range(min(_SHOWN, len(chosen))))
     n = refine.rollouts_per_position
     emitting = branches.fork(n).rows_before(out.hidden)

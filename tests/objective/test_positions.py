@@ -13,6 +13,7 @@ from refine_mcore.objective.positions import (
     SELECTION_MODES,
     check_lengths,
     chunk_probabilities,
+    known_up_to,
     rollout_lengths,
     room_for_rollouts,
     select_positions,
@@ -297,6 +298,57 @@ def test_selection_never_waits_for_the_device(mode):
     assert positions.shape == (2, 3)
 
 
+# Entropies read piece by piece
+
+
+def assert_known_positions_stay(entropy, mask, chunks, window, read, documents=None, **options):
+    """Those of the first columns alone, up to the position known, against those of the row."""
+    found = {}
+    for name, behind in (("row", entropy), ("zeros", 0.0), ("large", 50.0)):
+        values = entropy.clone()
+        values[:, read:] = behind if isinstance(behind, float) else behind[:, read:]
+        found[name] = select_positions(values, mask, chunks, window, documents=documents, **options)
+    keywords = {k: v for k, v in options.items() if k in ("mode", "margin", "entropy_of")}
+    known = known_up_to(read, mask, chunks, window, documents=documents, **keywords)[:, None]
+    for name in ("zeros", "large"):
+        same = found[name] == found["row"]
+        assert (same | (torch.minimum(found[name], found["row"]) > known)).all()
+    return known[:, 0]
+
+
+@given(
+    texts(),
+    st.sampled_from(SELECTION_MODES),
+    st.sampled_from(["rollout_token", "prefix_token"]),
+    st.sampled_from(["left", "right"]),
+    st.integers(1, 6),
+    st.data(),
+)
+def test_known_positions_do_not_move(text, mode, entropy_of, side, window, data):
+    seed, lengths, size, chunks = text
+    left = data.draw(st.integers(0, min(lengths)))
+    right = data.draw(st.integers(0, min(lengths) - left))
+    entropy, mask = random_text(seed, lengths, size, side)
+    uniforms = torch.rand(len(lengths), chunks, generator=torch.Generator().manual_seed(seed))
+    options = {"mode": mode, "margin": (left, right), "entropy_of": entropy_of}
+    before = torch.zeros(len(lengths), dtype=torch.int64)
+    for read in range(1, size + 1):
+        known = assert_known_positions_stay(
+            entropy, mask, chunks, window, read, uniforms=uniforms, **options
+        )
+        assert (known >= before).all()
+        before = known
+    assert before.tolist() == [size] * len(lengths)
+
+
+def test_a_chunk_is_known_once_its_pooled_entropies_are() -> None:
+    mask = torch.ones(1, 40, dtype=torch.int64)
+    # chunks of 10 columns; the last column of the first is pooled with two behind it
+    known = [int(known_up_to(read, mask, 4, 5, margin=0)) for read in (11, 12, 21, 22, 39, 40)]
+    assert known == [0, 10, 10, 20, 30, 40]
+    assert int(known_up_to(10, mask, 4, 5, "argmax", margin=0)) == 10
+
+
 # Refusals
 
 
@@ -385,6 +437,18 @@ def test_positions_leave_margins_within_their_document(text, chunks, mode):
         if possible and drawn is not None:
             nearest = [min(possible, key=lambda q: abs(q - p)) for p in drawn[row].tolist()]
             assert found[row].tolist() == nearest
+
+
+@given(packed_texts(), st.integers(1, 4), st.integers(1, 5), st.sampled_from(SELECTION_MODES))
+def test_known_positions_do_not_move_in_documents(text, chunks, window, mode):
+    seed, numbers, mask, spans, margins = text
+    generator = torch.Generator().manual_seed(seed)
+    entropy = 5 * torch.rand(mask.shape, generator=generator, dtype=torch.float64)
+    uniforms = torch.rand(len(mask), chunks, generator=generator, dtype=torch.float64)
+    options = {"mode": mode, "margin": margins, "uniforms": uniforms}
+    for read in range(1, mask.shape[1] + 1):
+        known = assert_known_positions_stay(entropy, mask, chunks, window, read, numbers, **options)
+    assert known.tolist() == [mask.shape[1]] * len(mask)
 
 
 @given(packed_texts(), st.sampled_from([1, 2, 3, 5]), st.booleans())

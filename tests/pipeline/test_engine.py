@@ -19,9 +19,10 @@ from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.packing import Documents
 from refine_mcore.models.presets import preset
 from refine_mcore.models.state import map_tensors
-from refine_mcore.pipeline.cut import Cut
+from refine_mcore.pipeline.cut import Cut, run_backward
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.pipeline.slices import default_slices, slice_spans
+from refine_mcore.pipeline.stage import StageWork
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.rollout.decode import draw_tokens
 from refine_mcore.step.context import StepContext
@@ -226,3 +227,38 @@ def test_recomputation_keeps_states_and_inputs_only(name: str, process_groups: A
 
     map_tensors(weigh, cut.handed)
     assert sum(kept.values()) <= needed
+
+
+@pytest.mark.parametrize("name", ["delta_net", "lact"])
+def test_tapes_are_let_go_slice_by_slice(
+    name: str, process_groups: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no graph is kept: of the slices read so far the last two at most can have branches."""
+    tapes: list[int] = []
+    run = StageWork.run
+
+    def watched(self: StageWork, item: Any, message: Any, **options: Any) -> Any:
+        handed_on = run(self, item, message, **options)
+        if item.op == "F":
+            tapes.append(sum(piece.out is not None for piece in self._slices.values()))
+        return handed_on
+
+    monkeypatch.setattr(StageWork, "run", watched)
+    bench = Bench(name, process_groups, replace(CONFIG, num_chunks=6, smoothing_window=3))
+    bench.step("fused", make_batches(1), slices=LENGTH // 2, recompute=True)
+    assert len(tapes) > 6 and max(tapes) <= 3 and tapes[-1] == 0
+    tapes.clear()
+    bench.step("fused", make_batches(1), slices=LENGTH // 2)
+    assert max(tapes) == len(tapes) - 1 and tapes[-1] == 0
+
+
+def test_a_closed_cut_keeps_gradients_alone() -> None:
+    x = torch.ones(3, requires_grad=True)
+    cut = Cut([2 * x, torch.zeros(2)])
+    (cut.handed[0] * torch.arange(3)).sum().backward()
+    cut.close()
+    assert cut.handed is None
+    ((_, gradient),) = cut.roots()
+    assert gradient is not None and gradient.tolist() == [0, 1, 2]
+    run_backward(cut.roots())
+    assert x.grad is not None and x.grad.tolist() == [0, 2, 4]

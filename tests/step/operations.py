@@ -160,7 +160,8 @@ class _AttentionOnce(torch.autograd.Function):
 
 def _branches(
     model: Any, entropy: Tensor, batch: TextBatch, config: RefineConfig, randomness: Any
-) -> Branches:
+) -> tuple[Branches, int]:
     """Spread over the text, away from chunk borders: there are no entropies to choose by."""
     step = batch.tokens.shape[1] // config.num_chunks
-    return Branches.at([[step * i + step // 2 + 13 for i in range(config.num_chunks)]])
+    positions = [step * i + step // 2 + 13 for i in range(config.num_chunks)]
+    return Branches.at([positions]), batch.tokens.shape[1]
