@@ -26,7 +26,7 @@ from refine_mcore.errors import UserError, cli
 LISTS = {
     "delta_rule": "delta_rule.triton_variants",
     "decode": "delta_rule.triton_recurrent",
-    "lact": "lact.triton_gates",
+    "lact": "lact.triton_forms",
     "rms_norm": "rms_norm.triton_rms_norm",
     "short_conv": "short_conv.triton_conv",
     "swiglu": "swiglu.triton_swiglu",

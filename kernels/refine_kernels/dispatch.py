@@ -139,7 +139,7 @@ def _without_triton(device_type: str) -> str | None:
 
 _CHUNK = ("delta_rule", "delta_rule.triton_chunk")
 _RECURRENT = ("delta_rule", "delta_rule.triton_recurrent")
-_GATES = ("lact", "lact.triton_gates")
+_LACT = ("lact", "lact.triton_forms")
 _ROWS = ("vocabulary", "vocab.triton_rows")
 
 chunk_delta_rule = _operation(_delta_chunk.chunk_delta_rule, *_CHUNK)
@@ -147,9 +147,9 @@ recurrent_delta_rule = _operation(_delta_recurrent.recurrent_delta_rule, *_RECUR
 chunk_gated_delta_rule = _operation(_gated_chunk.chunk_gated_delta_rule, *_CHUNK)
 recurrent_gated_delta_rule = _operation(_gated_recurrent.recurrent_gated_delta_rule, *_RECURRENT)
 state_from_writes = _operation(_delta_read.state_from_writes)
-apply_fast_weights = _operation(_lact.apply_fast_weights, *_GATES)
-update_fast_weights = _operation(_lact.update_fast_weights, *_GATES)
-chunk_lact = _operation(_lact.chunk_lact, *_GATES)
+apply_fast_weights = _operation(_lact.apply_fast_weights, *_LACT)
+update_fast_weights = _operation(_lact.update_fast_weights, *_LACT)
+chunk_lact = _operation(_lact.chunk_lact, *_LACT)
 causal_conv1d = _operation(_conv.causal_conv1d, "short_conv", "short_conv.triton_conv")
 rms_norm = _operation(_rms_norm.rms_norm, "rms_norm", "rms_norm.triton_rms_norm")
 swiglu = _operation(_swiglu.swiglu, "swiglu", "swiglu.triton_swiglu")

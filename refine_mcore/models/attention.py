@@ -171,7 +171,7 @@ class _Spans(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].new_zeros(ctx.shape)
         for (low, high), grad in zip(ctx.spans, grads, strict=True):
-            total[:, low:high] += grad
+            total[:, low:high].add_(grad)
         return total, None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from refine_kernels.dispatch import FastWeights, RowNorms
@@ -158,23 +158,20 @@ def join_weights(parts: Sequence[FastWeights]) -> FastWeights:
     if len(parts) == 1:
         return parts[0]
 
-    def join(tensors: Iterable[tuple[Tensor, ...]]) -> Any:
-        return tuple(map(torch.cat, zip(*tensors, strict=True)))
+    def initial_momentum(part: FastWeights) -> Tensor:
+        return part.w0.new_zeros(part.w0.shape[0], 3, *part.w0.shape[1:])
 
-    def join_some(name: str, initial: Callable[[Tensor], Tensor]) -> Any:
-        values = [getattr(part, name) for part in parts]
-        if all(value is None for value in values):
-            return None
-        return join(
-            tuple(map(initial, part[:3])) if value is None else value
-            for part, value in zip(parts, values, strict=True)
+    def initial_scales(part: FastWeights) -> tuple[Tensor, ...]:
+        return tuple(torch.ones_like(w[..., :1]) for w in part[:3])
+
+    momentum, scales = None, None
+    if any(part.momentum is not None for part in parts):
+        momentum = torch.cat(
+            [initial_momentum(p) if p.momentum is None else p.momentum for p in parts]
         )
-
-    w0, w1, w2 = join(part[:3] for part in parts)
-    return FastWeights(
-        w0,
-        w1,
-        w2,
-        join_some("momentum", torch.zeros_like),
-        join_some("scales", lambda w: torch.ones_like(w[..., :1])),
-    )
+    if any(part.scales is not None for part in parts):
+        of_parts = [initial_scales(part) if part.scales is None else part.scales for part in parts]
+        s0, s1, s2 = map(torch.cat, zip(*of_parts, strict=True))
+        scales = s0, s1, s2
+    w0, w1, w2 = map(torch.cat, zip(*(part[:3] for part in parts), strict=True))
+    return FastWeights(w0, w1, w2, momentum, scales)

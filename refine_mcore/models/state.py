@@ -217,7 +217,8 @@ class TokenHistory:
         if reach is None:
             return cls((), text, tuple(rows), tuple(limit), reach)
         low, high = max(0, min(min(limit) - reach, max(limit) - 1)), max(1, *limit)
-        kept, dropped = [], low
+        kept: list[Piece] = []
+        dropped = low
         for piece, start, stop in piece_spans(text, low, high):
             if stop - start <= piece[0].shape[1] // 2:
                 piece = tuple(x[:, start:stop] for x in piece)

@@ -177,7 +177,7 @@ def test_low_precision_tokens_with_float32_weights():
     assert o.dtype == torch.bfloat16
     buffers = boundaries[-1].momentum
     assert buffers is not None
-    assert boundaries[-1].w0.dtype == buffers[0].dtype == torch.float32
+    assert boundaries[-1].w0.dtype == buffers.dtype == torch.float32
 
 
 def realistic(dtype: torch.dtype, chunks: int = 4) -> tuple[Tokens, FastWeights]:

@@ -10,7 +10,8 @@ import torch
 from refine_kernels import dispatch, launch
 from refine_kernels.delta_rule.naive import naive_delta_rule
 from refine_kernels.gated_delta_rule.naive import naive_gated_delta_rule
-from refine_kernels.lact import gates
+from refine_kernels.lact import chunk as lact_chunk
+from refine_kernels.lact import forms
 from refine_kernels.lact.fast_weights import FastWeights
 from refine_kernels.rms_norm.naive import naive_rms_norm
 from refine_kernels.short_conv.naive import naive_causal_conv1d
@@ -24,7 +25,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
 from refine_kernels.delta_rule import triton_recurrent
-from refine_kernels.lact import triton_gates
+from refine_kernels.lact import triton_forms, triton_gates, triton_moved
 from refine_kernels.rms_norm import triton_rms_norm
 from refine_kernels.short_conv import triton_conv
 from refine_kernels.swiglu import triton_swiglu
@@ -277,16 +278,76 @@ def test_lact_gates(form, texts, heads, tokens, width, dtype):
     rates = randn(texts, tokens + 2, heads, 3).sigmoid()[:, 2:]
     chosen = inputs[:2] if form == "hidden" else [*inputs, rates]
     exact = leaves(chosen, dtype=torch.float64)
-    actual = [x.float().to(DEVICE).requires_grad_() for x in chosen]
-    expected = getattr(gates, form)(*exact, torch.float64)
+    actual = [x.to(DEVICE, torch.float32 if x is rates else dtype) for x in chosen]
+    exact = [x.detach().double().cpu().requires_grad_() for x in actual]
+    actual = [x.requires_grad_() for x in actual]
+    expected = getattr(forms, form)(*exact, torch.float64)
     found = getattr(triton_gates, form)(*actual, dtype)
     expected, found = ([x] if isinstance(x, Tensor) else x for x in (expected, found))
     assert all(x.dtype == dtype for x in found)
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3
     assert_near(found, [x.detach() for x in expected], tolerance)
     grads = gradients(found, actual)
-    assert all(x is not None and x.dtype == torch.float32 for x in grads)
+    assert [x.dtype for x in grads] == [x.dtype for x in actual]
     assert_near(grads, gradients(expected, exact), tolerance)
+
+
+@pytest.mark.parametrize("prenorm", [False, True], ids=["postnorm", "prenorm"])
+@pytest.mark.parametrize(
+    ("streams", "heads", "rows", "columns"), [(1, 1, 1, 3), (2, 3, 5, 40), (1, 2, 7, 2500)]
+)
+def test_moved_fast_weights(streams, heads, rows, columns, prenorm):
+    """Weights that all streams share, a step that is a transposed view, gradients of any layout; a
+    row of zeros, which has no direction."""
+    weight = randn(1, heads, rows, columns).expand(streams, -1, -1, -1).clone()
+    step = randn(streams, heads, columns, rows) / 3
+    norm = randn(1, heads, rows, 1).abs()
+    weight[:, :, 0], step[..., 0] = 0.0, 0.0
+    found = []
+    for form, dtype in ((triton_moved.moved, torch.float32), (forms.moved, torch.float64)):
+        inputs = [x.to(DEVICE, dtype).requires_grad_() for x in (weight[:1], step, norm)]
+        moved, scale = form(
+            inputs[0].expand(streams, -1, -1, -1), inputs[1].mT, inputs[2], prenorm=prenorm
+        )
+        assert (scale is None) != prenorm
+        read = (moved.mT * randn(*moved.mT.shape).to(DEVICE, dtype)).sum()
+        for of_scale in [True, False] if prenorm else [False]:
+            total = read + (scale.log1p().sum() if of_scale else 0.0)
+            grads = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
+            found.append([moved, *([scale] if prenorm else []), *grads])
+    half = len(found) // 2
+    for actual, expected in zip(found[:half], found[half:], strict=True):
+        given = [(a, e) for a, e in zip(actual, expected, strict=True) if e is not None]
+        assert all(a is not None for a, _ in given)
+        assert_near([a for a, _ in given], [e.detach().cpu() for _, e in given], 2e-6)
+
+
+@pytest.mark.parametrize("prenorm", [False, True], ids=["postnorm", "prenorm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lact_by_kernels_is_torchs(prenorm, dtype):
+    """A text of four chunks, with momentum: outputs, last weights and gradients, from the same
+    inputs; what goes into products is rounded alike."""
+    tokens = [randn(2, 13, 2, 6 + i)[..., :6] for i in range(3)]
+    rates, decay = randn(2, 13, 2, 3).sigmoid() / 3, randn(2, 13, 2).sigmoid()
+    weights = [randn(1, 2, *shape) / 2 for shape in ((10, 6), (6, 10), (10, 6))]
+    found = []
+    for module in (triton_forms, lact_chunk):
+        leaf = [x.to(DEVICE, dtype).requires_grad_() for x in tokens]
+        leaf += [x.to(DEVICE, torch.float32).requires_grad_() for x in (rates, decay, *weights)]
+        w0, w1, w2 = (w.expand(2, -1, -1, -1) for w in leaf[5:])
+        initial = FastWeights(w0, w1, w2)
+        o, borders = module.chunk_lact(
+            *leaf[:5],
+            initial,
+            FastWeights(*leaf[5:]).row_norms(),
+            chunk_size=4,
+            muon=False,
+            prenorm=prenorm,
+        )
+        outputs = [o, *borders[-1][:3], borders[-1].momentum]
+        found.append([*outputs, *gradients(outputs, leaf)])
+    tolerance = 4e-6 if dtype == torch.float32 else 2e-2
+    assert_near(found[0], [x.detach().double().cpu() for x in found[1]], tolerance)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU they run")
@@ -349,7 +410,7 @@ CALLS: dict[str, tuple[Any, Any]] = {
     "swiglu": (triton_swiglu, lambda x: (x,)),
     "short_conv": (triton_conv, lambda x: (x, x[0, 0, :, None, None].expand(-1, 1, 2))),
     "vocabulary": (triton_rows, lambda x: (x,)),
-    "lact": (triton_gates, lambda x: (FastWeights(*[x[None]] * 3), x)),
+    "lact": (triton_forms, lambda x: (FastWeights(*[x[None]] * 3), x)),
     "sampling": (triton_sampling, lambda x: (x, None)),
     "delta_rule": (triton_recurrent, lambda x: (*[x[:, :, None]] * 3, x[..., :1])),
 }

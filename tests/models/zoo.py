@@ -221,8 +221,10 @@ def _visible_keys(state: AttentionState, stream: int, window: int | None) -> tup
 
 def _fast_weights(state: LaCTState, stream: int) -> list[Tensor]:
     weights = state.weights
-    momentum = weights.momentum or tuple(torch.zeros_like(w) for w in weights[:3])
-    return [w[state.weight_rows[stream]] for w in (*weights[:3], *momentum)]
+    momentum = weights.momentum
+    if momentum is None:
+        momentum = torch.zeros_like(torch.stack((weights.w0, weights.w1.mT, weights.w2), 1))
+    return [w[state.weight_rows[stream]] for w in (*weights[:3], momentum)]
 
 
 def gradients(model: FastWeightModel, loss: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from refine_kernels import dispatch, launch
 from refine_kernels.delta_rule import triton_chunk, triton_recurrent
-from refine_kernels.lact import triton_gates
+from refine_kernels.lact import triton_forms
 from refine_kernels.rms_norm import triton_rms_norm
 from refine_kernels.short_conv import triton_conv
 from refine_kernels.swiglu import triton_swiglu
@@ -38,7 +38,7 @@ META = torch.device("meta")
 _KERNELS: tuple[Any, ...] = (
     triton_chunk,
     triton_recurrent,
-    triton_gates,
+    triton_forms,
     triton_rms_norm,
     triton_conv,
     triton_swiglu,

@@ -13,8 +13,8 @@ but under selective recomputation.
 import torch
 from torch import Tensor
 
-from refine_kernels.lact.fast_weights import FastWeights, RowNorms, scale_to_norm
-from refine_kernels.lact.gates import BY_TORCH, GateForms
+from refine_kernels.lact.fast_weights import FastWeights, RowNorms
+from refine_kernels.lact.forms import BY_TORCH, Forms
 from refine_kernels.lact.newton_schulz import newton_schulz
 from refine_kernels.lact.products import Precision, Product, product_in
 from refine_kernels.recompute import recomputed, recomputed_where_remaking
@@ -25,7 +25,7 @@ def apply_fast_weights(
     fq: Tensor,
     *,
     precision: Precision | None = None,
-    forms: GateForms = BY_TORCH,
+    forms: Forms = BY_TORCH,
 ) -> Tensor:
     """f(fq) = w1 (silu(w0 fq) * (w2 fq)) for every token and fast head: [B,T,n,d] -> [B,T,n,d].
 
@@ -37,7 +37,8 @@ def apply_fast_weights(
     def read(fq: Tensor, *weights: Tensor) -> Tensor:
         w0, w1, w2 = _of(weights).effective()
         x = fq.transpose(1, 2)
-        hidden = forms.hidden(product(x, w0.mT), product(x, w2.mT), product.operands)
+        z, h = product(x, w0.mT), product(x, w2.mT)
+        hidden = forms.hidden(z, h, product.operands)
         return product(hidden, w1.mT).transpose(1, 2).to(fq.dtype)
 
     return recomputed(read, fq, *weights[:3], *(weights.scales or ()))
@@ -55,7 +56,7 @@ def update_fast_weights(
     muon_dtype: torch.dtype | None = None,
     prenorm: bool = False,
     precision: Precision | None = None,
-    forms: GateForms = BY_TORCH,
+    forms: Forms = BY_TORCH,
 ) -> FastWeights:
     """One update from all given tokens: ascent on sum_t eta_t <f(fk_t), fv_t>.
 
@@ -66,31 +67,24 @@ def update_fast_weights(
     """
     product = product_in(precision, fk.dtype, weights.w0.dtype)
 
-    def gradients(
-        fk: Tensor, fv: Tensor, lr: Tensor, *weights: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(fk: Tensor, fv: Tensor, lr: Tensor, *weights: Tensor) -> Tensor:
         return _objective_gradients(_of(weights).effective(), fk, fv, lr, product, forms)
 
-    grads = recomputed(gradients, fk, fv, lr, *weights[:3], *(weights.scales or ()))
+    steps = recomputed(gradients, fk, fv, lr, *weights[:3], *(weights.scales or ()))
     if momentum is not None and weights.momentum is not None:
-        decay = momentum.to(lr.dtype).mean(1)[..., None, None]
-        g0, g1, g2 = (g + decay * b for g, b in zip(grads, weights.momentum, strict=True))
-        grads = (g0, g1, g2)
-    steps = grads
+        decay = momentum.to(lr.dtype).mean(1)[:, None, :, None, None]
+        steps = steps + decay * weights.momentum
+    buffers = None if momentum is None else steps
     if muon:
-        steps = recomputed_where_remaking(_orthogonalised, *grads, muon_dtype)
-    w0, w1, w2 = (w + step for w, step in zip(weights[:3], steps, strict=True))
-    s0, s1, s2 = (scale_to_norm(w, norm) for w, norm in zip((w0, w1, w2), norms, strict=True))
-    updated = FastWeights(w0, w1, w2, None if momentum is None else grads, (s0, s1, s2))
-    return updated if prenorm else FastWeights(*updated.effective(), momentum=updated.momentum)
-
-
-def _orthogonalised(
-    g0: Tensor, g1: Tensor, g2: Tensor, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three at once: they have one shape when that of w1 is transposed."""
-    x0, x1, x2 = newton_schulz(torch.stack((g0, g1.mT, g2)), dtype)
-    return x0, x1.mT, x2
+        steps = recomputed_where_remaking(newton_schulz, steps, muon_dtype)
+    x0, x1, x2 = steps.unbind(1)
+    moved = [
+        forms.moved(weight, step, norm, prenorm=prenorm)
+        for weight, step, norm in zip(weights[:3], (x0, x1.mT, x2), norms, strict=True)
+    ]
+    (w0, s0), (w1, s1), (w2, s2) = moved
+    scales = None if s0 is None or s1 is None or s2 is None else (s0, s1, s2)
+    return FastWeights(w0, w1, w2, buffers, scales)
 
 
 def _of(weights: tuple[Tensor, ...]) -> FastWeights:
@@ -113,7 +107,7 @@ def chunk_lact(
     muon_dtype: torch.dtype | None = None,
     prenorm: bool = False,
     precision: Precision | None = None,
-    forms: GateForms = BY_TORCH,
+    forms: Forms = BY_TORCH,
 ) -> tuple[Tensor, list[FastWeights]]:
     """The branch over a text whose first token starts a chunk.
 
@@ -153,11 +147,15 @@ def _objective_gradients(
     fv: Tensor,
     lr: Tensor,
     product: Product,
-    forms: GateForms,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of sum_t eta_t <f(fk_t), fv_t> for (w0, w1, w2), each with its own rates."""
+    forms: Forms,
+) -> Tensor:
+    """Gradients of sum_t eta_t <f(fk_t), fv_t> for (w0, w1^T, w2), each with its own rates, as one
+    [B,3,n,dh,d]."""
     w0, w1, w2 = weights
     k, v = fk.transpose(1, 2), fv.transpose(1, 2)
-    z, h, d_hidden = product(k, w0.mT), product(k, w2.mT), product(v, w1)
+    z, h, d_hidden = (product(*x) for x in ((k, w0.mT), (k, w2.mT), (v, w1)))
     of_w0, of_w1, of_w2 = forms.factors(z, h, d_hidden, lr, product.operands)
-    return product(of_w0.mT, k), product(v.mT, of_w1), product(of_w2.mT, k)
+    factors = ((of_w0, k), (of_w1, v), (of_w2, k))
+    # tokens first: so the backward's products come out as the factors lie
+    found = torch.stack([product(tokens.mT, x).mT for x, tokens in factors], 1)
+    return found.to(product.states)

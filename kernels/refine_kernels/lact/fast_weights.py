@@ -19,16 +19,16 @@ class RowNorms(NamedTuple):
 class FastWeights(NamedTuple):
     """f(z) = w1 (silu(w0 z) * (w2 z)) of each stream and fast head, and the momentum buffers.
 
-    w0, w2 [B,n,dh,d]; w1 [B,n,d,dh].  ``momentum`` has the same three shapes; None stands for
-    zeros.  With prenorm these are the un-normalised weights, and f has each row times its factor in
-    ``scales`` [B,n,rows,1]; None stands for ones: the published code reads the initial weights as
-    they are.
+    w0, w2 [B,n,dh,d]; w1 [B,n,d,dh].  ``momentum`` [B,3,n,dh,d] is that of w0, w1^T and w2; None
+    stands for zeros.  With prenorm these are the un-normalised weights, and f has each row times
+    its factor in ``scales`` [B,n,rows,1]; None stands for ones: the published code reads the
+    initial weights as they are.
     """
 
     w0: Tensor
     w1: Tensor
     w2: Tensor
-    momentum: tuple[Tensor, Tensor, Tensor] | None = None
+    momentum: Tensor | None = None
     scales: tuple[Tensor, Tensor, Tensor] | None = None
 
     def row_norms(self) -> RowNorms:

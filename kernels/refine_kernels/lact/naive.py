@@ -43,12 +43,15 @@ def naive_lact(
     main = [w * 1.0 for w in weights[:3]]
     buffers = [torch.zeros_like(w) for w in main]
     if weights.momentum is not None:
-        buffers = list(weights.momentum)
+        m0, m1, m2 = weights.momentum.unbind(1)
+        buffers = [m0, m1.mT, m2]
     t_total = fq.shape[1]
     outputs, boundary_weights = [], []
     for start in range(0, t_total, chunk_size):
         end = min(start + chunk_size, t_total)
-        momenta = None if momentum is None else (buffers[0], buffers[1], buffers[2])
+        momenta = None
+        if momentum is not None:
+            momenta = torch.stack((buffers[0], buffers[1].mT, buffers[2]), 1)
         boundary_weights.append(FastWeights(main[0], main[1], main[2], momenta))
         w = main  # as published, also with prenorm: the initial weights as they are
         if prenorm and start > 0:

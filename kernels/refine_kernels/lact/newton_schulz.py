@@ -18,6 +18,8 @@ COEFFICIENTS = (
     (2.8366, -3.0525, 1.2012),
 )
 
+_EPS = 1e-7
+
 
 def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """X = G / (|G|_F + 1e-7), then X <- a X + (b A + c A^2) X with A = X X^T, five times.
@@ -30,7 +32,6 @@ def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if tall:
         # A is square in the shorter side.
         x = x.transpose(-1, -2)
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
     x = _Iterations.apply(x)
     if tall:
         x = x.transpose(-1, -2)
@@ -38,11 +39,15 @@ def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class _Iterations(torch.autograd.Function):
-    """The five steps on [N, rows, cols]; the backward has four products a step, autograd's six."""
+    """Norm and the five steps of [N, rows, cols]; the backward has four products a step, autograd's
+    six."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        kept = []
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+        length = norm + _EPS
+        x = x / length
+        kept = [norm, length]
         for a, b, c in COEFFICIENTS:
             gram = x @ x.mT
             polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -57,7 +62,7 @@ class _Iterations(torch.autograd.Function):
         """With P = b A + c A^2 and G the gradient of a step's result, that of P is G X^T.  A and P
         are symmetric, so with Q = G X^T + (G X^T)^T what comes to X through A is S X with
         S = N + N^T, N = b/2 Q + c Q A, and dX = a G + P G + S X."""
-        kept = ctx.saved_tensors
+        norm, length, *kept = ctx.saved_tensors
         for i in reversed(range(len(COEFFICIENTS))):
             (a, b, c), (x, gram, polynomial) = COEFFICIENTS[i], kept[3 * i : 3 * i + 3]
             q = grad @ x.mT
@@ -65,4 +70,7 @@ class _Iterations(torch.autograd.Function):
             n = torch.baddbmm(q, q, gram, beta=b / 2, alpha=c)
             grad = torch.baddbmm(grad, polynomial, grad, beta=a)
             grad = torch.baddbmm(grad, n + n.mT, x)
-        return grad
+        # of Y = G / q with q = |G| + eps: (dY - <dY, Y> q / |G| Y) / q, of zeros dY / q
+        y = kept[0]
+        along = (grad * y).sum((-2, -1), keepdim=True) * length / norm.clamp_min(_EPS)
+        return torch.addcmul(grad, along, y, value=-1) / length

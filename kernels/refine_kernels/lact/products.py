@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Product:
-    """a [..., i, j], b [..., j, k] -> a b [..., i, k] in ``result``, operands in ``operands``."""
+    """a [..., i, j], b [..., j, k] -> a b [..., i, k]: all three in ``operands``, to which it
+    rounds; what adds up over chunks is in ``states``."""
 
     operands: torch.dtype
-    result: torch.dtype
+    states: torch.dtype
     tf32: bool = False
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
@@ -33,13 +34,12 @@ class Product:
             if a.is_cuda and self.operands == torch.float32:
                 return _TF32Product.apply(a, b)
             _log_no_tf32(a.device.type, self.operands)
-        return (a @ b).to(self.result)
+        return a @ b
 
 
 def product_in(precision: Precision | None, tokens: torch.dtype, states: torch.dtype) -> Product:
-    """The product in the dtype of the states, of operands in that of ``precision``: bfloat16,
-    float32 (the dtype of the states if wider), tf32 (on CUDA; elsewhere float32), or None for that
-    of the tokens."""
+    """The product of operands in the dtype of ``precision``: bfloat16, float32 (that of the states
+    if wider), tf32 (on CUDA; elsewhere float32), or None for that of the tokens."""
     compute = torch.promote_types(torch.promote_types(tokens, states), torch.float32)
     if precision in (None, "bfloat16"):
         return Product(tokens if precision is None else torch.bfloat16, compute)

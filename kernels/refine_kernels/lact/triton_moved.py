@@ -1,0 +1,223 @@
+"""The rows of moved fast weights, as one pass over memory each way, in Triton: `moved` of forms.py.
+
+With r = w + x a row of a weight and its step, n = |r|, q = n + eps, s = norm / q, and g the
+gradient of the result r s, that of w and x is g s - <g, r> norm / q^2 r / n, of norm <g, r> / q.
+With prenorm r and s are the results; with their gradients g and t that of w and x is
+g - t norm / q^2 r / n, of norm t / q.  A row of zeros has no direction: its r / n is 0, as torch
+has it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from refine_kernels import launch
+from refine_kernels.lact.fast_weights import ROW_NORM_EPS
+from refine_kernels.triton_variant import Variant, integers, variant
+
+_TILE = 2048  # numbers a program holds at a time
+
+
+def moved(
+    weight: Tensor, step: Tensor, norm: Tensor, *, prenorm: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As forms.moved."""
+    out, scale = _Moved.apply(weight, step, norm, prenorm)
+    return out, scale if prenorm else None
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, step: Tensor, norm: Tensor, prenorm: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight, step, norm)
+        ctx.prenorm = prenorm
+        ctx.set_materialize_grads(False)
+        out = launch.empty(step.shape, torch.float32, step.device)
+        scale = launch.empty((*step.shape[:-1], 1), torch.float32, step.device)
+        rows = _Rows(weight, step, norm, prenorm)
+        launch.run(
+            moved_forward, rows.grid, *rows.tensors, out, scale, *rows.sizes, **rows.constants
+        )
+        if not prenorm:
+            ctx.mark_non_differentiable(scale)
+        return out, scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_scale: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        weight, step, norm = ctx.saved_tensors
+        if grad is None and grad_scale is None:
+            return None, None, None, None
+        if grad is None:
+            grad = torch.zeros_like(step)
+        if ctx.prenorm and grad_scale is None:
+            return grad, grad, None, None
+        found = launch.empty(step.shape, torch.float32, step.device)
+        of_norm = launch.empty((*step.shape[:-1], 1), torch.float32, step.device)
+        rows = _Rows(weight, step, norm, ctx.prenorm)
+        launch.run(
+            moved_backward,
+            rows.grid,
+            *(*rows.tensors, grad, grad_scale, found, of_norm),
+            *(*rows.sizes, *grad.stride()),
+            **rows.constants,
+        )
+        return found, found, of_norm.sum_to_size(norm.shape), None
+
+
+class _Rows:
+    """How a kernel gets the rows: any strides of matrices and of their rows and columns."""
+
+    def __init__(self, weight: Tensor, step: Tensor, norm: Tensor, prenorm: bool) -> None:
+        streams, heads, rows, columns = step.shape
+        weight, norm = weight.expand(step.shape), norm.expand(streams, heads, rows, 1)
+        self.tensors = weight, step, norm
+        total = streams * heads * rows
+        self.sizes = total, heads, rows, *weight.stride(), *step.stride(), *norm.stride()[:3]
+        self.constants = _constants(columns, prenorm)
+        self.grid = (triton.cdiv(total, self.constants["ROWS"]),)
+
+
+def _constants(columns: int, prenorm: bool) -> dict[str, Any]:
+    width = triton.next_power_of_2(columns)
+    return {
+        "D": columns,
+        "BD": width,
+        "ROWS": max(1, _TILE // width),
+        "EPS": ROW_NORM_EPS,
+        "PRENORM": prenorm,
+        "num_warps": 8 if width > _TILE else 4,
+    }
+
+
+@triton.jit
+def _places(stream, head, row, column, stride_s, stride_n, stride_r, stride_c):
+    """Where some rows of [B,n,rows,columns] are, [ROWS, BD]."""
+    at = stream.to(tl.int64) * stride_s + head * stride_n + row * stride_r
+    return at[:, None] + (column * stride_c)[None, :]
+
+
+@triton.jit
+def moved_forward(
+    weight,
+    step,
+    norm,
+    out,
+    scale,
+    total,
+    heads,
+    rows,
+    stride_ws,
+    stride_wn,
+    stride_wr,
+    stride_wc,
+    stride_xs,
+    stride_xn,
+    stride_xr,
+    stride_xc,
+    stride_ns,
+    stride_nn,
+    stride_nr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    ROWS: tl.constexpr,
+    EPS: tl.constexpr,
+    PRENORM: tl.constexpr,
+):
+    """r s and s, or with PRENORM r and s."""
+    place, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
+    known = place < total
+    inside = known[:, None] & (column < D)[None, :]
+    stream, head, row = place // (heads * rows), place // rows % heads, place % rows
+    at = _places(stream, head, row, column, stride_ws, stride_wn, stride_wr, stride_wc)
+    r = tl.load(weight + at, mask=inside, other=0.0)
+    at = _places(stream, head, row, column, stride_xs, stride_xn, stride_xr, stride_xc)
+    r += tl.load(step + at, mask=inside, other=0.0)
+    at = stream.to(tl.int64) * stride_ns + head * stride_nn + row * stride_nr
+    s = tl.load(norm + at, mask=known, other=0.0) / (tl.sqrt(tl.sum(r * r, 1)) + EPS)
+    if not PRENORM:
+        r *= s[:, None]
+    at = place.to(tl.int64)[:, None] * D + column[None, :]
+    tl.store(out + at, r, mask=inside)
+    tl.store(scale + place, s, mask=known)
+
+
+@triton.jit
+def moved_backward(
+    weight,
+    step,
+    norm,
+    grad,
+    grad_scale,
+    found,
+    of_norm,
+    total,
+    heads,
+    rows,
+    stride_ws,
+    stride_wn,
+    stride_wr,
+    stride_wc,
+    stride_xs,
+    stride_xn,
+    stride_xr,
+    stride_xc,
+    stride_ns,
+    stride_nn,
+    stride_nr,
+    stride_gs,
+    stride_gn,
+    stride_gr,
+    stride_gc,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    ROWS: tl.constexpr,
+    EPS: tl.constexpr,
+    PRENORM: tl.constexpr,
+):
+    """The gradients of weight and step, which are one, and of the norms."""
+    place, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
+    known = place < total
+    inside = known[:, None] & (column < D)[None, :]
+    stream, head, row = place // (heads * rows), place // rows % heads, place % rows
+    at = _places(stream, head, row, column, stride_ws, stride_wn, stride_wr, stride_wc)
+    r = tl.load(weight + at, mask=inside, other=0.0)
+    at = _places(stream, head, row, column, stride_xs, stride_xn, stride_xr, stride_xc)
+    r += tl.load(step + at, mask=inside, other=0.0)
+    at = stream.to(tl.int64) * stride_ns + head * stride_nn + row * stride_nr
+    wanted = tl.load(norm + at, mask=known, other=0.0)
+    length = tl.sqrt(tl.sum(r * r, 1))
+    inverse = 1 / (length + EPS)
+    at = _places(stream, head, row, column, stride_gs, stride_gn, stride_gr, stride_gc)
+    g = tl.load(grad + at, mask=inside, other=0.0)
+    at = place.to(tl.int64)[:, None] * D + column[None, :]
+    if PRENORM:
+        along = tl.load(grad_scale + place, mask=known, other=0.0)
+    else:
+        along = tl.sum(g * r, 1)
+        g *= (wanted * inverse)[:, None]
+    direction = tl.where(length > 0, 1 / tl.where(length > 0, length, 1.0), 0.0)
+    g -= r * (along * wanted * inverse * inverse * direction)[:, None]
+    tl.store(found + at, g, mask=inside)
+    tl.store(of_norm + place, along * inverse, mask=known)
+
+
+def variants(widths: tuple[int, ...]) -> Iterator[Variant]:
+    """As they are compiled ahead of time, for fast heads of these widths."""
+    tensors = ("weight", "step", "norm", "out", "scale", "grad", "grad_scale", "found", "of_norm")
+    types = dict.fromkeys(tensors, "*fp32") | integers("total", "heads", "rows")
+    for width in widths:
+        for prenorm in (False, True):
+            title = f"d{width}_{'prenorm' if prenorm else 'postnorm'}"
+            without = () if prenorm else ("grad_scale",)
+            for kernel in (moved_forward, moved_backward):
+                yield variant(kernel, title, _constants(width, prenorm), types, without)
