@@ -27,7 +27,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from types import CodeType
@@ -129,6 +129,26 @@ def without_waiting(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def graph_capture() -> Callable[[Callable[[], None]], Callable[[], None]] | None:
+    """What captures work on fixed memory to have the device repeat it; None where there is no such
+    thing, as on a CPU."""
+    return _cuda_graph if device().type == "cuda" else None
+
+
+def _cuda_graph(run: Callable[[], None]) -> Callable[[], None]:
+    # as torch asks for: once on a stream of its own before, so that nothing is set up meanwhile
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # other threads of the process (NCCL's watchdog) may go on asking the device meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
 
 
 def backend() -> str:

@@ -117,6 +117,7 @@ HELD_OUT = f"evaluation.paths=[{CORPUS}]"
 ELSEWHERE = {
     "data.answer_eos": "tests/data/test_examples.py",
     "data.max_answer_tokens": "tests/data/test_examples.py",
+    "training.decode_graphs": "tests/pipeline/test_decoding.py",
     "posttrain.inner": "tests/training/test_posttrain.py",
     "ttt.reset": "tests/training/test_ttt.py",
     "evaluation.niah_length": "tests/evaluation/test_in_training.py",
@@ -279,6 +280,7 @@ TABLE: list[tuple[str, Seen]] = [
     ("kernels.delta_rule", layout("triton", lambda b: b.kernels["delta_rule"])),
     ("kernels.lact", layout("triton", lambda b: b.kernels["lact"])),
     ("kernels.rms_norm", layout("triton", lambda b: b.kernels["rms_norm"])),
+    ("kernels.rotary", layout("triton", lambda b: b.kernels["rotary"])),
     ("kernels.short_conv", layout("triton", lambda b: b.kernels["short_conv"])),
     ("kernels.swiglu", layout("triton", lambda b: b.kernels["swiglu"])),
     ("kernels.vocabulary", layout("triton", lambda b: b.kernels["vocabulary"])),

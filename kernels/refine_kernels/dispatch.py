@@ -21,9 +21,11 @@ from refine_kernels.delta_rule.chunk import ChunkOutput
 from refine_kernels.gated_delta_rule import chunk as _gated_chunk
 from refine_kernels.gated_delta_rule import recurrent as _gated_recurrent
 from refine_kernels.lact import chunk as _lact
+from refine_kernels.lact import features as _features
 from refine_kernels.lact.fast_weights import FastWeights, RowNorms
 from refine_kernels.lact.products import Precision
 from refine_kernels.rms_norm import rms_norm as _rms_norm
+from refine_kernels.rotary import rotary as _rotary
 from refine_kernels.short_conv import conv as _conv
 from refine_kernels.swiglu import swiglu as _swiglu
 from refine_kernels.vocab import linear as _linear
@@ -43,11 +45,13 @@ __all__ = [
     "chunk_lact",
     "combine_keys",
     "counter_uniform",
+    "fast_features",
     "linear_log_probs_and_entropy",
     "log_probs_and_entropy",
     "recurrent_delta_rule",
     "recurrent_gated_delta_rule",
     "rms_norm",
+    "rotate",
     "sample_tokens",
     "state_from_writes",
     "swiglu",
@@ -59,7 +63,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # What `use` can choose: operations that have a Triton form.
-CHOICES = ("delta_rule", "lact", "rms_norm", "short_conv", "swiglu", "vocabulary")
+CHOICES = ("delta_rule", "lact", "rms_norm", "rotary", "short_conv", "swiglu", "vocabulary")
 _WANTED = dict.fromkeys(CHOICES, "auto")
 _RAN: dict[str, str] = {}
 
@@ -150,8 +154,10 @@ state_from_writes = _operation(_delta_read.state_from_writes)
 apply_fast_weights = _operation(_lact.apply_fast_weights, *_LACT)
 update_fast_weights = _operation(_lact.update_fast_weights, *_LACT)
 chunk_lact = _operation(_lact.chunk_lact, *_LACT)
+fast_features = _operation(_features.fast_features, "lact", "lact.triton_features")
 causal_conv1d = _operation(_conv.causal_conv1d, "short_conv", "short_conv.triton_conv")
 rms_norm = _operation(_rms_norm.rms_norm, "rms_norm", "rms_norm.triton_rms_norm")
+rotate = _operation(_rotary.rotate, "rotary", "rotary.triton_rotary")
 swiglu = _operation(_swiglu.swiglu, "swiglu", "swiglu.triton_swiglu")
 log_probs_and_entropy = _operation(_log_probs.log_probs_and_entropy, *_ROWS)
 sample_tokens = _operation(_sampling.sample_tokens, "vocabulary", "vocab.triton_sampling")

@@ -255,6 +255,9 @@ class TrainingConfig:
     # norms, gates, short convolutions, rotations and activations, and LaCT's Newton-Schulz; about
     # half of the memory is left. full: each slice's whole forward runs again before its backward.
     recompute: Literal["selective", "full"] | None = None
+    # On CUDA replay the decode passes of rollouts as CUDA graphs, where layers are delta rules and
+    # one rank has the whole model; elsewhere they run operation by operation.
+    decode_graphs: bool = True
 
 
 @dataclass(frozen=True)
@@ -285,10 +288,12 @@ class KernelsConfig:
     # they disagree with torch at their first call.
     # Delta rules, over a text and a token at a time.
     delta_rule: Literal["auto", "torch", "triton"] = "auto"
-    # What LaCT computes between its products.
+    # What LaCT computes between its products, its fast queries and keys among it.
     lact: Literal["auto", "torch", "triton"] = "auto"
     # RMS norms, gated or not.
     rms_norm: Literal["auto", "torch", "triton"] = "auto"
+    # Rotary positions.
+    rotary: Literal["auto", "torch", "triton"] = "auto"
     # Short causal convolutions.
     short_conv: Literal["auto", "torch", "triton"] = "auto"
     # The activation of MLPs.

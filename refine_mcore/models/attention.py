@@ -5,7 +5,7 @@ branches differ only in what history they bring. The history is in pieces as the
 meets them joined, which its backward joins again, so that keys and values are kept once in however
 many slices it is run. They are read in place by every branch, piece by piece under a mask; a window
 per branch would store the text several times over. `SelfAttention` is the mixer of a hybrid's
-attention layers; LaCT uses `attend` and `rotate` for its own window attention.
+attention layers; LaCT uses `attend` for its own window attention.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
 )
-from refine_kernels.dispatch import rms_norm
+from refine_kernels.dispatch import rms_norm, rotate
 from refine_kernels.recompute import recomputed, remade, remaking
 from torch import Tensor
 
@@ -78,15 +78,6 @@ def _rotary_table(
     exponents = torch.arange(0, dim, 2, device=device, dtype=dtype) / dim
     angles = steps.to(dtype)[:, :, None, None] * base**-exponents
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [R, T, heads, dim] by a `rotary_table` of its first n dimensions, in
-    halves: dimension i is paired with i + n/2. Those past n stay as they are."""
-    half = cos.shape[-1]
-    first, second, rest = x.to(cos.dtype).split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin, rest]
-    return torch.cat(rotated, dim=-1).to(x.dtype)
 
 
 def attend(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:

@@ -51,6 +51,9 @@ class DeltaRuleState(FastWeightState):
         """conv and recurrent with a row for each stream."""
         return take_streams(self.conv, self.rows), take_streams(self.recurrent, self.rows)
 
+    def unshared(self) -> DeltaRuleState:
+        return self.of(*self.of_streams())
+
     def select(self, indices: Sequence[int]) -> DeltaRuleState:
         return replace(self, rows=tuple(self.rows[i] for i in indices))
 

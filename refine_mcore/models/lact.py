@@ -29,10 +29,12 @@ from refine_kernels.dispatch import (
     RowNorms,
     apply_fast_weights,
     chunk_lact,
+    fast_features,
     rms_norm,
+    rotate,
     update_fast_weights,
 )
-from refine_kernels.recompute import recomputed, remade
+from refine_kernels.recompute import remade
 from torch import Tensor
 
 from refine_mcore.models.attention import (
@@ -42,7 +44,6 @@ from refine_mcore.models.attention import (
     next_attention_state,
     record_text,
     rotary_table,
-    rotate,
 )
 from refine_mcore.models.lact_state import (
     FastInputs,
@@ -74,7 +75,7 @@ from refine_mcore.models.state import (
 )
 from refine_mcore.models.transformer_config import FastWeightConfig
 
-_NORM_EPS = 1e-5  # of the output norm, the qk norm and the unit norm of fast queries and keys
+_NORM_EPS = 1e-5  # of the output norm and the qk norm
 _BASE_RATE = 0.001
 _RATE_SHIFT = _BASE_RATE + math.log(-math.expm1(-_BASE_RATE))  # softplus(_RATE_SHIFT) = _BASE_RATE
 
@@ -187,9 +188,8 @@ class LaCT(Mixer):
         scale, offset = self.qk_scale, self.qk_offset
 
         def features(x: Tensor, scale: Tensor, offset: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            normed = partial(_fast_features, head_dim=self.fast_dim, silu=self.options.qkv_silu)
-            # its intermediates in float32 are made again in the backward
-            y = recomputed(normed, x, scale, offset)
+            silu = self.options.qkv_silu
+            y = fast_features(x, scale, offset, head_dim=self.fast_dim, silu=silu)
             return self._rotate_fast(y, cos, sin) if self.options.fast_rope else y
 
         fq = remade(features, q, scale[:, 0], offset[:, 0], *table)
@@ -359,24 +359,6 @@ class _WeightsInForce(NamedTuple):
     norms: RowNorms
 
 
-def _fast_features(
-    x: Tensor, scale: Tensor, offset: Tensor, *, head_dim: int, silu: bool
-) -> Tensor:
-    """[R, T, width] -> [R, T, n, head_dim]: scaled and moved by channel, then of unit norm by
-    head."""
-    x = x * scale + offset
-    x = F.silu(x) if silu else x
-    return _unit_norm(x.reshape(*x.shape[:2], -1, head_dim))
-
-
 def _add_read(attended: Tensor, read: Tensor, gain: Tensor, gate: Tensor | None) -> Tensor:
     """Both branches [R, T, width]: attended, and what the fast weights read, normed and gated."""
     return attended.flatten(2) + rms_norm(read, gain, _NORM_EPS, gate).flatten(2)
-
-
-def _unit_norm(x: Tensor) -> Tensor:
-    """x / (|x| + eps) over the last dimension; unlike the delta rules' norm the eps is outside the
-    root."""
-    wide = x.to(at_least_float32(x.dtype))
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide / (norm + _NORM_EPS)).to(x.dtype)

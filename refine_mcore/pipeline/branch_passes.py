@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.pipeline.cut import Root, run_backward
+from refine_mcore.pipeline.decoding import Decoder, Decoding
 from refine_mcore.pipeline.head import Head
 
 
@@ -49,6 +50,7 @@ class BranchPasses:
     def __init__(
         self,
         model: FastWeightModel,
+        decoder: Decoder,
         head: Head | None,
         shape: RolloutShape,
         states: Sequence[FastWeightState],
@@ -57,7 +59,8 @@ class BranchPasses:
         behind: Tensor | None = None,
     ) -> None:
         self._model, self._head, self._shape = model, head, shape
-        self._states, self._decoding = states, states
+        self._states, self._decoder = states, decoder
+        self._decoding: Decoding | None = None
         self._prefix_hidden, self._behind = prefix_hidden, behind
         self._tokens: list[Tensor] = [] if tokens is None else [*tokens.unbind(1)]
         self._scored_input: Tensor | None = None
@@ -81,16 +84,15 @@ class BranchPasses:
         """
         hidden = self._take(message)
         tokens = self._tokens[-1][:, None] if self._model.pre_process else self._unread(1)
-        self._model.set_input_tensor(hidden)
-        out = self._model(tokens, self._decoding, output_states=True)
-        assert out.states is not None
-        self._decoding = out.states
-        return out.hidden if self._head is None else self._draw(out.hidden[:, 0])
+        if self._decoding is None:
+            self._decoding = self._decoder.start(self._states)
+        out = self._decoding.step(tokens, hidden)
+        return out if self._head is None else self._draw(out[:, 0])
 
     def score(self, message: Tensor | None) -> Tensor | None:
         """All tokens at once and those behind them, if they are trained on with gradients: hidden
         states for the next stage. The last one makes the policy loss of them."""
-        self._decoding = []
+        self._decoding = None
         hidden = self._take(message)
         self._scored_input = None if hidden is None else hidden.requires_grad_()
         tokens = self.tokens

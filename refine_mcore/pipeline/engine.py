@@ -20,9 +20,11 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 from torch.profiler import record_function
 
+from refine_mcore import platform
 from refine_mcore.config import RefineConfig
 from refine_mcore.pipeline.branch_passes import RolloutShape
 from refine_mcore.pipeline.channels import Channels
+from refine_mcore.pipeline.decoding import Decoder
 from refine_mcore.pipeline.head import Head, Objective
 from refine_mcore.pipeline.instructions import Action
 from refine_mcore.pipeline.micro_batch import MicroBatch, StoredRollouts
@@ -51,6 +53,7 @@ class PipelineEngine:
         wrapped: this stage's part of the model.
         slices: of every text; None for as many as the plan gains from, which on one stage is one.
         recompute: keep no activations between a slice's forward and its backward.
+        decode_graphs: replay decode passes as CUDA graphs where that is possible.
         timeout_s: how long to wait for another stage.
     """
 
@@ -61,12 +64,17 @@ class PipelineEngine:
         *,
         slices: int | None = None,
         recompute: bool = False,
+        decode_graphs: bool = True,
         timeout_s: float = 600.0,
     ) -> None:
         self._wrapped, self._slices, self._recompute = wrapped, slices, recompute
         self._stage, self._stages = pg_collection.pp.rank(), pg_collection.pp.size()
         # wraps every pass: names it in profiles; a benchmark times it
         self.observe: Callable[[Pass], AbstractContextManager[object]] = _annotate
+        # a graph holds the states of one micro-batch: in a pipeline those of several take turns
+        alone = self._stages == 1 and pg_collection.tp.size() == 1
+        capture = platform.graph_capture() if alone and decode_graphs else None
+        self.decoder = Decoder(wrapped.module, capture)
         self._channels: Channels | None = None
         if self._stages > 1:
             # layers sum over tp; the first forward gathers parameters over intra_dp_cp
@@ -157,7 +165,8 @@ class PipelineEngine:
             head = None
             if self._stage == self._stages - 1:
                 head = Head(context, item, objective, metrics)
-            on_stage.append(StageWork(self._wrapped, item, spans, shape, head, keeps_graph))
+            work_here = (item, spans, shape, head, keeps_graph)
+            on_stage.append(StageWork(self._wrapped, self.decoder, *work_here))
         rolls_out = [item.rolls_out for item in work]
         self._follow(self.plan(config, length, rolls_out, phase), on_stage)
         return on_stage

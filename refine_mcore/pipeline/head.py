@@ -65,6 +65,7 @@ class Head:
     _entropy: list[Tensor] = field(default_factory=list)
     _hidden: list[Tensor] = field(default_factory=list)
     _text_log_probs: list[Tensor] = field(default_factory=list)
+    _keys: Tensor | None = None  # of all draws [k, R n]
     _tokens: list[Tensor] = field(default_factory=list)
     _log_probs: list[Tensor] = field(default_factory=list)
     _branched: _BranchContext | None = None
@@ -118,12 +119,14 @@ class Head:
         assert self._branched is not None
         with torch.no_grad():
             logits = context.model.logits(hidden[:, None])[:, 0]
-        keys = context.randomness.token_keys(
-            self.micro_batch.texts.sample_index,
-            self._branched.branches,
-            config.rollouts_per_position,
-            len(self._tokens),
-        )
+        if self._keys is None:
+            self._keys = context.randomness.all_token_keys(
+                self.micro_batch.texts.sample_index,
+                self._branched.branches,
+                config.rollouts_per_position,
+                range(config.rollout_tokens),
+            )
+        keys = self._keys[len(self._tokens)]
         tokens, log_probs = draw_tokens(context.model, logits, keys, config.rollout_temperature)
         self._tokens.append(tokens)
         self._log_probs.append(log_probs)

@@ -31,6 +31,7 @@ from refine_mcore.models.state import inverse, take_streams
 from refine_mcore.pipeline.branch_passes import BranchPasses, RolloutShape
 from refine_mcore.pipeline.channels import TensorSpec
 from refine_mcore.pipeline.cut import Cut, Root, run_backward
+from refine_mcore.pipeline.decoding import Decoder
 from refine_mcore.pipeline.head import Head
 from refine_mcore.pipeline.micro_batch import MicroBatch, StoredRollouts
 from refine_mcore.pipeline.passes import Pass
@@ -72,6 +73,7 @@ class StageWork:
 
     Args:
         wrapped: this stage's part of the model.
+        decoder: of this stage.
         micro_batch: what to do; every stage has the texts.
         spans: [start, stop) of each slice.
         rollouts: of a micro-batch that rolls out.
@@ -82,13 +84,14 @@ class StageWork:
     def __init__(
         self,
         wrapped: DistributedDataParallel,
+        decoder: Decoder,
         micro_batch: MicroBatch,
         spans: Sequence[Span],
         rollouts: RolloutShape,
         head: Head | None,
         keeps_graph: bool,
     ) -> None:
-        self._wrapped, self._spans = wrapped, spans
+        self._wrapped, self._decoder, self._spans = wrapped, decoder, spans
         self._batch, self._stored = micro_batch.texts, micro_batch.stored
         self._model: FastWeightModel = wrapped.module
         self._rollouts = rollouts if micro_batch.rolls_out else None
@@ -244,6 +247,7 @@ class StageWork:
         tokens = None if self._stored is None else self._stored.tokens
         self._branches = BranchPasses(
             self._model,
+            self._decoder,
             self._head,
             self._rollouts,
             states,

@@ -90,9 +90,16 @@ class Randomness:
 
     def token_keys(self, sample_index: Tensor, branches: Branches, n: int, token: int) -> Tensor:
         """[R * n] keys for the draw of rollout token number `token` of every rollout."""
+        return self.all_token_keys(sample_index, branches, n, range(token, token + 1))[0]
+
+    def all_token_keys(
+        self, sample_index: Tensor, branches: Branches, n: int, tokens: Sequence[int]
+    ) -> Tensor:
+        """[k, R * n] keys for the draws of these k rollout tokens of every rollout."""
         device = sample_index.device
         samples = sample_index[to_device(branches.batch_index, device)]
         position = to_device(branches.position, device)
         keys = combine_keys(self.seed, self.step, _Draw.TOKEN, samples, position)
         rollout = torch.arange(n, device=device)
-        return combine_keys(keys[:, None], rollout, token).flatten()
+        number = to_device(tokens, device)[:, None, None]
+        return combine_keys(keys[:, None], rollout, number).flatten(1)

@@ -116,6 +116,7 @@ def build_engine(
         pg_collection,
         slices=config.parallel.slices,
         recompute=config.training.recompute == "full",
+        decode_graphs=config.training.decode_graphs,
         timeout_s=config.parallel.timeout,
     )
 

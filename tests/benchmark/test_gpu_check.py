@@ -49,8 +49,10 @@ def test_everything_passes_in_tiny_on_the_cpu(tmp_path: Path) -> None:
     report = json.loads(output.read_text())
     results = report["results"]
     assert {result["section"] for result in results} == set(SECTIONS) == set(report["seconds"])
-    absent = {result["section"] for result in results if result["status"] not in (PASS, FAIL)}
-    assert absent <= {"machine"}  # libraries that are not installed
+    absent = [result for result in results if result["status"] not in (PASS, FAIL)]
+    # libraries that are not installed, and what only a GPU has
+    elsewhere = [result["check"] for result in absent if result["section"] != "machine"]
+    assert elsewhere == ["decode passes as a CUDA graph"]
     checks = [result["check"] for result in results]
     assert set(operations()) <= set(checks)
     assert checks.count("lact") == 3 and {"TP 2, lact", "PP 2, lact", "DP 2, lact"} <= set(checks)
@@ -110,6 +112,8 @@ def _wrong_gradient(operation: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_wrong_gradient_fails(name: str, break_it: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(dispatch, name, break_it(getattr(dispatch, name)))
     for case in op_cases(TINY)[name]:
+        if case.without_gradient:
+            continue
         for dtype in case.dtypes:
             differences = differences_of(case, dtype, platform.device())
             assert any("gradient" in d.what for d in differences if not d.holds), (case, dtype)

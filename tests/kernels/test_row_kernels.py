@@ -13,7 +13,9 @@ from refine_kernels.gated_delta_rule.naive import naive_gated_delta_rule
 from refine_kernels.lact import chunk as lact_chunk
 from refine_kernels.lact import forms
 from refine_kernels.lact.fast_weights import FastWeights
+from refine_kernels.lact.naive import naive_fast_features
 from refine_kernels.rms_norm.naive import naive_rms_norm
+from refine_kernels.rotary.naive import naive_rotate
 from refine_kernels.short_conv.naive import naive_causal_conv1d
 from refine_kernels.swiglu.naive import naive_swiglu
 from refine_kernels.vocab import sampling
@@ -25,8 +27,9 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
 from refine_kernels.delta_rule import triton_recurrent
-from refine_kernels.lact import triton_forms, triton_gates, triton_moved
+from refine_kernels.lact import triton_features, triton_forms, triton_gates, triton_moved
 from refine_kernels.rms_norm import triton_rms_norm
+from refine_kernels.rotary import triton_rotary
 from refine_kernels.short_conv import triton_conv
 from refine_kernels.swiglu import triton_swiglu
 from refine_kernels.vocab import triton_rows, triton_sampling
@@ -288,8 +291,63 @@ def test_lact_gates(form, texts, heads, tokens, width, dtype):
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3
     assert_near(found, [x.detach() for x in expected], tolerance)
     grads = gradients(found, actual)
-    assert [x.dtype for x in grads] == [x.dtype for x in actual]
+    assert [x is not None and x.dtype for x in grads] == [x.dtype for x in actual]
     assert_near(grads, gradients(expected, exact), tolerance)
+
+
+@precision
+@pytest.mark.parametrize("silu", [False, True], ids=["linear", "silu"])
+@pytest.mark.parametrize(
+    ("texts", "tokens", "heads", "head_dim"), [(1, 1, 1, 16), (2, 5, 3, 40), (1, 300, 2, 70)]
+)
+def test_fast_features(monkeypatch, texts, tokens, heads, head_dim, silu, dtype, tolerance):
+    """Of a text's projections where they lie among others, scales and offsets side by side."""
+    monkeypatch.setattr(triton_features, "_PROGRAMS", 2)
+    width = heads * head_dim
+    packed, channels = randn(texts, tokens, 2 * width + 2), 1 + randn(width, 4) / 2
+
+    def of(form: Any) -> Any:
+        def run(packed: Tensor, channels: Tensor) -> list[Tensor]:
+            x = packed[..., 2 : width + 2]
+            return [form(x, channels[:, 1], channels[:, 2], head_dim=head_dim, silu=silu)]
+
+        return run
+
+    compare(
+        of(triton_features.fast_features),
+        of(naive_fast_features),
+        [packed, channels],
+        dtype,
+        tolerance,
+    )
+
+
+@precision
+@pytest.mark.parametrize(
+    ("streams", "tokens", "heads", "dim", "turned", "shared"),
+    [(1, 1, 1, 2, 2, True), (3, 5, 2, 20, 20, False), (2, 70, 3, 24, 6, True)],
+)
+def test_rotary(streams, tokens, heads, dim, turned, shared, dtype, tolerance):
+    """Heads where they lie among others; all streams at one position or each at its own; part of
+    a head's dimensions."""
+    angles = randn(1 if shared else streams, tokens, 1, turned // 2)
+
+    def of(form: Any, kind: torch.dtype) -> Any:
+        table = (angles.cos().to(kind), angles.sin().to(kind))
+
+        def run(packed: Tensor) -> list[Tensor]:
+            x = packed[..., 3:].unflatten(-1, (heads, dim))
+            return [form(x, *(t.to(packed.device) for t in table))]
+
+        return run
+
+    compare(
+        of(triton_rotary.rotate, torch.float32),
+        of(naive_rotate, torch.float64),
+        [randn(streams, tokens, heads * dim + 3)],
+        dtype,
+        tolerance,
+    )
 
 
 @pytest.mark.parametrize("prenorm", [False, True], ids=["postnorm", "prenorm"])
@@ -312,7 +370,7 @@ def test_moved_fast_weights(streams, heads, rows, columns, prenorm):
         assert (scale is None) != prenorm
         read = (moved.mT * randn(*moved.mT.shape).to(DEVICE, dtype)).sum()
         for of_scale in [True, False] if prenorm else [False]:
-            total = read + (scale.log1p().sum() if of_scale else 0.0)
+            total = read + scale.log1p().sum() if scale is not None and of_scale else read
             grads = torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True)
             found.append([moved, *([scale] if prenorm else []), *grads])
     half = len(found) // 2
@@ -339,7 +397,7 @@ def test_lact_by_kernels_is_torchs(prenorm, dtype):
         o, borders = module.chunk_lact(
             *leaf[:5],
             initial,
-            FastWeights(*leaf[5:]).row_norms(),
+            FastWeights(leaf[5], leaf[6], leaf[7]).row_norms(),
             chunk_size=4,
             muon=False,
             prenorm=prenorm,
@@ -374,6 +432,8 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
     "linear_log_probs_and_entropy": ("hidden", "weight", "targets", "with_entropy"),
     "sample_tokens": ("logits", "keys"),
     "apply_fast_weights": ("weights", "fq"),
+    "fast_features": ("x", "scale", "offset", "head_dim", "silu"),
+    "rotate": ("x", "cos", "sin"),
     "recurrent_delta_rule": ("q", "k", "v", "beta"),
     "chunk_delta_rule": ("q", "k", "v", "beta"),
 }
@@ -401,6 +461,10 @@ def test_arguments_by_name_reach_the_kernels(name):
         values |= {"weight": torch.randn(7, 16, device=DEVICE), "targets": values["targets"][None]}
     dispatch.use(**dict.fromkeys(dispatch.CHOICES, "triton"))
     dispatch._log_backend.cache_clear()
+    if name == "rotate":
+        values |= {"x": heads, "cos": torch.rand(1, 3, 1, 8, device=DEVICE)}
+        values["sin"] = values["cos"]
+    values |= {"scale": x[0, 0], "offset": x[0, 1], "head_dim": 8, "silu": True}
     operation(**{x: values[x] for x in KEYWORDS[name]})
     assert dispatch.ran()[f"{name} on {DEVICE}"] == "triton"
 
@@ -411,15 +475,19 @@ CALLS: dict[str, tuple[Any, Any]] = {
     "short_conv": (triton_conv, lambda x: (x, x[0, 0, :, None, None].expand(-1, 1, 2))),
     "vocabulary": (triton_rows, lambda x: (x,)),
     "lact": (triton_forms, lambda x: (FastWeights(*[x[None]] * 3), x)),
+    "features": (triton_features, lambda x: (x, x[0, 0], x[0, 0])),
+    "rotary": (triton_rotary, lambda x: (x[:, :, None], x[:, :, None, :8], x[:, :, None, :8])),
     "sampling": (triton_sampling, lambda x: (x, None)),
     "delta_rule": (triton_recurrent, lambda x: (*[x[:, :, None]] * 3, x[..., :1])),
 }
 
 
+BACKWARD = ("features", "lact", "rms_norm", "swiglu", "short_conv", "vocabulary")
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
-    [(name, "forward") for name in CALLS]
-    + [(name, "backward") for name in ("lact", "rms_norm", "swiglu", "short_conv", "vocabulary")],
+    [(name, "forward") for name in CALLS] + [(name, "backward") for name in BACKWARD],
 )
 def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, name, wrong):
     """As if the compiler had got the last tensor that it writes wrong."""
@@ -436,11 +504,12 @@ def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, name, wrong):
             part.copy_(part * 1.2 + 1)
 
     module._disagreement.cache_clear()
+    options = {"head_dim": 8, "silu": True} if name == "features" else {}
     with torch.inference_mode():  # as where text is generated
-        assert module.refusal(*arguments(x)) is None
+        assert module.refusal(*arguments(x), **options) is None
     module._disagreement.cache_clear()
     monkeypatch.setattr(launch, "run", wrong_run)
-    why = module.refusal(*arguments(x))
+    why = module.refusal(*arguments(x), **options)
     module._disagreement.cache_clear()
     assert why is not None and "differs from torch's" in why
     assert ("gradient" in why) == (wrong == "backward")

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refine_kernels.dispatch import rotate
 from torch import Tensor
 
 from refine_mcore.benchmark.memory import describe, saved_tensors
-from refine_mcore.models.attention import attend, rotary_table, rotate
+from refine_mcore.models.attention import attend, rotary_table
 from refine_mcore.models.state import TokenHistory
 from tests.models.zoo import assert_same
 

@@ -76,17 +76,24 @@ class Bench:
         self.wrapped = wrap_data_parallel(self.model, OptimizerConfig(), groups)
         self.context = StepContext(self.model, config, Randomness(1, 2), groups.dp)
 
+    def engine(self, **options: Any) -> PipelineEngine:
+        return PipelineEngine(self.wrapped, self.groups, **options)
+
     def step(
         self,
         mode: str,
         batches: Sequence[TextBatch],
         slices: int = 1,
         recompute: bool = False,
+        *,
+        engine: PipelineEngine | None = None,
+        decode_graphs: bool = True,
         **options: Any,
     ) -> Outcome:
         """All optimizer steps of a mode, without moving the weights between them."""
         config = replace(self.context.config, **options)
-        engine = PipelineEngine(self.wrapped, self.groups, slices=slices, recompute=recompute)
+        if engine is None:
+            engine = self.engine(slices=slices, recompute=recompute, decode_graphs=decode_graphs)
         train = TrainStep(self.wrapped, None, config, 1, self.groups, engine)
         self.wrapped.zero_grad_buffer()
 

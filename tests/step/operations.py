@@ -4,7 +4,7 @@ have shapes and no contents, so that the sizes are the real ones."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -13,19 +13,21 @@ import pytest
 import torch
 from refine_kernels import dispatch, launch
 from refine_kernels.delta_rule import triton_chunk, triton_recurrent
-from refine_kernels.lact import triton_forms
+from refine_kernels.lact import triton_features, triton_forms
 from refine_kernels.rms_norm import triton_rms_norm
+from refine_kernels.rotary import triton_rotary
 from refine_kernels.short_conv import triton_conv
 from refine_kernels.swiglu import triton_swiglu
 from refine_kernels.vocab import triton_rows, triton_sampling
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from refine_mcore import platform
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.transformer_config import transformer_config
-from refine_mcore.pipeline import head
+from refine_mcore.pipeline import decoding, head
 from refine_mcore.pipeline.engine import PASS_NAMES, PipelineEngine
 from refine_mcore.pipeline.micro_batch import MicroBatch
 from refine_mcore.pipeline.passes import Pass
@@ -38,8 +40,10 @@ META = torch.device("meta")
 _KERNELS: tuple[Any, ...] = (
     triton_chunk,
     triton_recurrent,
+    triton_features,
     triton_forms,
     triton_rms_norm,
+    triton_rotary,
     triton_conv,
     triton_swiglu,
     triton_rows,
@@ -69,6 +73,15 @@ class OperationCounter(TorchDispatchMode):
     def launch(self, kernel: Any, *_: Any, **__: Any) -> None:
         """In place of `refine_kernels.launch.run`."""
         self.current[kernel.fn.__name__] += 1
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """In place of `platform.graph_capture`."""
+        run()
+
+        def replay() -> None:
+            self.current["graph"] += 1
+
+        return replay
 
     @contextmanager
     def observe(self, item: Pass) -> Iterator[None]:
@@ -102,8 +115,9 @@ def count_operations(
     tape_interval: int,
     refine: RefineConfig | None = None,
 ) -> OperationCounter:
-    """Of the passes of one micro-batch, a text of so many tokens, in bfloat16. Gradients gather in
-    the weights' own, as operations that autograd runs."""
+    """Of the passes of one micro-batch, a text of so many tokens, in bfloat16, after one that has
+    set things up. Gradients gather in the weights' own, as operations that autograd runs; a decode
+    pass that is captured is one."""
     counter, config = OperationCounter(), refine or RefineConfig()
     for module in _KERNELS:
         monkeypatch.setattr(module, "_disagreement", lambda *_: None)
@@ -127,15 +141,20 @@ def count_operations(
         no_sync=nullcontext,
         config=SimpleNamespace(finalize_model_grads_func=lambda *_: None),
     )
+    monkeypatch.setattr(platform, "graph_capture", lambda: counter.capture)
+    monkeypatch.setattr(decoding, "_difference", lambda *_: 0.0)
     engine = PipelineEngine(wrapped, groups)
     engine.observe = counter.observe
     context = StepContext(model, config, Randomness(0, 0), groups.dp)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: None)
     try:
-        with counter:
-            engine.forward_backward(
-                context, [MicroBatch(batch, rolls_out=rolls_out)], 1.0, StepAccumulator()
-            )
+        # of three micro-batches one by one the second captures its decode passes
+        for _ in range(3 if rolls_out else 1):
+            counter.counts.clear()
+            with counter:
+                engine.forward_backward(
+                    context, [MicroBatch(batch, rolls_out=rolls_out)], 1.0, StepAccumulator()
+                )
     finally:
         dispatch.use()
     return counter

@@ -1,4 +1,5 @@
-"""LaCT's fast-weight branch by definition: autograd makes the update, a token loop reads."""
+"""LaCT's fast-weight branch by definition: autograd makes the update, a token loop reads.  And its
+fast queries and keys, head by head."""
 
 from collections.abc import Sequence
 
@@ -72,3 +73,12 @@ def naive_lact(
             if not prenorm:
                 main[a] = _normalised(main[a], norms[a])
     return torch.stack(outputs, 1), boundary_weights
+
+
+def naive_fast_features(
+    x: Tensor, scale: Tensor, offset: Tensor, *, head_dim: int, silu: bool
+) -> Tensor:
+    """Same arguments and result as fast_features."""
+    y = F.silu(x * scale + offset) if silu else x * scale + offset
+    heads = y.split(head_dim, dim=-1)
+    return torch.stack([h / (h.square().sum(-1, keepdim=True).sqrt() + 1e-5) for h in heads], -2)

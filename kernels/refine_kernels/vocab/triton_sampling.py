@@ -55,7 +55,7 @@ def best_columns(
     """As sampling.best_columns."""
     if shard.valid == 0:
         return sampling.best_columns(logits, keys, temperature, shard)
-    logits = launch.dense_rows(logits)
+    logits, keys = launch.dense_rows(logits), None if keys is None else launch.dense_rows(keys)
     rows, blocks = logits.shape[0], triton.cdiv(shard.valid, _CONSTANTS["BLOCK"])
     best = launch.empty((rows, blocks), torch.float64, logits.device)
     column = launch.empty((rows, blocks), torch.float64, logits.device)

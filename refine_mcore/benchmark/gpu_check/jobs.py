@@ -158,6 +158,13 @@ def step_results(config: Config, mode: str) -> dict[str, Tensor]:
     return found
 
 
+def decode_graphs(texts: Texts) -> int:
+    """How many kinds of rollouts of a delta-rule model are decoded as CUDA graphs."""
+    bench = Bench(tiny_job(texts, "deltanet"))
+    bench.run_step(bench.batches, 0, "fused")
+    return bench.engine.decoder.num_graphs
+
+
 def watched_step(texts: Texts, family: str, mode: str) -> tuple[Callable[[], Any], int]:
     """(a step as runs make them, in bfloat16 and with a clipped gradient, on texts that an earlier
     one has seen, at other positions; its micro-batches): what a first step sets up is there."""

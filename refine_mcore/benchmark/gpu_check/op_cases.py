@@ -8,6 +8,7 @@ computed once more in Python's integers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ import torch
 from refine_kernels.delta_rule.naive import naive_delta_rule, naive_gated_delta_rule
 from refine_kernels.dispatch import state_from_writes
 from refine_kernels.lact.fast_weights import FastWeights
-from refine_kernels.lact.naive import naive_lact
+from refine_kernels.lact.naive import naive_fast_features, naive_lact
 from refine_kernels.rms_norm.naive import naive_rms_norm
+from refine_kernels.rotary.naive import naive_rotate
 from refine_kernels.short_conv.naive import naive_causal_conv1d
 from refine_kernels.swiglu.naive import naive_swiglu
 from torch import Tensor
@@ -65,6 +67,8 @@ def op_cases(sizes: Sizes) -> dict[str, list[OpCase]]:
         *_delta_rules(sizes),
         *_written_states(sizes),
         *_lact(sizes),
+        *_fast_features(sizes),
+        *_rotations(sizes),
         *_convolutions(sizes),
         *_norms(sizes),
         *_activations(sizes),
@@ -91,7 +95,8 @@ class _Draw:
 
 
 def _delta_rules(sizes: Sizes) -> list[OpCase]:
-    """Write strengths up to 2, some of them 0; two value heads to a key head; norms inside."""
+    """Write strengths up to 2, some of them 0; two value heads to a key head; norms inside. A token
+    at a time also as rollouts are decoded, without gradients, for which there is a kernel."""
     cases = []
     for gated in (False, True):
         for chunked in (True, False):
@@ -122,6 +127,15 @@ def _delta_rules(sizes: Sizes) -> list[OpCase]:
                     narrow_in_triton=_PRODUCT_ROUNDINGS if chunked else None,
                 )
             )
+            if not chunked:
+                cases.append(
+                    replace(
+                        cases[-1],
+                        variant="decoding",
+                        run=torch.no_grad()(cases[-1].run),
+                        without_gradient=frozenset({"o", "state"}),
+                    )
+                )
     return cases
 
 
@@ -329,6 +343,54 @@ def _lact_expected(
         return written if operation == "update_fast_weights" else {"o": o} | written
 
     return expected
+
+
+def _fast_features(sizes: Sizes) -> list[OpCase]:
+    draw, width = _Draw(20), sizes.heads * sizes.fast
+    inputs = {
+        "x": draw.normal(2, sizes.rows, width),
+        "scale": 1 + draw.normal(width) / 4,
+        "offset": draw.normal(width) / 4,
+    }
+
+    def run(operation: Callable[..., Any], x: Tensors) -> Tensors:
+        given = (x["x"], x["scale"], x["offset"])
+        return {"y": operation(*given, head_dim=sizes.fast, silu=True)}
+
+    return [
+        OpCase(
+            "fast_features",
+            "",
+            inputs,
+            run,
+            partial(run, naive_fast_features),
+            # the gradients of scale and offset are sums over all tokens
+            chain=2 * sizes.rows + sizes.fast + _POINTWISE,
+            narrow=8,  # product, sum, SiLU, the result; as many in the backward
+        )
+    ]
+
+
+def _rotations(sizes: Sizes) -> list[OpCase]:
+    """Each text at positions of its own; a quarter of a head's dimensions as they are."""
+    draw, dim = _Draw(25), sizes.fast
+    angles = 100 * draw.normal(2, sizes.tokens, 1, dim * 3 // 8)
+
+    def run(operation: Callable[..., Any], x: Tensors) -> Tensors:
+        wide = torch.promote_types(x["x"].dtype, torch.float32)
+        cos, sin = (table.to(x["x"].device, wide) for table in (angles.cos(), angles.sin()))
+        return {"y": operation(x["x"], cos, sin)}
+
+    return [
+        OpCase(
+            "rotate",
+            "",
+            {"x": draw.normal(2, sizes.tokens, sizes.heads, dim)},
+            run,
+            partial(run, naive_rotate),
+            chain=_POINTWISE,
+        )
+    ]
 
 
 def _convolutions(sizes: Sizes) -> list[OpCase]:

@@ -14,10 +14,11 @@ from refine_mcore.benchmark.gpu_check.jobs import (
     FAMILIES,
     LAYOUTS,
     Texts,
+    decode_graphs,
     step_results,
     tiny_job,
 )
-from refine_mcore.benchmark.gpu_check.results import ABSENT, Result, compared
+from refine_mcore.benchmark.gpu_check.results import ABSENT, FAIL, PASS, Result, compared
 from refine_mcore.benchmark.gpu_check.worker import Workers
 from refine_mcore.evaluation.differences import Difference, relative, unequal
 
@@ -54,13 +55,21 @@ def fused_steps(texts: Texts) -> FusedSteps:
 
 
 def check_steps(texts: Texts, fused: FusedSteps) -> Iterator[Result]:
-    """A fused step of each family here and, in a process that sees no GPU, on the CPU."""
+    """A fused step of each family here and, in a process that sees no GPU, on the CPU; and whether
+    rollouts are decoded as a graph."""
     with Workers(texts, ["one rank"], ranks=1, hide_gpus=True) as reference:
         here = {family: fused(family) for family in FAMILIES}
         reference.join()
         for family in FAMILIES:
             expected = reference.results("one rank", family)
             yield compared(family, step_differences(family, here[family], expected))
+    # the second of a step's texts is decoded as a graph, which the steps above compare
+    name = "decode passes as a CUDA graph"
+    if platform.graph_capture() is None:
+        yield Result(name, ABSENT, "takes a GPU")
+    else:
+        made = decode_graphs(texts) == 1
+        yield Result(name, PASS if made else FAIL, "captured" if made else "refused: see the log")
 
 
 def check_branching(texts: Texts, fused: FusedSteps) -> Iterator[Result]:
