@@ -17,7 +17,7 @@ from torch import Tensor
 from refine_kernels.delta_rule import chunk as _delta_chunk
 from refine_kernels.delta_rule import read as _delta_read
 from refine_kernels.delta_rule import recurrent as _delta_recurrent
-from refine_kernels.delta_rule.chunk import ChunkOutput
+from refine_kernels.delta_rule.chunk import ChunkOutput, Writes
 from refine_kernels.gated_delta_rule import chunk as _gated_chunk
 from refine_kernels.gated_delta_rule import recurrent as _gated_recurrent
 from refine_kernels.lact import chunk as _lact
@@ -38,6 +38,7 @@ __all__ = [
     "FastWeights",
     "Precision",
     "RowNorms",
+    "Writes",
     "apply_fast_weights",
     "causal_conv1d",
     "chunk_delta_rule",
@@ -150,7 +151,9 @@ chunk_delta_rule = _operation(_delta_chunk.chunk_delta_rule, *_CHUNK)
 recurrent_delta_rule = _operation(_delta_recurrent.recurrent_delta_rule, *_RECURRENT)
 chunk_gated_delta_rule = _operation(_gated_chunk.chunk_gated_delta_rule, *_CHUNK)
 recurrent_gated_delta_rule = _operation(_gated_recurrent.recurrent_gated_delta_rule, *_RECURRENT)
-state_from_writes = _operation(_delta_read.state_from_writes)
+state_from_writes = _operation(
+    _delta_read.state_from_writes, "delta_rule", "delta_rule.triton_read"
+)
 apply_fast_weights = _operation(_lact.apply_fast_weights, *_LACT)
 update_fast_weights = _operation(_lact.update_fast_weights, *_LACT)
 chunk_lact = _operation(_lact.chunk_lact, *_LACT)

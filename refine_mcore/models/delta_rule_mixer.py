@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from refine_kernels.dispatch import (
     ChunkOutput,
+    Writes,
     causal_conv1d,
     chunk_delta_rule,
     chunk_gated_delta_rule,
@@ -115,6 +116,10 @@ class DeltaRuleMixer(Mixer):
         """beta and g [R, T, local value heads] for the values v [R, T, heads, V], from the named
         projections, in at least float32."""
 
+    @abstractmethod
+    def log_decay(self, parts: dict[str, Tensor]) -> Tensor | None:
+        """g alone, None where nothing decays."""
+
     def mix(
         self, tokens: Tensor, state: FastWeightState | None, output_state: bool, record: bool
     ) -> MixerOutput:
@@ -124,7 +129,7 @@ class DeltaRuleMixer(Mixer):
         past, initial = (None, None) if state is None else state.of_streams()
         convolved, conv_tail = self.convolve(raw, past)
         q, inputs = self.recurrence_inputs(convolved, gates)
-        writes = tape is not None and torch.is_grad_enabled()  # for their gradients alone
+        writes: Writes = "places" if tape is not None and torch.is_grad_enabled() else False
         out = self.recurrence(q, inputs, initial, output_writes=writes)
         o = out.o if tape is None else tape.record(KERNEL_CHUNK, out)
         assert o is not None
@@ -191,8 +196,8 @@ class DeltaRuleMixer(Mixer):
         """k [R, T, key heads, K], before its norm, and g of the packed projections [R, T, c] that
         follow the inputs `past` of the convolution."""
         raw, gates = self.split_packed(packed)
-        _, k, v = raw.split(self.conv_sizes, dim=-1)
-        _, g = self.gates(gates, v.unflatten(-1, (-1, self.heads.value)))
+        _, k, _ = raw.split(self.conv_sizes, dim=-1)
+        g = self.log_decay(gates)
         activation = None if self.qk_identity else "silu"
         if self.options.use_short_conv:
             past_k = None if past is None else past.split(self.conv_sizes, dim=-1)[1]
@@ -207,7 +212,7 @@ class DeltaRuleMixer(Mixer):
         inputs: RecurrenceInputs,
         initial_state: Tensor | None,
         *,
-        output_writes: bool = False,
+        output_writes: Writes = False,
     ) -> ChunkOutput:
         """Output, final state, the states before each chunk and the writes if asked for; q=None
         only advances the state."""

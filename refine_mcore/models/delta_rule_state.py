@@ -19,7 +19,12 @@ import torch
 from refine_kernels.dispatch import ChunkOutput, state_from_writes
 from torch import Tensor
 
-from refine_mcore.models.recorded_tokens import PlacesOfTokens, RecordedTokens, gather_tokens
+from refine_mcore.models.recorded_tokens import (
+    PlacesOfTokens,
+    RecordedTokens,
+    gather_tokens,
+    zero,
+)
 from refine_mcore.models.state import FastWeightState, LayerTape, inverse, take_streams
 from refine_mcore.platform import without_waiting
 
@@ -207,8 +212,8 @@ class _Places(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *states: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        zero = states[0].new_zeros(())
-        return tuple(zero.expand(state.shape) for state in states)
+        nothing = zero(states[0].dtype, states[0].device)
+        return tuple(nothing.expand(state.shape) for state in states)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -4,6 +4,7 @@ that stay the size of what was read."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,13 @@ import torch
 from torch import Tensor
 
 from refine_mcore.platform import without_waiting
+
+
+@functools.lru_cache(maxsize=16)
+def zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number to be expanded, not to be written to."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device=device)
 
 
 def gather_tokens(
@@ -54,8 +62,8 @@ class PlacesOfTokens:
 
     def __init__(self, x: Tensor, carrier: Tensor) -> None:
         self._readings: Readings = []
-        self._zero = x.detach().new_zeros(())
-        self._x = self._zero.expand(x.flatten(2).shape)
+        self._zero = zero(x.dtype, x.device)
+        self._x = self._zero.expand(*x.shape[:2], math.prod(x.shape[2:]))
         record = carrier.requires_grad
         self.carrier = _RecordBeside.apply(carrier, x, self._readings) if record else carrier
 

@@ -26,7 +26,7 @@ from torch import Tensor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
-from refine_kernels.delta_rule import triton_recurrent
+from refine_kernels.delta_rule import read, triton_read, triton_recurrent
 from refine_kernels.lact import triton_features, triton_forms, triton_gates, triton_moved
 from refine_kernels.rms_norm import triton_rms_norm
 from refine_kernels.rotary import triton_rotary
@@ -246,7 +246,7 @@ def test_samples_are_torchs(monkeypatch, rows, vocabulary, padding, dtype, greed
     logits = (2 * randn(rows, vocabulary)).to(DEVICE, dtype)
     if greedy:
         logits = logits.round()
-    keys = None if greedy else combine_keys(3, torch.arange(rows)).to(DEVICE)
+    keys = None if greedy else combine_keys(3, torch.arange(2 * rows)).to(DEVICE)[::2]
     options: dict[str, Any] = {"vocab_size": vocabulary - padding}
     if not greedy:
         options["temperature"] = 1.3
@@ -408,6 +408,34 @@ def test_lact_by_kernels_is_torchs(prenorm, dtype):
     assert_near(found[0], [x.detach().double().cpu() for x in found[1]], tolerance)
 
 
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "raw"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(
+    ("streams", "tokens", "heads", "groups", "k_dim", "v_dim"),
+    [(1, 1, 1, 1, 16, 16), (2, 21, 2, 2, 20, 70), (3, 63, 1, 1, 32, 24)],
+)
+def test_states_from_writes(streams, tokens, heads, groups, k_dim, v_dim, gated, norm):
+    """Keys as a convolution leaves them, among others; decays from nearly none to nearly all."""
+    inputs = [
+        randn(streams, heads * groups, k_dim, v_dim),
+        randn(streams, tokens, heads, k_dim + 3)[..., 1 : k_dim + 1],
+        randn(streams, tokens, heads * groups, v_dim),
+    ]
+    if gated:
+        inputs.append(-(4 * randn(streams, tokens, heads * groups) - 4).exp())
+
+    def of(form: Any) -> Any:
+        return lambda *given: [form(*given, qk_norm_eps=1e-6 if norm else None)]
+
+    compare(
+        of(triton_read.state_from_writes),
+        of(read.state_from_writes),
+        inputs,
+        torch.float32,
+        4e-6,
+    )
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU they run")
 def test_on_a_cpu_without_the_interpreter_torch_runs(monkeypatch, caplog):
     caplog.set_level("INFO", logger="refine_kernels.dispatch")
@@ -477,12 +505,13 @@ CALLS: dict[str, tuple[Any, Any]] = {
     "lact": (triton_forms, lambda x: (FastWeights(*[x[None]] * 3), x)),
     "features": (triton_features, lambda x: (x, x[0, 0], x[0, 0])),
     "rotary": (triton_rotary, lambda x: (x[:, :, None], x[:, :, None, :8], x[:, :, None, :8])),
+    "read": (triton_read, lambda x: (x[:, :, :, None], x[:, :, None], x[:, :, None, :1])),
     "sampling": (triton_sampling, lambda x: (x, None)),
     "delta_rule": (triton_recurrent, lambda x: (*[x[:, :, None]] * 3, x[..., :1])),
 }
 
 
-BACKWARD = ("features", "lact", "rms_norm", "swiglu", "short_conv", "vocabulary")
+BACKWARD = ("features", "lact", "read", "rms_norm", "swiglu", "short_conv", "vocabulary")
 
 
 @pytest.mark.parametrize(

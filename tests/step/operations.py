@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from refine_kernels import dispatch, launch
-from refine_kernels.delta_rule import triton_chunk, triton_recurrent
+from refine_kernels.delta_rule import triton_chunk, triton_read, triton_recurrent
 from refine_kernels.lact import triton_features, triton_forms
 from refine_kernels.rms_norm import triton_rms_norm
 from refine_kernels.rotary import triton_rotary
@@ -39,6 +39,7 @@ from refine_mcore.step.refine_loss import TextBatch
 META = torch.device("meta")
 _KERNELS: tuple[Any, ...] = (
     triton_chunk,
+    triton_read,
     triton_recurrent,
     triton_features,
     triton_forms,

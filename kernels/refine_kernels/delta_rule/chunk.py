@@ -22,7 +22,7 @@ of their own.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,11 @@ from torch.autograd.function import once_differentiable
 # Products within chunks are batched over this many chunks: enough for wide matrix products, few
 # enough for the temporaries of a call to stay in cache (measured on CPU: 8 to 16 are best).
 _CHUNKS_AT_ONCE = 8
+
+
+# Whether a call returns the writes: their values, or their places in the graph alone, where what
+# they hold means nothing.
+Writes = bool | Literal["places"]
 
 
 class ChunkOutput(NamedTuple):
@@ -54,7 +59,7 @@ def chunk_delta_rule(
     qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-    output_writes: bool = False,
+    output_writes: Writes = False,
 ) -> ChunkOutput:
     """Delta rule over a piece of text.
 
@@ -81,7 +86,7 @@ def chunk_rule(
     qk_norm_eps: float | None,
     initial_state: Tensor | None,
     chunk_size: int,
-    output_writes: bool,
+    output_writes: Writes,
 ) -> ChunkOutput:
     """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
     b, t, h, v_dim = v.shape
@@ -123,7 +128,7 @@ class _Options(NamedTuple):
     scale: float
     qk_norm_eps: float | None
     chunk_size: int
-    output_writes: bool
+    output_writes: Writes
 
 
 def _to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:

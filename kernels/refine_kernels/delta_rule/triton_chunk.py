@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from refine_kernels import agreement, launch
 from refine_kernels.delta_rule import chunk
 from refine_kernels.delta_rule import triton_kernels as kernels
-from refine_kernels.delta_rule.chunk import ChunkOutput
+from refine_kernels.delta_rule.chunk import ChunkOutput, Writes
 
 # By input dtype: the products' operands on a GPU, and the most tokens the kernels take at a time.
 # float16 takes TF32, which holds each of its numbers and the range of float32, so that states and
@@ -45,7 +45,7 @@ def chunk_delta_rule(
     qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-    output_writes: bool = False,
+    output_writes: Writes = False,
 ) -> ChunkOutput:
     """As chunk.chunk_delta_rule.  The states between first and last are views of one buffer."""
     return chunk_rule(
@@ -64,7 +64,7 @@ def chunk_gated_delta_rule(
     qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-    output_writes: bool = False,
+    output_writes: Writes = False,
 ) -> ChunkOutput:
     """As gated_delta_rule.chunk.chunk_gated_delta_rule.  States as in chunk_delta_rule."""
     return chunk_rule(
@@ -83,7 +83,7 @@ def refusal(
     qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-    output_writes: bool = False,
+    output_writes: Writes = False,
 ) -> str | None:
     """Why the kernels are not for these arguments here, None if they are.
 
@@ -160,7 +160,7 @@ def chunk_rule(
     qk_norm_eps: float | None,
     initial_state: Tensor | None,
     chunk_size: int,
-    output_writes: bool,
+    output_writes: Writes,
 ) -> ChunkOutput:
     """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
     b, _, h, v_dim = v.shape
@@ -179,7 +179,7 @@ class _Options(NamedTuple):
     scale: float
     qk_norm_eps: float | None
     tap_interval: int  # tokens between the states handed out
-    output_writes: bool
+    output_writes: Writes
 
 
 class Call(NamedTuple):
@@ -366,7 +366,9 @@ class _ChunkRule(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         step = options.tap_interval // call.compiled.chunk
         writes = None
-        if options.output_writes:
+        if options.output_writes == "places":
+            writes = launch.empty((), torch.float32, v.device).expand(v.shape)
+        elif options.output_writes:
             writes = call.tokens(errors) * call.beta.float()[..., None]
         return o, writes, final_state, *states[step::step].unbind(0)
 
