@@ -39,17 +39,18 @@ class Decoding(Protocol):
 
 
 class Decoder:
-    """Starts the decode passes of micro-batches on a stage, as graphs if there is a `capture`."""
+    """Starts the decode passes of micro-batches on a stage, as graphs if there is a `capture` and
+    as long as none has failed."""
 
     def __init__(self, model: FastWeightModel, capture: Capture | None = None) -> None:
         self._model, self._capture = model, capture
-        # By the kind of states: True where the next rollouts are captured, False where none are.
-        self._graphs: dict[str, _Graph | bool] = {}
+        # By the kind of states; None: the next rollouts are captured.
+        self._graphs: dict[str, _Graph | None] = {}
 
     @property
     def num_graphs(self) -> int:
         """Kinds of rollouts whose passes are graphs."""
-        return sum(isinstance(graph, _Graph) for graph in self._graphs.values())
+        return sum(graph is not None for graph in self._graphs.values())
 
     def start(self, states: Sequence[FastWeightState]) -> Decoding:
         """From these states on."""
@@ -57,28 +58,29 @@ class Decoder:
             return _Passes(self._model, states)
         states = [state.unshared() for state in states]
         kind = _kind(states)
-        graph = self._graphs.get(kind)
-        if graph is True:
-            graph = self._graphs[kind] = self._captured(states) or False
-        if isinstance(graph, _Graph):
-            graph.load(states)
-            return graph
-        passes = _Passes(self._model, states)
+        if kind not in self._graphs:
+            return _Passes(self._model, states, lambda after: self._judge(kind, after))
+        graph = self._graphs[kind] or self._captured(states)
         if graph is None:
-            passes.after_first = lambda after: self._judge(kind, after)
-        return passes
+            return _Passes(self._model, states)
+        graph.load(states)
+        self._graphs[kind] = graph
+        return graph
 
     def _judge(self, kind: str, states: Sequence[FastWeightState]) -> None:
-        """Whether the next rollouts of this kind can be a graph: a pass leaves states as they
-        were but for their contents."""
-        self._graphs[kind] = _kind(states) == kind
-        if not self._graphs[kind]:
+        """Whether rollouts of this model can be graphs: a pass leaves states as they were but for
+        their contents."""
+        if _kind(states) == kind:
+            self._graphs[kind] = None
+        else:
             logger.info("decode passes: no CUDA graph, the states of some layers grow")
+            self._capture = None
 
     def _captured(self, states: Sequence[FastWeightState]) -> _Graph | None:
         assert self._capture is not None
+        capture, self._capture = self._capture, None
         try:
-            graph = _Graph(self._model, states, self._capture)
+            graph = _Graph(self._model, states, capture)
             difference = _difference(graph, _Passes(self._model, states), states)
         except RuntimeError as error:
             logger.warning("decode passes: no CUDA graph, capturing one failed: %s", error)
@@ -91,24 +93,29 @@ class Decoder:
             )
             return None
         logger.info("decode passes of %d streams: a CUDA graph", states[0].num_streams)
+        self._capture = capture
         return graph
 
 
 class _Passes:
     """Operation by operation."""
 
-    def __init__(self, model: FastWeightModel, states: Sequence[FastWeightState]) -> None:
-        self._model, self._states = model, states
-        self.after_first: Callable[[Sequence[FastWeightState]], None] | None = None
+    def __init__(
+        self,
+        model: FastWeightModel,
+        states: Sequence[FastWeightState],
+        after_first: Callable[[Sequence[FastWeightState]], None] | None = None,
+    ) -> None:
+        self._model, self._states, self._after_first = model, states, after_first
 
     def step(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         self._model.set_input_tensor(hidden)
         out = self._model(tokens, self._states, output_states=True)
         assert out.states is not None
         self._states = out.states
-        if self.after_first is not None:
-            self.after_first(self._states)
-            self.after_first = None
+        if self._after_first is not None:
+            self._after_first(self._states)
+            self._after_first = None
         return out.hidden
 
 

@@ -93,10 +93,15 @@ def test_a_graph_makes_the_same_rollouts(
 
 
 @pytest.mark.parametrize("name", ["lact", "delta_net-window_attention"])
-def test_states_that_grow_are_no_graph(name: str, process_groups: Any, captures: Captures) -> None:
+def test_states_that_grow_are_no_graph(
+    name: str, process_groups: Any, captures: Captures, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which is seen, and said, once."""
+    caplog.set_level("INFO", logger=decoding.__name__)
     bench, batches = Bench(name, process_groups), make_batches(1, 1, 1)
     found = bench.step("fused", batches)
     assert not captures.operations
+    assert sum("the states of some layers grow" in r.getMessage() for r in caplog.records) == 1
     assert_same_outcome(found, bench.step("fused", batches, decode_graphs=False))
 
 

@@ -23,8 +23,8 @@ REFINE = RefineConfig(num_chunks=8, rollout_tokens=5)
 @pytest.mark.parametrize(
     ("name", "most", "most_extra"),
     [
-        ("deltanet-1.3b", 1600, 5500),
-        pytest.param("lact-760m", 51500, 18000, marks=pytest.mark.slow),
+        ("deltanet-1.3b", 1600, 3100),
+        pytest.param("lact-760m", 31500, 10600, marks=pytest.mark.slow),
     ],
 )
 def test_operations_of_a_micro_batch(monkeypatch, single_rank, name, most, most_extra):
