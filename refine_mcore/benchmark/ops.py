@@ -28,15 +28,18 @@ from refine_mcore.models.architecture import (
     GatedDeltaNetOptions,
     LaCTOptions,
 )
+from refine_mcore.models.attention import rotary_table
 
 FORMS = ("torch", "compile", "triton", "fla")
 OPERATIONS = (
     "rms_norm",
+    "rotary",
     "short_conv",
     "swiglu",
     "delta_rule",
     "decode",
     "lact",
+    "features",
     "vocabulary",
 )
 _LIMIT = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
@@ -113,11 +116,44 @@ def case_of(name: str, architecture: Architecture, tokens: int) -> Case | None:
             fixed=frozenset({"weight"}),
             integers={"targets": words},
         )
-    if name == "lact" and isinstance(mixer, LaCTOptions):
-        return _lact(mixer, hidden, tokens)
-    if isinstance(mixer, DeltaNetOptions | GatedDeltaNetOptions) and name != "lact":
+    if name == "rotary":
+        return _rotary(architecture, tokens)
+    if name in ("lact", "features"):
+        if not isinstance(mixer, LaCTOptions):
+            return None
+        return _lact(mixer, hidden, tokens) if name == "lact" else _features(mixer, hidden, tokens)
+    if isinstance(mixer, DeltaNetOptions | GatedDeltaNetOptions):
         return _delta_rule_layer(name, mixer, hidden, tokens)
     return None
+
+
+def _rotary(architecture: Architecture, tokens: int) -> Case | None:
+    """Of the queries of an attention layer."""
+    hidden, mixer, attention = architecture.hidden_size, architecture.mixer, architecture.attention
+    if isinstance(mixer, LaCTOptions):
+        heads, base = mixer.num_attention_heads, mixer.rope_theta
+        dim = turned = hidden // heads
+    elif attention is not None and attention.rope_theta is not None:
+        heads, base = attention.num_heads, attention.rope_theta
+        dim, turned = attention.head_dim(hidden), attention.rotary_dim(hidden)
+    else:
+        return None
+
+    def run(x: Tensor) -> Sequence[Tensor]:
+        # made once for all calls, as for all layers of a model
+        return [dispatch.rotate(x, *rotary_table((0,), x.shape[1], turned, base, x))]
+
+    return Case({"x": (1, tokens, heads, dim)}, run, 0.0)
+
+
+def _features(mixer: LaCTOptions, hidden: int, tokens: int) -> Case:
+    options: dict[str, Any] = {"head_dim": mixer.fast_head_dim(hidden), "silu": mixer.qkv_silu}
+    return Case(
+        {"x": (1, tokens, hidden), "scale": (hidden,), "offset": (hidden,)},
+        lambda x, scale, offset: [dispatch.fast_features(x, scale, offset, **options)],
+        0.0,
+        fixed=frozenset({"scale", "offset"}),
+    )
 
 
 def _delta_rule_layer(

@@ -64,6 +64,8 @@ class DeltaRuleState(FastWeightState):
 
     @classmethod
     def join(cls, parts: Sequence[DeltaRuleState], *, one_text: bool = True) -> DeltaRuleState:
+        if len(parts) == 1:
+            return parts[0]
         conv, recurrent = zip(*(part.of_streams() for part in parts), strict=True)
         return cls.of(torch.cat(conv), torch.cat(recurrent))
 

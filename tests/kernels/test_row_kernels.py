@@ -114,10 +114,14 @@ def test_short_conv(
     monkeypatch.setattr(triton_conv, "_BLOCKS", 2)
     inputs = [randn(texts, tokens, channels), randn(channels, 1, width)]
     if past:
-        inputs.append(randn(texts, width - 1, channels))
+        inputs.append(randn(texts, width - 1, channels + 2))
 
     def of(form: Any) -> Any:
-        return lambda x, weight, past=None: form(x, weight, past, activation)
+        def run(x: Tensor, weight: Tensor, packed: Tensor | None = None) -> Any:
+            past = None if packed is None else packed[..., 1 : channels + 1]
+            return form(x, weight, past, activation)
+
+        return run
 
     compare(of(triton_conv.causal_conv1d), of(naive_causal_conv1d), inputs, dtype, tolerance)
 

@@ -369,7 +369,8 @@ class _ChunkRule(torch.autograd.Function):
         if options.output_writes == "places":
             writes = launch.empty((), torch.float32, v.device).expand(v.shape)
         elif options.output_writes:
-            writes = call.tokens(errors) * call.beta.float()[..., None]
+            writes = launch.empty(v.shape, torch.float32, v.device)
+            torch.mul(call.tokens(errors), call.beta.float()[..., None], out=writes)
         return o, writes, final_state, *states[step::step].unbind(0)
 
     @staticmethod

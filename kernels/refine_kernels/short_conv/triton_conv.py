@@ -88,7 +88,7 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, past: Tensor | None, silu: bool) -> Tensor:
         x, weight = launch.dense_rows(x), weight.contiguous()
-        past = None if past is None else past.contiguous()
+        past = None if past is None else launch.dense_rows(past)
         ctx.save_for_backward(x, weight, past)
         ctx.silu = silu
         texts, tokens, channels = x.shape
@@ -99,7 +99,7 @@ class _CausalConv(torch.autograd.Function):
             triton.cdiv(channels, constants["BD"]),
             texts,
         )
-        launch.run(conv_forward, grid, x, weight, past, y, *_sizes(x), **constants)
+        launch.run(conv_forward, grid, x, weight, past, y, *_sizes(x, past), **constants)
         return y
 
     @staticmethod
@@ -123,7 +123,7 @@ class _CausalConv(torch.autograd.Function):
             conv_backward,
             grid,
             *(x, weight, past, grad.contiguous(), grad_x, grad_past, sums),
-            *(blocks, *_sizes(x)),
+            *(blocks, *_sizes(x, past)),
             **constants,
             BW=triton.next_power_of_2(width),
         )
@@ -131,13 +131,15 @@ class _CausalConv(torch.autograd.Function):
         return grad_x, grad_weight, grad_past, None
 
 
-def _sizes(x: Tensor) -> tuple[int, ...]:
-    """Tokens, channels and strides of x [B,T,D]."""
-    return x.shape[1], x.shape[2], *x.stride()[:2]
+def _sizes(x: Tensor, past: Tensor | None) -> tuple[int, ...]:
+    """Tokens, channels and strides of x [B,T,D], strides of the past."""
+    return x.shape[1], x.shape[2], *x.stride()[:2], *((0, 0) if past is None else past.stride()[:2])
 
 
 @triton.jit
-def _input(x, past, first, j, channel, tokens, channels, stride_token, W, BT: tl.constexpr):
+def _input(
+    x, past, first, j, channel, tokens, channels, stride_token, stride_past, W, BT: tl.constexpr
+):
     """Inputs u of tokens first + j + (0 ... BT - 1) of a text [BT, BD]: x, before it the past, else
     zero.  Addresses are counted from the first of them, in 32 bits."""
     step = tl.arange(0, BT)
@@ -148,7 +150,7 @@ def _input(x, past, first, j, channel, tokens, channels, stride_token, W, BT: tl
     u = tl.load(at, mask=inside & ((t >= 0) & (t < tokens))[:, None], other=0.0).to(tl.float32)
     if past is not None:  # noqa: SIM102  known when compiled, the next one is not
         if first + j < 0:
-            at = past + ((t + W - 1)[:, None] * channels + channel[None, :])
+            at = past + ((t + W - 1)[:, None] * stride_past + channel[None, :])
             known = inside & ((t < 0) & (t > -W))[:, None]
             u += tl.load(at, mask=known, other=0.0).to(tl.float32)
     return u
@@ -164,6 +166,8 @@ def conv_forward(
     channels,
     stride_text,
     stride_token,
+    stride_past_text,
+    stride_past,
     W: tl.constexpr,
     SILU: tl.constexpr,
     BT: tl.constexpr,
@@ -175,11 +179,13 @@ def conv_forward(
     text = tl.program_id(2).to(tl.int64)
     x += text * stride_text
     if past is not None:
-        past += text * (W - 1) * channels
+        past += text * stride_past_text
     z = tl.zeros((BT, BD), tl.float32)
     for j in tl.static_range(W):
         w = tl.load(weight + channel * W + j, mask=channel < channels, other=0.0).to(tl.float32)
-        u = _input(x, past, first, j - (W - 1), channel, tokens, channels, stride_token, W, BT)
+        u = _input(
+            x, past, first, j - (W - 1), channel, tokens, channels, stride_token, stride_past, W, BT
+        )
         z += w[None, :] * u
     if SILU:
         z *= tl.sigmoid(z)
@@ -204,6 +210,8 @@ def conv_backward(
     channels,
     stride_text,
     stride_token,
+    stride_past_text,
+    stride_past,
     W: tl.constexpr,
     BW: tl.constexpr,
     SILU: tl.constexpr,
@@ -217,7 +225,7 @@ def conv_backward(
     x += text * stride_text
     grad += text * tokens * channels
     if past is not None:
-        past += text * (W - 1) * channels
+        past += text * stride_past_text
     step, taps = tl.arange(0, BT), tl.arange(0, BW)
     inside = (channel < channels)[None, :]
     offset = step[:, None] * channels + channel[None, :]
@@ -235,7 +243,17 @@ def conv_backward(
                 for i in tl.static_range(W):
                     w = tl.load(weight + channel * W + i, mask=channel < channels, other=0.0)
                     u = _input(
-                        x, past, first, i - j, channel, tokens, channels, stride_token, W, BT
+                        x,
+                        past,
+                        first,
+                        i - j,
+                        channel,
+                        tokens,
+                        channels,
+                        stride_token,
+                        stride_past,
+                        W,
+                        BT,
                     )
                     z += w.to(tl.float32)[None, :] * u
                 sigma = tl.sigmoid(z)
@@ -245,7 +263,17 @@ def conv_backward(
             if j == W - 1:  # t = s: this program's own tokens
                 for i in tl.static_range(W):
                     u = _input(
-                        x, past, first, i - j, channel, tokens, channels, stride_token, W, BT
+                        x,
+                        past,
+                        first,
+                        i - j,
+                        channel,
+                        tokens,
+                        channels,
+                        stride_token,
+                        stride_past,
+                        W,
+                        BT,
                     )
                     of_weight += tl.where((taps == i)[:, None], tl.sum(e * u, 0)[None, :], 0.0)
         found = total.to(grad_x.dtype.element_ty)
