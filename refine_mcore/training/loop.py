@@ -240,11 +240,13 @@ class _Run:
         return signal
 
     def _record_kernels(self) -> None:
-        """RUN/kernels.json: which form of each operation has run on this rank, and whose linear
-        layers and optimizer."""
-        if dispatch.ran() == self._recorded:
+        """RUN/kernels.json: which form of each operation has run on this rank, how it decodes, and
+        whose linear layers and optimizer."""
+        graphs = self.engine.decoder.num_graphs > 0
+        ran = dispatch.ran() | {"decode passes": "CUDA graph" if graphs else "one by one"}
+        if ran == self._recorded:
             return
-        self._recorded = dispatch.ran()
+        self._recorded = ran
         parts = {
             "linear": self.model.decoder.layers[0].mlp.linear_fc2,
             "optimizer": self.optimizer.chained_optimizers[0].optimizer,

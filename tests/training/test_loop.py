@@ -126,6 +126,7 @@ def test_files_of_a_run(config: Path, tmp_path: Path, capsys) -> None:
     assert any((run / "tensorboard").iterdir())
     ran = json.loads((run / "kernels.json").read_text())
     assert ran["kernels"]["rms_norm on cpu"] == ran["kernels"]["chunk_delta_rule on cpu"] == "torch"
+    assert ran["kernels"]["decode passes"] == "one by one"
     assert "torch" in ran["versions"]
     assert ran["linear"].startswith("megatron.core.tensor_parallel.")
     assert ran["optimizer"].startswith("torch.optim.")
