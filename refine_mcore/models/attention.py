@@ -11,7 +11,7 @@ attention layers; LaCT uses `attend` for its own window attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -49,6 +49,8 @@ from refine_mcore.platform import to_device
 
 # Queries per product of windowed attention: bounds the mask and the work outside the window.
 _MAX_QUERY_BLOCK = 512
+# Blocks that go through a product together: bounds the gradients of their windows, which overlap.
+_BLOCKS_TOGETHER = 16
 
 
 def rotary_table(
@@ -131,38 +133,84 @@ def _join_heads_apart(*pieces: Tensor) -> Tensor:
     return _join(*pieces).transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """`count` windows of `length` tokens, the first from token `low` on, each `step` tokens behind
+    the one before."""
+
+    low: int
+    count: int
+    step: int
+    length: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """x [R, T, ...] -> [R, count, length, ...]: a view, in which windows may overlap."""
+        stride = x.stride()
+        return x.as_strided(
+            (x.shape[0], self.count, self.length, *x.shape[2:]),
+            (stride[0], self.step * stride[1], *stride[1:]),
+            x.storage_offset() + self.low * stride[1],
+        )
+
+    def add_to(self, x: Tensor, grad: Tensor) -> None:
+        """Add what is of each window to the tokens of x, in parts that do not overlap."""
+        for start in range(0, self.length, self.step):
+            length = min(self.step, self.length - start)
+            part = replace(self, low=self.low + start, length=length)
+            part.of(x).add_(grad[:, :, start : start + length])
+
+
 def _block_attention(q: Tensor, k: Tensor, v: Tensor, before: int, window: int) -> Tensor:
-    """As `_masked_attention`, block by block of the queries."""
-    block = min(max(window, 64), _MAX_QUERY_BLOCK)
-    stops = [before + stop for stop in range(block, q.shape[1], block)] + [k.shape[1]]
-    starts = [before, *stops[:-1]]
-    spans = [(max(0, start - window + 1), stop) for start, stop in zip(starts, stops, strict=True)]
-    blocks = zip(q.split(block, 1), _spans(k, spans), _spans(v, spans), strict=True)
+    """As `_masked_attention`, block by block of the queries. Blocks that see a whole window see it
+    under the same mask: some of them go through a product together."""
+    block, length = min(max(window, 64), _MAX_QUERY_BLOCK), q.shape[1]
+    windows, sizes, start = [], [], 0
+    while start < length:
+        sees_all = before + start >= window - 1
+        count = min((length - start) // block, _BLOCKS_TOGETHER) if sees_all else 1
+        if count > 1:
+            windows.append(_Windows(before + start - window + 1, count, block, block + window - 1))
+        else:
+            low, stop = max(0, before + start - window + 1), before + min(start + block, length)
+            windows.append(_Windows(low, 1, stop - low, stop - low))
+        sizes.append(min(max(1, count) * block, length - start))
+        start += sizes[-1]
+    keys, values = (_InWindows.apply(x, windows) for x in (k, v))
     outputs = [
-        _masked_attention(*parts, start - low, window)
-        for parts, start, (low, _) in zip(blocks, starts, spans, strict=True)
+        _window_attention(*parts, window)
+        for parts in zip(q.split(sizes, 1), keys, values, strict=True)
     ]
     return torch.cat(outputs, dim=1)
 
 
-def _spans(x: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """x[:, low:high] for each span. They overlap; as views, what is kept for the backward is x."""
-    return _Spans.apply(x, spans)
+def _window_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """q [R, n T, heads, dim] against windows k, v [R, n, S, heads or 1, dim], which end with the
+    tokens of their queries."""
+    streams, count, keys = k.shape[:3]
+    q = q.unflatten(1, (count, -1))
+    before = keys - q.shape[2]
+    if streams > 1 and count > 1:
+        of_each = [_masked_attention(*x, before, window) for x in zip(q, k, v, strict=True)]
+        return torch.stack(of_each).flatten(1, 2)
+    only = 0 if streams == 1 else 1
+    q, k, v = (x.squeeze(only) for x in (q, k, v))
+    return _masked_attention(q, k, v, before, window).unsqueeze(only).flatten(1, 2)
 
 
-class _Spans(torch.autograd.Function):
-    """Backward adds all gradients into one tensor: that of a slice alone has the size of x."""
+class _InWindows(torch.autograd.Function):
+    """Views of x for several `_Windows`. They overlap, and what is kept for the backward is x; it
+    adds all gradients into one tensor: that of a slice alone has the size of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, ...]:
-        ctx.shape, ctx.spans = x.shape, spans
-        return tuple(x[:, low:high] for low, high in spans)
+    def forward(ctx: Any, x: Tensor, windows: list[_Windows]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.windows = x.shape, windows
+        return tuple(some.of(x) for some in windows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].new_zeros(ctx.shape)
-        for (low, high), grad in zip(ctx.spans, grads, strict=True):
-            total[:, low:high].add_(grad)
+        for some, grad in zip(ctx.windows, grads, strict=True):
+            some.add_to(total, grad)
         return total, None
 
 

@@ -54,13 +54,22 @@ def assert_same_with_gradients(
     before=st.integers(0, 30),
     window=WINDOWS,
     block=st.sampled_from([1, 3, 7, 512]),
+    together=st.sampled_from([2, 16]),
+    texts=st.sampled_from([1, 2]),
 )
 def test_attention_of_a_text(
-    length: int, before: int, window: int | None, block: int, monkeypatch
+    length: int,
+    before: int,
+    window: int | None,
+    block: int,
+    together: int,
+    texts: int,
+    monkeypatch,
 ) -> None:
     """With the history that an earlier piece leaves: all of it, or the last window - 1 tokens."""
     monkeypatch.setattr("refine_mcore.models.attention._MAX_QUERY_BLOCK", block)
-    q, k, v = random_qkv(2, length, before + length)
+    monkeypatch.setattr("refine_mcore.models.attention._BLOCKS_TOGETHER", together)
+    q, k, v = random_qkv(texts, length, before + length)
     past = None
     if before:
         past = TokenHistory(((k[:, :before], v[:, :before]),))
