@@ -43,6 +43,7 @@ from refine_mcore.models.state import (
     TokenHistory,
     join_pieces,
     piece_spans,
+    reached,
 )
 from refine_mcore.models.transformer_config import FastWeightConfig
 from refine_mcore.platform import to_device
@@ -249,7 +250,8 @@ def _branch_attention(q: Tensor, history: TokenHistory, window: int | None) -> T
     """Attention of branches: one softmax over the text's keys (shared) and each branch's own."""
     assert history.text is not None
     before = history.own_length - q.shape[1]
-    low, high = _visible_range(history.limit, before, window)
+    # each own token takes the place of one of the text in the window
+    low, high = reached(history.limit, None if window is None else window - 1 - before)
     parts, spans = [], []
     for piece, start, stop in piece_spans(history.text, low, high):
         first, length = low - start, piece[0].shape[1]
@@ -359,16 +361,6 @@ def _hidden_from_branches(
         own_mask = own_mask & (own_token > query - window)
         text_mask = text_mask & (text_token > ends + query - window)
     return ~torch.cat([text_mask, own_mask.expand(streams, -1, -1)], dim=-1)
-
-
-def _visible_range(limit: Sequence[int], before: int, window: int | None) -> tuple[int, int]:
-    """The text tokens that some branch can see which has made `before` tokens of its own, [low,
-    high); never none, a hidden one where branches see none."""
-    high = max(1, *limit)
-    if window is None:
-        return 0, high
-    low = min(limit) + before - window + 1
-    return min(max(0, low), high - 1), high
 
 
 @dataclass(frozen=True)

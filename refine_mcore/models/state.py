@@ -186,6 +186,13 @@ def slice_pieces(
     )
 
 
+def reached(limit: Sequence[int], reach: int | None) -> tuple[int, int]:
+    """The tokens [low, high) of a text that some stream reaches which left it after `limit` tokens:
+    of each the last `reach` (None: all). Never none, the last one where streams reach none."""
+    high = max(1, *limit)
+    return 0 if reach is None else max(0, min(min(limit) - reach, high - 1)), high
+
+
 @dataclass(frozen=True)
 class TokenHistory:
     """Per-token tensors (keys and values, a chunk not yet written) of the recent past of R streams.
@@ -220,7 +227,7 @@ class TokenHistory:
         most half, the rest."""
         if reach is None:
             return cls((), text, tuple(rows), tuple(limit), reach)
-        low, high = max(0, min(min(limit) - reach, max(limit) - 1)), max(1, *limit)
+        low, high = reached(limit, reach)
         kept: list[Piece] = []
         dropped = low
         for piece, start, stop in piece_spans(text, low, high):
@@ -276,7 +283,7 @@ class TokenHistory:
             index: dict[int, tuple[int, int]] = {}  # row of the part: its new row, tokens cut off
             for row in sorted(set(part.rows)):
                 limit = [end for r, end in zip(part.rows, part.limit, strict=True) if r == row]
-                low = 0 if reach is None else max(0, min(min(limit) - reach, max(limit) - 1))
+                low, _ = reached(limit, reach)
                 index[row] = len(joined), low
                 of_row = slice(row, row + 1)
                 joined.append(join_pieces(slice_pieces(part.text, low, max(limit), of_row)))

@@ -153,11 +153,12 @@ class _Graph:
 
 
 def _difference(graph: _Graph, passes: _Passes, states: Sequence[FastWeightState]) -> float:
-    """Of one pass on any token, relative."""
+    """Of two passes on any tokens, the second from the states that the first left: relative."""
     graph.load(states)
     tokens = torch.zeros_like(graph.tokens)
-    expected = passes.step(tokens, None).float()
-    return ((graph.step(tokens, None).float() - expected).norm() / expected.norm()).item()
+    expected = torch.stack([passes.step(tokens, None) for _ in range(2)]).float()
+    found = torch.stack([graph.step(tokens, None).clone() for _ in range(2)]).float()
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 def _kind(states: Sequence[FastWeightState]) -> str:

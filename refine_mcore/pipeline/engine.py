@@ -165,8 +165,9 @@ class PipelineEngine:
             head = None
             if self._stage == self._stages - 1:
                 head = Head(context, item, objective, metrics)
-            work_here = (item, spans, shape, head, keeps_graph)
-            on_stage.append(StageWork(self._wrapped, self.decoder, *work_here))
+            on_stage.append(
+                StageWork(self._wrapped, self.decoder, item, spans, shape, head, keeps_graph)
+            )
         rolls_out = [item.rolls_out for item in work]
         self._follow(self.plan(config, length, rolls_out, phase), on_stage)
         return on_stage

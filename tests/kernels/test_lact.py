@@ -159,6 +159,24 @@ def test_newton_schulz_flattens_the_spectrum(shape):
     assert_close(newton_schulz(7.0 * g), x, 1e-5)
 
 
+@pytest.mark.parametrize("size", [1.0, 3e-8])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (5, 3), (2, 1, 4, 4)])
+def test_newton_schulz_passes_gradcheck(shape, size):
+    """Also of matrices that are small beside what is added to their norm."""
+    gen = torch.Generator().manual_seed(0)
+    g = size * torch.randn(1, *shape, dtype=torch.float64, generator=gen)
+    step = 1e-6 * size
+    assert torch.autograd.gradcheck(
+        lambda x: size * newton_schulz(x), (g.requires_grad_(),), eps=step, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_newton_schulz_keeps_zeros_and_their_gradient_finite():
+    g = torch.zeros(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    newton_schulz(g).sum().backward()
+    assert g.grad is not None and g.grad.isfinite().all()
+
+
 def test_newton_schulz_precision_is_the_callers():
     gen = torch.Generator().manual_seed(1)
     g = torch.randn(2, 6, 4, generator=gen)

@@ -122,7 +122,8 @@ def test_attention_of_branches_in_many_pieces(
     q, k, v = random_qkv(len(branches), own[-1], sum(own), kv_heads)
     pieces = zip(in_pieces(text_k, lengths), in_pieces(text_v, lengths), strict=True)
     rows, limit = zip(*branches, strict=True)
-    history = TokenHistory.branch(tuple(pieces), rows, limit)
+    reach = None if window is None else max(window - 1, 7)  # `last` asks for so many below
+    history = TokenHistory.branch(tuple(pieces), rows, limit, reach)
     for piece in zip(in_pieces(k, own), in_pieces(v, own), strict=True):
         history = history.append(piece)
     expected = [
@@ -153,7 +154,8 @@ def test_attention_of_branches(
     _, text_k, text_v = random_qkv(3, 1, 20)
     q, k, v = random_qkv(len(branches), length, own + length)
     rows, limit = zip(*branches, strict=True)
-    history = TokenHistory.branch(((text_k, text_v),), rows, limit).append((k, v))
+    reach = None if window is None else window - 1
+    history = TokenHistory.branch(((text_k, text_v),), rows, limit, reach).append((k, v))
     out = attend(q, history, window)
     expected = [
         naive_attention(

@@ -240,7 +240,8 @@ def test_recomputation_keeps_states_and_inputs_only(name: str, process_groups: A
 def test_tapes_are_let_go_slice_by_slice(
     name: str, process_groups: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where no graph is kept: of the slices read so far the last two at most can have branches."""
+    """Where no graph is kept: chunks of 3 tokens in slices of 2, pooled with the token behind, are
+    known when the third slice is read that they depend on."""
     tapes: list[int] = []
     run = StageWork.run
 

@@ -71,6 +71,6 @@ class _Iterations(torch.autograd.Function):
             grad = torch.baddbmm(grad, polynomial, grad, beta=a)
             grad = torch.baddbmm(grad, n + n.mT, x)
         # of Y = G / q with q = |G| + eps: (dY - <dY, Y> q / |G| Y) / q, of zeros dY / q
-        y = kept[0]
-        along = (grad * y).sum((-2, -1), keepdim=True) * length / norm.clamp_min(_EPS)
+        y, smallest = kept[0], torch.finfo(norm.dtype).tiny
+        along = (grad * y).sum((-2, -1), keepdim=True) * length / norm.clamp_min(smallest)
         return torch.addcmul(grad, along, y, value=-1) / length
