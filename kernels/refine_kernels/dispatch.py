@@ -66,7 +66,7 @@ R = TypeVar("R")
 # What `use` can choose: operations that have a Triton form.
 CHOICES = ("delta_rule", "lact", "rms_norm", "rotary", "short_conv", "swiglu", "vocabulary")
 _WANTED = dict.fromkeys(CHOICES, "auto")
-_RAN: dict[str, str] = {}
+_RAN: dict[tuple[str, str], str] = {}
 
 
 def use(**forms: str) -> None:
@@ -79,6 +79,7 @@ def use(**forms: str) -> None:
             raise ValueError(f"{name} is {form!r}, must be 'auto', 'torch' or 'triton'")
     for name in CHOICES:
         _WANTED[name] = forms.get(name, "auto")
+    _RAN.clear()
 
 
 def backend(name: str, device_type: str) -> str:
@@ -91,16 +92,19 @@ def backend(name: str, device_type: str) -> str:
 
 
 def ran() -> dict[str, str]:
-    """What has run so far in this process: of each operation on each type of device the form, and
-    why not the one that was wanted."""
-    return dict(sorted(_RAN.items()))
+    """What has run in this process since `use` chose: of each operation on each type of device the
+    form, and why not the one that was wanted."""
+    return {f"{operation} on {device}": form for (operation, device), form in sorted(_RAN.items())}
+
+
+def _record(operation: str, device_type: str, backend: str = "torch") -> None:
+    _RAN[operation, device_type] = backend
+    _log_backend(operation, device_type, backend)
 
 
 @functools.cache
-def _log_backend(operation: str, device_type: str, backend: str = "torch") -> None:
-    place = f"{operation} on {device_type}"
-    _RAN[place] = backend
-    logger.info("%s: %s", place, backend)
+def _log_backend(operation: str, device_type: str, backend: str) -> None:
+    logger.info("%s on %s: %s", operation, device_type, backend)
 
 
 def _operation(
@@ -117,16 +121,16 @@ def _operation(
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device.type
         if name is None or backend(name, device) == "torch":
-            _log_backend(operation, device)
+            _record(operation, device)
             return torch_form(*args, **kwargs)
         why = _without_triton(device)
         if why is None:
             triton_forms = importlib.import_module(f"refine_kernels.{module}")
             why = triton_forms.refusal(*args, **kwargs)
             if why is None:
-                _log_backend(operation, device, "triton")
+                _record(operation, device, "triton")
                 return getattr(triton_forms, operation)(*args, **kwargs)
-        _log_backend(operation, device, f"torch, as {why}")
+        _record(operation, device, f"torch, as {why}")
         return torch_form(*args, **kwargs)
 
     return run

@@ -499,6 +499,10 @@ def test_arguments_by_name_reach_the_kernels(name):
     values |= {"scale": x[0, 0], "offset": x[0, 1], "head_dim": 8, "silu": True}
     operation(**{x: values[x] for x in KEYWORDS[name]})
     assert dispatch.ran()[f"{name} on {DEVICE}"] == "triton"
+    dispatch.use(**dict.fromkeys(dispatch.CHOICES, "torch"))
+    assert not dispatch.ran()
+    operation(**{x: values[x] for x in KEYWORDS[name]})  # the log has said so before
+    assert dispatch.ran()[f"{name} on {DEVICE}"] == "torch"
 
 
 CALLS: dict[str, tuple[Any, Any]] = {
