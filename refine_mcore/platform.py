@@ -119,7 +119,8 @@ def to_device(values: Sequence[int], device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _on_device(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return without_waiting(torch.tensor(values, dtype=torch.long), device)
+    with torch.inference_mode(False):  # whoever takes it from here may need it for a backward
+        return without_waiting(torch.tensor(values, dtype=torch.long), device)
 
 
 def without_waiting(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -164,14 +164,14 @@ def _watch_steps(seen: Observed) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watch_tapes(seen: Observed) -> Iterator[None]:
-    record = DeltaRuleTape.record
+    record = DeltaRuleTape.record_outputs
 
     def watched(self: DeltaRuleTape, *arguments: Any) -> Any:
         output = record(self, *arguments)
         seen.kept_states.append(len(self.kept))
         return output
 
-    with mock.patch.object(DeltaRuleTape, "record", watched):
+    with mock.patch.object(DeltaRuleTape, "record_outputs", watched):
         yield
 
 

@@ -26,6 +26,7 @@ from refine_mcore.errors import UserError, cli
 LISTS = {
     "delta_rule": "delta_rule.triton_variants",
     "decode": "delta_rule.triton_recurrent",
+    "few": "delta_rule.triton_few",
     "read": "delta_rule.triton_read",
     "lact": "lact.triton_forms",
     "features": "lact.triton_features",

@@ -17,7 +17,7 @@ from torch import Tensor
 from refine_kernels.delta_rule import chunk as _delta_chunk
 from refine_kernels.delta_rule import read as _delta_read
 from refine_kernels.delta_rule import recurrent as _delta_recurrent
-from refine_kernels.delta_rule.chunk import ChunkOutput, Writes
+from refine_kernels.delta_rule.chunk import ChunkOutput
 from refine_kernels.gated_delta_rule import chunk as _gated_chunk
 from refine_kernels.gated_delta_rule import recurrent as _gated_recurrent
 from refine_kernels.lact import chunk as _lact
@@ -38,7 +38,6 @@ __all__ = [
     "FastWeights",
     "Precision",
     "RowNorms",
-    "Writes",
     "apply_fast_weights",
     "causal_conv1d",
     "chunk_delta_rule",

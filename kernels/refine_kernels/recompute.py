@@ -41,6 +41,13 @@ def recomputed_where_remaking(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args) if _ACTIVE.region is None else recomputed(function, *args)
 
 
+def readable_later(x: Tensor) -> Callable[[], Tensor]:
+    """What gives the contents of x once more: x itself, but for an output of `remade` inside the
+    innermost `remaking`, which is made again for each call."""
+    region = _ACTIVE.region
+    return partial(Tensor.detach, x) if region is None else region.later(x.detach())
+
+
 def _needs_gradient(arg: Any) -> bool:
     return isinstance(arg, Tensor) and arg.requires_grad
 
@@ -91,11 +98,15 @@ class _Recipe:
         self.readers = 0
         self._waiting = 0
 
+    def made(self) -> Tensor:
+        """Made again for one who does not count as a reader."""
+        with torch.no_grad():
+            return self._make()
+
     def read(self) -> Tensor:
         if self._made is None:
             self._waiting = self.readers
-            with torch.no_grad():
-                self._made = self._make()
+            self._made = self.made()
         made = self._made
         self._waiting -= 1
         if self._waiting == 0:
@@ -142,6 +153,13 @@ class _Region:
             if storage._cdata not in given:
                 recipe = _Recipe(partial(make, index))
                 self.recipes[storage._cdata] = StorageWeakRef(storage), recipe
+
+    def later(self, x: Tensor) -> Callable[[], Tensor]:
+        _, recipe = self.recipes.get(x.untyped_storage()._cdata, (None, None))
+        if recipe is None:
+            return lambda: x
+        size, stride, offset = x.size(), x.stride(), x.storage_offset()
+        return lambda: recipe.made().as_strided(size, stride, offset)
 
     def pack(self, x: Tensor) -> Any:
         _, recipe = self.recipes.get(x.untyped_storage()._cdata, (None, None))

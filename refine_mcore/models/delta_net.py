@@ -34,9 +34,6 @@ class DeltaNet(DeltaRuleMixer):
             return v.new_ones(v.shape[:3], dtype=at_least_float32(v.dtype)), None
         return write_strength(parts["b_proj"], self.options.allow_neg_eigval), None
 
-    def log_decay(self, parts: dict[str, Tensor]) -> None:
-        return None
-
 
 def write_strength(logits: Tensor, allow_neg_eigval: bool) -> Tensor:
     """beta = sigmoid(logits), doubled if the state may have negative eigenvalues."""

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from refine_kernels.dispatch import (
     ChunkOutput,
-    Writes,
     causal_conv1d,
     chunk_delta_rule,
     chunk_gated_delta_rule,
@@ -116,22 +115,20 @@ class DeltaRuleMixer(Mixer):
         """beta and g [R, T, local value heads] for the values v [R, T, heads, V], from the named
         projections, in at least float32."""
 
-    @abstractmethod
-    def log_decay(self, parts: dict[str, Tensor]) -> Tensor | None:
-        """g alone, None where nothing decays."""
-
     def mix(
         self, tokens: Tensor, state: FastWeightState | None, output_state: bool, record: bool
     ) -> MixerOutput:
         assert state is None or isinstance(state, DeltaRuleState)
-        tape = DeltaRuleTape(self, tokens, state) if record else None
-        raw, gates = self.split_packed(tokens if tape is None else tape.packed.tokens)
+        raw, gates = self.split_packed(tokens)
+        tape = DeltaRuleTape(self, state) if record else None
+        raw = raw if tape is None else tape.record_raw(raw)
         past, initial = (None, None) if state is None else state.of_streams()
         convolved, conv_tail = self.convolve(raw, past)
         q, inputs = self.recurrence_inputs(convolved, gates)
-        writes: Writes = "places" if tape is not None and torch.is_grad_enabled() else False
-        out = self.recurrence(q, inputs, initial, output_writes=writes)
-        o = out.o if tape is None else tape.record(KERNEL_CHUNK, out)
+        if tape is not None:
+            inputs = tape.record_inputs(inputs)
+        out = self.recurrence(q, inputs, initial, output_writes=record)
+        o = out.o if tape is None else tape.record_outputs(KERNEL_CHUNK, out)
         assert o is not None
         gate = gates["g_proj"].reshape(o.shape) if self.options.use_gate else None
         gain = shared_by_heads(self.o_norm, self.tp_group)
@@ -192,30 +189,15 @@ class DeltaRuleMixer(Mixer):
         )
         return q, RecurrenceInputs(k, v, *self.gates(gates, v))
 
-    def keys_and_decay(self, packed: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """k [R, T, key heads, K], before its norm, and g of the packed projections [R, T, c] that
-        follow the inputs `past` of the convolution."""
-        raw, gates = self.split_packed(packed)
-        _, k, _ = raw.split(self.conv_sizes, dim=-1)
-        g = self.log_decay(gates)
-        activation = None if self.qk_identity else "silu"
-        if self.options.use_short_conv:
-            past_k = None if past is None else past.split(self.conv_sizes, dim=-1)[1]
-            k, _ = causal_conv1d(k, self.k_conv1d, past_k, activation)
-        elif activation is not None:
-            k = F.silu(k)
-        return k.unflatten(-1, (-1, self.heads.key)), g
-
     def recurrence(
         self,
-        q: Tensor | None,
+        q: Tensor,
         inputs: RecurrenceInputs,
         initial_state: Tensor | None,
         *,
-        output_writes: Writes = False,
+        output_writes: bool,
     ) -> ChunkOutput:
-        """Output, final state, the states before each chunk and the writes if asked for; q=None
-        only advances the state."""
+        """Output, final state, the states before each chunk and the writes if asked for."""
         k, v, beta, g = inputs
         options: dict[str, Any] = {"initial_state": initial_state, "qk_norm_eps": L2_EPS}
         few = k.shape[1] <= _FEW_TOKENS and initial_state is not None and not output_writes

@@ -56,9 +56,6 @@ class GatedDeltaNet(DeltaRuleMixer):
 
     def gates(self, parts: dict[str, Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
         beta = write_strength(parts["b_proj"], self.options.allow_neg_eigval)
-        return beta, self.log_decay(parts)
-
-    def log_decay(self, parts: dict[str, Tensor]) -> Tensor:
         dtype = at_least_float32(parts["a_proj"].dtype)
         rate = F.softplus(parts["a_proj"].to(dtype) + self.dt_bias.to(dtype))
-        return -self.A_log.to(dtype).exp() * rate
+        return beta, -self.A_log.to(dtype).exp() * rate

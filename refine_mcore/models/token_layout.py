@@ -40,5 +40,7 @@ class TokenLayout:
 
     def split(self, x: Tensor) -> Tensor:
         """The inverse of `join`."""
-        x = x[: self.streams * self.length]
+        tokens = self.streams * self.length
+        if x.shape[0] > tokens:  # else the backward of the slice would copy the gradient
+            x = x[:tokens]
         return x.reshape(self.streams, self.length, *x.shape[2:])

@@ -8,10 +8,10 @@ states that branches took from it. The gradients are those of the uncut step.
 Branches leave a slice once its positions are known, until when it keeps its tape: those of stored
 rollouts at once, new ones after the last slice.
 
-With recomputation F keeps no graph: a slice's activations are made again, all layers of the stage
-at once, just before its backward. So at most one slice's activations are alive. Where no graph is
-kept the last stage, which draws the positions, does so slice by slice, and a tape is let go as soon
-as no branch can leave it any more; the stages before learn them after the last slice.
+With full recomputation F keeps no graph: a slice's activations are made again, all layers of the
+stage at once, just before its backward. So at most one slice's activations are alive. With any
+recomputation the last stage, which draws the positions, does so slice by slice, and a tape is let
+go as soon as no branch can leave it any more; the stages before learn them after the last slice.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class StageWork:
             self._branch_off(until=piece.stop)
         elif self._head is not None:
             last = index == len(self._spans) - 1
-            if last or not self._keeps_graph:
+            recomputes = not self._keeps_graph or self._model.config.selective_recompute
+            if last or recomputes:
                 self._branched_at, known = self._head.choose_branches()
                 self._branch_off(until=known)
             if last:

@@ -37,7 +37,11 @@ class ModelFlops:
     """Of forward passes of a model, over texts of `length` tokens and over branches of them."""
 
     def __init__(self, architecture: Architecture, length: int, interval: int) -> None:
-        self._architecture, self._length, self._interval = architecture, length, interval
+        self._architecture, self._length, self._interval = (
+            architecture,
+            length,
+            min(interval, length),
+        )
         shapes = checkpoint_shapes(hf_parameter_map(architecture))
         self._layers = 2.0 * sum(
             math.prod(shape)
@@ -75,10 +79,15 @@ class ModelFlops:
         mixers = sum(self._of_token(mixer) for mixer in self._mixers())
         return count * tokens * (self._layers + mixers)
 
-    def replay(self, branches: int) -> float:
-        """Reading the states of `branches`: the delta rules go over the tokens since the last state
-        that was kept, as many as the branch that has most of them."""
-        return branches * sum(self._of_replay(mixer) for mixer in self._mixers())
+    def read_states(self, branches: int) -> float:
+        """Reading the states of `branches`: for the delta rules the product of keys and writes
+        since the last state that was kept, of as many tokens as the branch has that has most."""
+        return branches * self._interval * self._of_writes()
+
+    def read_states_and_backward(self, branches: int) -> float:
+        """The same with its backward, which ends at the border of a chunk."""
+        backward = 2 * branches * min(KERNEL_CHUNK, self._interval) * self._of_writes()
+        return self.read_states(branches) + backward
 
     def _of_text(self, mixer: MixerOptions | AttentionOptions) -> float:
         length, width = self._length, self._architecture.hidden_size
@@ -106,12 +115,13 @@ class ModelFlops:
         heads, key, value = _heads(mixer, width)
         return 6.0 * heads * key * value
 
-    def _of_replay(self, mixer: MixerOptions | AttentionOptions) -> float:
-        if isinstance(mixer, AttentionOptions | LaCTOptions):
-            return 0.0
-        heads, key, value = _heads(mixer, self._architecture.hidden_size)
-        within = 2 * KERNEL_CHUNK * (key + value) + KERNEL_CHUNK**2 * 2 / 3
-        return min(self._interval, self._length) * heads * (within + 4.0 * key * value)
+    def _of_writes(self) -> float:
+        """What a token adds to the states of all layers."""
+        delta_rules = (
+            x for x in self._mixers() if not isinstance(x, AttentionOptions | LaCTOptions)
+        )
+        heads = (_heads(mixer, self._architecture.hidden_size) for mixer in delta_rules)
+        return sum(2.0 * count * key * value for count, key, value in heads)
 
     def _fast_weights(self, mixer: LaCTOptions) -> tuple[float, float]:
         """Of one token: what reads the fast weights, and their gradients."""
@@ -178,9 +188,9 @@ def _refine_flops(model: ModelFlops, refine: RefineConfig, mode: str) -> float:
     streams, scored = c * n, k + refine.tokens_behind
     decode = model.branches(streams, k - 1) + streams * k * model.head
     score = model.branches(streams, scored) + streams * scored * model.head
-    rollouts = model.replay(c) + decode
     if mode == "two_phase":
         of_stored = model.branches(streams, k) + streams * k * model.head
         trained = model.text_and_backward + 3 * of_stored
-        return model.text + rollouts + score + trained + model.replay(c)
-    return model.text_and_backward + rollouts + 3 * score
+        rollouts = model.text + model.read_states(c) + decode + score
+        return rollouts + trained + model.read_states_and_backward(c)
+    return model.text_and_backward + model.read_states_and_backward(c) + decode + 3 * score

@@ -25,7 +25,7 @@ from torch import Tensor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
-from refine_kernels.delta_rule import triton_chunk
+from refine_kernels.delta_rule import triton_chunk, triton_few
 
 from refine_mcore.errors import UserError
 from refine_mcore.models.delta_rule_state import _own
@@ -119,6 +119,9 @@ def compare(
 
 SHAPES = {
     "one token": (1, 1, 1, 16, 16, 1, 16, None),
+    "a few tokens, shared keys": (3, 5, 2, 20, 40, 2, 64, 1e-6),
+    "most that count as few": (1, 16, 1, 16, 16, 1, 32, None),
+    "one more": (1, 17, 1, 16, 16, 1, 32, None),
     "odd length, two texts": (2, 37, 2, 16, 16, 1, 16, None),
     "odd widths, shared keys, norm": (1, 33, 1, 20, 40, 2, 32, 0.5),
     "states rarer than chunks": (1, 70, 1, 32, 16, 1, 64, 1e-6),
@@ -127,6 +130,7 @@ LARGE_SHAPES = {
     "96 and 192": (1, 70, 1, 96, 192, 1, 64, 1e-6),
     "128": (1, 130, 2, 128, 128, 1, 64, 1e-6),
     "256": (1, 70, 1, 256, 256, 1, 64, 1e-6),
+    "a few of 256": (2, 5, 1, 256, 256, 1, 64, 1e-6),
 }
 
 
@@ -338,23 +342,34 @@ def test_the_tape_keeps_no_more_than_its_states():
         assert (own.data_ptr() == state.data_ptr()) == (state._base is None)
 
 
-@pytest.mark.parametrize("wrong", ["gradient of beta", "output"])
-def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, wrong):
+@pytest.mark.parametrize(
+    ("tokens", "kernel", "argument", "wrong"),
+    [
+        (17, "inputs", 16, "gradient of beta"),
+        (17, "output", 7, "output"),
+        (5, "few_backward", 9, "gradient of beta"),
+        (5, "few_forward", 6, "output"),
+    ],
+)
+def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, tokens, kernel, argument, wrong):
     """As if the compiler had got one wrong."""
-    triton_chunk._disagreement.cache_clear()
+    caches = triton_chunk._disagreement, triton_few.disagreement
     run = launch.run
 
-    def wrong_run(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
-        run(kernel, grid, *arguments, **constants)
-        if kernel.fn.__name__ == ("inputs" if wrong == "gradient of beta" else "output"):
-            arguments[16 if wrong == "gradient of beta" else 7][:, 3] = 0.5
+    def wrong_run(given: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        run(given, grid, *arguments, **constants)
+        if given.fn.__name__ == kernel:
+            arguments[argument][:, 3] = 0.5
 
     monkeypatch.setattr(launch, "run", wrong_run)
-    x = torch.zeros(1, 1, 1, 16, device=DEVICE)
+    x = torch.zeros(1, tokens, 1, 16, device=DEVICE)
+    for cache in caches:
+        cache.cache_clear()
     why = triton_chunk.refusal(x, x, x, x[..., 0], x[..., 0], chunk_size=16)
     assert why is not None and wrong in why
     monkeypatch.undo()
-    triton_chunk._disagreement.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 COMMAND = Path(__file__).parents[2] / "tools" / "compile_kernels.py"

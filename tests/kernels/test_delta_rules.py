@@ -132,10 +132,10 @@ def test_any_state_follows_from_the_writes(
         *inputs, initial_state=state, chunk_size=chunk_size, output_writes=True, **options
     )
     _, k, _, _, *g = inputs
-    read = [
-        state_from_writes(state, k[:, :i], writes[:, :i], *(x[:, :i] for x in g), **options)
-        for i in range(1, t + 1)
-    ]
+    counts = [torch.full((b,), i) for i in range(1, t + 1)]
+    read = [state_from_writes(state, k, writes, *g, counts=count, **options) for count in counts]
+    of_all = state_from_writes(state, k, writes, *g, **options)
+    assert_close([of_all], [read[-1]])
     expected = [
         NAIVE[gated](*(x[:, :i] for x in inputs), initial_state=state, **options)
         for i in range(1, t + 1)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from refine_kernels.recompute import recomputed, remade, remaking
+from refine_kernels.recompute import readable_later, recomputed, remade, remaking
 from refine_kernels.rms_norm.rms_norm import rms_norm
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from refine_mcore.benchmark.memory import saved_tensors
 
@@ -44,6 +45,26 @@ def readers(x: Tensor, gain: Tensor, weight: Tensor, function: Any = norm) -> Te
     y = remade(function, x, gain)
     kept = (y @ weight).exp()
     return (kept + (y.view(3, 2, 4)[1:].transpose(1, 2) ** 2).sum()).sum()
+
+
+def test_contents_read_later_are_made_again_and_keep_nothing_alive() -> None:
+    """Of an output of `remade`; what nothing makes again is itself kept."""
+    x, gain, weight = inputs()
+    made = Counted(norm)
+    with remaking():
+        y = remade(made, x, gain)
+        of_view, of_input = readable_later(y[2:]), readable_later(x)
+        loss = (y @ weight).sum()
+    expected, alive = y[2:].detach().clone(), StorageWeakRef(y.untyped_storage())
+    del y
+    assert alive.expired()
+    for calls in (2, 3):
+        assert torch.equal(of_view(), expected) and not of_view().requires_grad
+        assert made.calls == 2 * calls - 1
+    assert of_input().data_ptr() == x.data_ptr()
+    loss.backward()  # its own readers are counted without these
+    assert made.calls == 6
+    assert readable_later(x)().data_ptr() == x.data_ptr()
 
 
 def test_a_remade_tensor_is_made_once_for_all_its_readers_and_changes_no_bit() -> None:

@@ -415,11 +415,18 @@ def test_lact_by_kernels_is_torchs(prenorm, dtype):
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "raw"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize(
-    ("streams", "tokens", "heads", "groups", "k_dim", "v_dim"),
-    [(1, 1, 1, 1, 16, 16), (2, 21, 2, 2, 20, 70), (3, 63, 1, 1, 32, 24)],
+    ("tokens", "counts", "heads", "groups", "k_dim", "v_dim"),
+    [
+        (1, [1], 1, 1, 16, 16),
+        (21, [21, 8], 2, 2, 20, 70),
+        (63, [0, 63, 1], 1, 1, 32, 24),
+        (150, [150, 70], 1, 1, 16, 16),
+    ],
 )
-def test_states_from_writes(streams, tokens, heads, groups, k_dim, v_dim, gated, norm):
-    """Keys as a convolution leaves them, among others; decays from nearly none to nearly all."""
+def test_states_from_writes(tokens, counts, heads, groups, k_dim, v_dim, gated, norm):
+    """Keys as a convolution leaves them, among others; decays from nearly none to nearly all;
+    streams of which all tokens count, a few or none."""
+    streams = len(counts)
     inputs = [
         randn(streams, heads * groups, k_dim, v_dim),
         randn(streams, tokens, heads, k_dim + 3)[..., 1 : k_dim + 1],
@@ -427,9 +434,10 @@ def test_states_from_writes(streams, tokens, heads, groups, k_dim, v_dim, gated,
     ]
     if gated:
         inputs.append(-(4 * randn(streams, tokens, heads * groups) - 4).exp())
+    options = {"counts": torch.tensor(counts), "qk_norm_eps": 1e-6 if norm else None}
 
     def of(form: Any) -> Any:
-        return lambda *given: [form(*given, qk_norm_eps=1e-6 if norm else None)]
+        return lambda *given: [form(*given, **options)]
 
     compare(
         of(triton_read.state_from_writes),

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from refine_mcore import platform
 from refine_mcore.benchmark.memory import saved_tensors
+from refine_mcore.models.delta_rule_mixer import DeltaRuleMixer
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.scoring import score
 from tests.distributed.harness import run_distributed
+from tests.models.test_state import Alive
 from tests.models.zoo import NAMES, gradients, make_model, random_tokens, weights_like
 
 pytestmark = pytest.mark.usefixtures("short_chunks")
@@ -62,6 +64,25 @@ def kept_bytes(model: FastWeightModel) -> int:
     tokens = random_tokens(1, 64)
     saved = saved_tensors(lambda: model(tokens, record=True).hidden, model.parameters())
     return sum(one.bytes for one in saved)
+
+
+@pytest.mark.parametrize("name", ["delta_net", "gated_delta_net-window_attention"])
+def test_a_tape_keeps_writes_and_few_states(name: str, process_groups: Any) -> None:
+    """And no outputs of convolutions, which a text pass makes again."""
+    model, tokens = make_model(name, process_groups, selective_recompute=True), 512
+    kept = []
+    for record in (False, True):
+        with Alive() as alive:
+            out = model(random_tokens(1, tokens), record=record)
+            kept.append(alive.bytes)
+        del out
+    mixers = [x for x in model.modules() if isinstance(x, DeltaRuleMixer)]
+    size = torch.float64.itemsize
+    heads = [(x.heads.value_heads, x.heads.key, x.heads.value) for x in mixers]
+    writes = sum(tokens * h * value for h, _, value in heads)
+    gates = sum(tokens * h for h, _, _ in heads)
+    states = sum((tokens // 8 + 1) * h * key * value for h, key, value in heads)
+    assert 0 < kept[1] - kept[0] < 1.02 * size * (writes + gates + states)
 
 
 def _on_two_ranks(names: list[str]) -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from refine_mcore.models.attention import AttentionState
 from refine_mcore.models.fast_weight_model import FastWeightModel, ModelOutput
 from refine_mcore.models.lact_state import LaCTState
-from refine_mcore.models.recorded_tokens import PlacesOfTokens, RecordedTokens, gather_tokens
+from refine_mcore.models.recorded_tokens import RecordedTokens, gather_tokens
 from refine_mcore.models.state import FastWeightState, StreamGroups, TokenHistory, map_tensors
 from refine_mcore.pipeline.cut import Cut
 from tests.models.zoo import FAMILIES, NAMES, assert_same, contents, random_tokens
@@ -222,8 +222,8 @@ def test_recorded_tokens_have_the_gradient_of_a_gather() -> None:
     """Readings and the split that goes on with the tensor, against plain indexing."""
     x = torch.randn(3, 7, 5, dtype=torch.float64)
     ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
-    recorded = RecordedTokens(ours * 2)
-    head, tail = recorded.tokens.split([2, 3], dim=-1)
+    recorded, onward = RecordedTokens.record(ours * 2)
+    head, tail = onward.split([2, 3], dim=-1)
     read = recorded.read([2, 2, 0], [0, 1, 5], 3)
     again = recorded.read([1], [4], 1)
     (head.sin().sum() + tail.cos().sum() + read.square().sum() + again.exp().sum()).backward()
@@ -236,18 +236,18 @@ def test_recorded_tokens_have_the_gradient_of_a_gather() -> None:
     torch.testing.assert_close(ours.grad, plain.grad)
 
 
-def test_places_of_tokens_have_the_gradient_of_a_gather() -> None:
+def test_tokens_recorded_beside_others_have_the_gradient_of_a_gather() -> None:
+    """Of a tensor that nothing else reads, whose gradient another one's backward makes."""
     x = torch.randn(3, 7, 2, 2, dtype=torch.float64)
     ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
-    written, carrier = ours * 2, ours.sum((2, 3))
-    places = PlacesOfTokens(written, carrier)
-    read = places.read([2, 2, 0], [0, 1, 5], 3)
-    assert read.shape == (3, 3, 4) and not read.any()
+    recorded, onward = RecordedTokens.record(ours * 2, made_with=ours.sum((2, 3)))
+    read = recorded.read([2, 2, 0], [0, 1, 5], 3)
     weights = torch.randn_like(read)
-    (places.carrier.sin().sum() + (read * weights).sum()).backward()
+    (onward.sin().sum() + (read * weights).sum()).backward()
 
-    y = (plain * 2).flatten(2)
+    y = plain * 2
     gathered = torch.stack([y[2, [0, 1, 2]], y[2, [1, 2, 3]], y[0, [5, 6, 6]]])
+    assert torch.equal(read, gathered)
     (plain.sum((2, 3)).sin().sum() + (gathered * weights).sum()).backward()
     torch.testing.assert_close(ours.grad, plain.grad)
 

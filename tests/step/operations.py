@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from refine_kernels import dispatch, launch
-from refine_kernels.delta_rule import triton_chunk, triton_read, triton_recurrent
+from refine_kernels.delta_rule import triton_chunk, triton_few, triton_read, triton_recurrent
 from refine_kernels.lact import triton_features, triton_forms
 from refine_kernels.rms_norm import triton_rms_norm
 from refine_kernels.rotary import triton_rotary
@@ -122,6 +122,7 @@ def count_operations(
     counter, config = OperationCounter(), refine or RefineConfig()
     for module in _KERNELS:
         monkeypatch.setattr(module, "_disagreement", lambda *_: None)
+    monkeypatch.setattr(triton_few, "disagreement", lambda *_: None)
     monkeypatch.setattr(launch, "run", counter.launch)
     dispatch.use(**dict.fromkeys(dispatch.CHOICES, "triton"))
     monkeypatch.setattr(
@@ -152,6 +153,7 @@ def count_operations(
         # of three micro-batches one by one the second captures its decode passes
         for _ in range(3 if rolls_out else 1):
             counter.counts.clear()
+            model.zero_grad(set_to_none=True)
             with counter:
                 engine.forward_backward(
                     context, [MicroBatch(batch, rolls_out=rolls_out)], 1.0, StepAccumulator()

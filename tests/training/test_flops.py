@@ -137,7 +137,7 @@ def test_a_baseline_takes_the_steps_of_as_many_operations(tmp_path: Path) -> Non
     loaded = load_config(config, ["refine.mode=ntp", "training.equal_flops=fused"])
     arch = preset("tiny-deltanet").with_overrides(dict(loaded.model.overrides))
     ratio = step_flops(arch, loaded, "fused") / step_flops(arch, loaded, "ntp")
-    assert 1.3 < ratio < 3  # texts of 64 tokens
+    assert 1.1 < ratio < 3  # texts of 64 tokens
     resolved = with_equal_flops(loaded, arch, ["ntp"])
     # the warm-up of one step stays
     assert resolved.training.steps == 1 + -int(-3 * ratio // 1)

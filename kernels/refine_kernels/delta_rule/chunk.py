@@ -22,7 +22,7 @@ of their own.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,20 +33,22 @@ from torch.autograd.function import once_differentiable
 _CHUNKS_AT_ONCE = 8
 
 
-# Whether a call returns the writes: their values, or their places in the graph alone, where what
-# they hold means nothing.
-Writes = bool | Literal["places"]
-
-
 class ChunkOutput(NamedTuple):
     """o [B,T,H,V] in the dtype of v, or None; the state after the tokens [B,H,K,V]; the states
     before each chunk, counted from the start of the piece; the writes U [B,T,H,V] if asked for.
-    States and writes are at least float32 and part of the autograd graph."""
+    States and writes are part of the autograd graph; states are at least float32, writes have the
+    dtype `dtype_of_writes`."""
 
     o: Tensor | None
     final_state: Tensor
     states: list[Tensor]
     writes: Tensor | None
+
+
+def dtype_of_writes(dtype: torch.dtype) -> torch.dtype:
+    """Of values of a dtype: at least float32 but for bfloat16, which has its range, and whose
+    products on a GPU round the writes to it before they reach the state."""
+    return dtype if dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
 
 
 def chunk_delta_rule(
@@ -59,7 +61,7 @@ def chunk_delta_rule(
     qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-    output_writes: Writes = False,
+    output_writes: bool = False,
 ) -> ChunkOutput:
     """Delta rule over a piece of text.
 
@@ -86,7 +88,7 @@ def chunk_rule(
     qk_norm_eps: float | None,
     initial_state: Tensor | None,
     chunk_size: int,
-    output_writes: Writes,
+    output_writes: bool,
 ) -> ChunkOutput:
     """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
     b, t, h, v_dim = v.shape
@@ -128,7 +130,7 @@ class _Options(NamedTuple):
     scale: float
     qk_norm_eps: float | None
     chunk_size: int
-    output_writes: Writes
+    output_writes: bool
 
 
 def _to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
@@ -280,7 +282,9 @@ class _ChunkRule(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, beta, g, state)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        u = _from_chunks(writes, k.shape[0], writes.dtype) if options.output_writes else None
+        u = None
+        if options.output_writes:
+            u = _from_chunks(writes, k.shape[0], dtype_of_writes(v.dtype))
         return o, u, *(s.unflatten(0, state.shape[:2]) for s in states[1:])
 
     @staticmethod

@@ -8,6 +8,7 @@ so that a state anywhere in a text costs one product, forward and backward: the 
 gradients from the pass over the text.
 """
 
+import torch
 from torch import Tensor
 
 from refine_kernels.delta_rule.chunk import unit_per_head
@@ -19,13 +20,18 @@ def state_from_writes(
     writes: Tensor,
     g: Tensor | None = None,
     *,
+    counts: Tensor | None = None,
     qk_norm_eps: float | None = None,
 ) -> Tensor:
-    """The state [R,H,K,V] after T tokens from the one before them.
+    """The state [R,H,K,V] after T tokens from the one before them, or after the first counts[r].
 
     state [R,H,K,V]; keys k [R,T,G,K] and norm as in chunk_delta_rule; writes [R,T,H,V]; log decay
-    g [R,T,H], None for none.  A token with writes and g of zero leaves the state as it is.
+    g [R,T,H], None for none; counts [R], whole numbers.
     """
+    if counts is not None:
+        inside = torch.arange(k.shape[1], device=k.device) < counts[:, None]
+        writes = writes * inside[..., None, None]
+        g = None if g is None else g * inside[..., None]
     keys = unit_per_head(k.to(state.dtype), state.shape[1], qk_norm_eps)
     if g is not None:
         c = g.to(state.dtype).cumsum(1)

@@ -2,8 +2,9 @@
 
 Arguments, results and the states handed out are those of chunk.py, whose docstrings say what they
 are; the kernels and where they deviate in precision are in triton_kernels.py.  A piece of text of
-any length is five launches, and eight in the backward, however many states have a gradient.  The
-backward keeps the inputs as they came and the initial state, and makes the rest again.
+any length is five launches, and eight in the backward, however many states have a gradient; a few
+tokens are one each way (triton_few.py).  The backward keeps the inputs as they came and the initial
+state, and makes the rest again.
 
 On CPU tensors the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 was set before the
 first import of triton.  That is slow and for tests.
@@ -19,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from refine_kernels import agreement, launch
-from refine_kernels.delta_rule import chunk
+from refine_kernels.delta_rule import chunk, triton_few
 from refine_kernels.delta_rule import triton_kernels as kernels
-from refine_kernels.delta_rule.chunk import ChunkOutput, Writes
+from refine_kernels.delta_rule.chunk import ChunkOutput
 
 # By input dtype: the products' operands on a GPU, and the most tokens the kernels take at a time.
 # float16 takes TF32, which holds each of its numbers and the range of float32, so that states and
@@ -45,7 +46,7 @@ def chunk_delta_rule(
     qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-    output_writes: Writes = False,
+    output_writes: bool = False,
 ) -> ChunkOutput:
     """As chunk.chunk_delta_rule.  The states between first and last are views of one buffer."""
     return chunk_rule(
@@ -64,7 +65,7 @@ def chunk_gated_delta_rule(
     qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-    output_writes: Writes = False,
+    output_writes: bool = False,
 ) -> ChunkOutput:
     """As gated_delta_rule.chunk.chunk_gated_delta_rule.  States as in chunk_delta_rule."""
     return chunk_rule(
@@ -83,7 +84,7 @@ def refusal(
     qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-    output_writes: Writes = False,
+    output_writes: bool = False,
 ) -> str | None:
     """Why the kernels are not for these arguments here, None if they are.
 
@@ -98,8 +99,25 @@ def refusal(
     if chunk_size % _LEAST_CHUNK:
         return f"chunks of {chunk_size} are no multiple of {_LEAST_CHUNK}"
     groups = v.shape[2] // k.shape[2]
-    shape = (k.shape[-1], v.shape[-1], groups, chunk_of(chunk_size, v.dtype))
+    widths = (k.shape[-1], v.shape[-1], groups)
+    if _few(q, v, output_writes):
+        products = _products(v)
+        return triton_few.disagreement(
+            widths, g is not None, qk_norm_eps, products, v.dtype, v.device
+        )
+    shape = (*widths, chunk_of(chunk_size, v.dtype))
     return _disagreement(shape, g is not None, qk_norm_eps, v.dtype, v.device)
+
+
+def _few(q: Tensor | None, v: Tensor, output_writes: bool) -> bool:
+    """Whether a piece is one for triton_few.py."""
+    return q is not None and not output_writes and v.shape[1] <= triton_few.MOST_TOKENS
+
+
+def _products(v: Tensor) -> str:
+    """The products' operands; the interpreter has none of bfloat16."""
+    products, _ = _PRODUCTS[v.dtype]
+    return "bf16-as-fp32" if products == "bf16" and v.device.type == "cpu" else products
 
 
 @functools.cache
@@ -160,7 +178,7 @@ def chunk_rule(
     qk_norm_eps: float | None,
     initial_state: Tensor | None,
     chunk_size: int,
-    output_writes: Writes,
+    output_writes: bool,
 ) -> ChunkOutput:
     """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
     b, _, h, v_dim = v.shape
@@ -168,6 +186,11 @@ def chunk_rule(
         initial_state = k.new_zeros(b, h, k.shape[-1], v_dim, dtype=torch.float32)
     state = initial_state.float()
     scale = k.shape[-1] ** -0.5 if scale is None else scale
+    if q is not None and _few(q, v, output_writes):
+        o, final_state = triton_few.few_tokens_rule(
+            q, k, v, beta, g, scale, qk_norm_eps, state, _products(v)
+        )
+        return ChunkOutput(o, final_state, [state], None)
     options = _Options(scale, qk_norm_eps, chunk_size, output_writes)
     o, writes, final_state, *states = _ChunkRule.apply(q, k, v, beta, g, state, options)
     return ChunkOutput(o, final_state, [state, *states], writes)
@@ -179,7 +202,7 @@ class _Options(NamedTuple):
     scale: float
     qk_norm_eps: float | None
     tap_interval: int  # tokens between the states handed out
-    output_writes: Writes
+    output_writes: bool
 
 
 class Call(NamedTuple):
@@ -192,6 +215,7 @@ class Call(NamedTuple):
     gated: bool
     norm: bool
     output: bool  # there are queries (forward) or the output has a gradient (backward)
+    writes: bool  # they are returned
     products: str
 
     def constants(self, kernel: str) -> dict[str, Any]:
@@ -206,6 +230,7 @@ class Call(NamedTuple):
             "GATED": self.gated,
             "NORM": self.norm,
             "OUTPUT": self.output,
+            "WRITES": self.writes,
             "PRODUCTS": self.products,
         }
         return {x: every[x] for x in getattr(kernels, kernel).arg_names if x in every}
@@ -251,10 +276,8 @@ class _Run:
         self.k, self.v = launch.dense_rows(k), launch.dense_rows(v)
         self.beta, self.g = beta.contiguous(), None if g is None else g.contiguous()
         self.batch, self.n, self.heads, v_dim = v.shape
-        products, _ = _PRODUCTS[v.dtype]
-        self.scratch_dtype = v.dtype if products == "bf16" else torch.float32
-        if products == "bf16" and v.device.type == "cpu":
-            products = "bf16-as-fp32"
+        products = _products(v)
+        self.scratch_dtype = v.dtype if products.startswith("bf16") else torch.float32
         self.compiled = Call(
             k_dim=k.shape[-1],
             v_dim=v_dim,
@@ -263,6 +286,7 @@ class _Run:
             gated=g is not None,
             norm=options.qk_norm_eps is not None,
             output=q is not None,
+            writes=options.output_writes,
             products=products,
         )
         self.count = triton.cdiv(self.n, self.compiled.chunk)
@@ -298,6 +322,10 @@ class _Run:
 
     def scan(self, state: Tensor) -> "_Scanned":
         """Kernels gram, invert, apply and scan."""
+        writes = None
+        if self.compiled.writes:
+            dtype = chunk.dtype_of_writes(self.v.dtype)
+            writes = launch.empty(self.v.shape, dtype, self.v.device)
         c, k_dim, v_dim = self.compiled.chunk, self.compiled.k_dim, self.compiled.v_dim
         w, errors = self.scratch(c, k_dim), self.scratch(c, v_dim)
         inverse = self.scratch(c, c, dtype=torch.float32)
@@ -320,9 +348,9 @@ class _Run:
         self.run(
             "scan",
             *(self.k, self.beta, w, errors, decays, norms, state, states, final_state),
-            *(*self.size, *self.k_strides),
+            *(writes, *self.size, *self.k_strides),
         )
-        return _Scanned(w, errors, inverse, decays, norms, states, final_state)
+        return _Scanned(w, errors, inverse, decays, norms, states, final_state, writes)
 
 
 class _Scanned(NamedTuple):
@@ -335,6 +363,7 @@ class _Scanned(NamedTuple):
     norms: Tensor
     states: Tensor
     final_state: Tensor
+    writes: Tensor | None
 
 
 class _ChunkRule(torch.autograd.Function):
@@ -352,7 +381,7 @@ class _ChunkRule(torch.autograd.Function):
         options: _Options,
     ) -> tuple[Tensor | None, ...]:
         call = _Run(q, k, v, beta, g, options)
-        _, errors, _, decays, norms, states, final_state = call.scan(state)
+        _, errors, _, decays, norms, states, final_state, writes = call.scan(state)
         o = None
         if q is not None:
             o = launch.empty(tuple(v.shape), v.dtype, v.device)
@@ -365,12 +394,6 @@ class _ChunkRule(torch.autograd.Function):
         ctx.options = options
         ctx.set_materialize_grads(False)
         step = options.tap_interval // call.compiled.chunk
-        writes = None
-        if options.output_writes == "places":
-            writes = launch.empty((), torch.float32, v.device).expand(v.shape)
-        elif options.output_writes:
-            writes = launch.empty(v.shape, torch.float32, v.device)
-            torch.mul(call.tokens(errors), call.beta.float()[..., None], out=writes)
         return o, writes, final_state, *states[step::step].unbind(0)
 
     @staticmethod
@@ -387,8 +410,9 @@ class _ChunkRule(torch.autograd.Function):
         if grad_o is None and grad_u is not None:
             # the kernels add to the output's share of the writes' gradient, here zero for any q
             grad_o, q = torch.zeros_like(v), k if q is None else q
-        call = _Run(None if grad_o is None else q, k, v, beta, g, ctx.options)
-        w, errors, inverse, decays, norms, states, _ = call.scan(state)
+        options = ctx.options._replace(output_writes=False)
+        call = _Run(None if grad_o is None else q, k, v, beta, g, options)
+        w, errors, inverse, decays, norms, states, _, _ = call.scan(state)
         c, k_dim, v_dim = call.compiled.chunk, call.compiled.k_dim, call.compiled.v_dim
         step = ctx.options.tap_interval // c
         after = [(i * step - 1, x) for i, x in enumerate(grad_states, 1) if x is not None]

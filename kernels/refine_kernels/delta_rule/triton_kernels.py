@@ -302,6 +302,7 @@ def scan(
     initial_state,
     states,
     final_state,
+    writes,
     n,
     H,
     stride_kb,
@@ -314,9 +315,11 @@ def scan(
     BK: tl.constexpr,
     BV: tl.constexpr,
     GATED: tl.constexpr,
+    WRITES: tl.constexpr,
     PRODUCTS: tl.constexpr,
 ):
-    """The states before each chunk and after the last; E in place of what `apply` left."""
+    """The states before each chunk and after the last; E in place of what `apply` left; U [B,T,H,V]
+    if asked for."""
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     count = tl.cdiv(n, C)
@@ -334,6 +337,9 @@ def scan(
             k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, first, n, cols_k, K, C
         )
         weight = _load_per_token(beta, b, h, first, n, H, C)
+        if WRITES:
+            u = (e * weight[:, None]).to(writes.dtype.element_ty)
+            _store_dense(writes, u, b, h, first, n, cols, H, V, C)
         weight *= tl.load(k_norms + place * C + i)
         if GATED:
             c = tl.load(log_decays + place * C + i)

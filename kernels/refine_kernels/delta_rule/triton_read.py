@@ -25,7 +25,7 @@ from refine_kernels.delta_rule import read as by_torch
 from refine_kernels.triton_variant import Variant, integers, variant
 
 _WIDEST = 256  # keys and values
-_LONGEST = 64  # tokens
+_LONGEST = 64  # tokens that a launch takes
 # Rows and columns of a state that a program holds at a time; the backward holds more of each.
 _KEYS, _KEYS_BACKWARD, _VALUES = 64, 32, 32
 
@@ -36,10 +36,18 @@ def state_from_writes(
     writes: Tensor,
     g: Tensor | None = None,
     *,
+    counts: Tensor | None = None,
     qk_norm_eps: float | None = None,
 ) -> Tensor:
-    """As read.state_from_writes."""
-    return _Read.apply(state, k, writes, g, qk_norm_eps)
+    """As read.state_from_writes, a launch each way for every 64 tokens."""
+    if k.shape[1] <= _LONGEST:
+        return _Read.apply(state, k, writes, g, counts, qk_norm_eps)
+    for first in range(0, k.shape[1], _LONGEST):
+        tokens = slice(first, first + _LONGEST)
+        piece = (None if x is None else x[:, tokens] for x in (k, writes, g))
+        left = None if counts is None else counts - first
+        state = _Read.apply(state, *piece, left, qk_norm_eps)
+    return state
 
 
 def refusal(
@@ -48,6 +56,7 @@ def refusal(
     writes: Tensor,
     g: Tensor | None = None,
     *,
+    counts: Tensor | None = None,
     qk_norm_eps: float | None = None,
 ) -> str | None:
     """Why the kernels are not for these arguments here, None if they are."""
@@ -55,8 +64,6 @@ def refusal(
         return f"states are {state.dtype} and keys {k.dtype}"
     if max(state.shape[-2:]) > _WIDEST:
         return f"states are {state.shape[-2]} by {state.shape[-1]}, above {_WIDEST}"
-    if k.shape[1] > _LONGEST:
-        return f"{k.shape[1]} tokens are more than {_LONGEST}"
     shape = (k.shape[-1], writes.shape[-1], writes.shape[2] // k.shape[2])
     return _disagreement(shape, g is not None, qk_norm_eps is not None, k.dtype, k.device)
 
@@ -74,9 +81,11 @@ def _disagreement(
     }
     if gated:
         inputs["g"] = -torch.rand(2, 21, 2 * groups, generator=gen).to(device)
+    inputs["counts"] = torch.tensor([21, 8]).to(device)
+    eps = 1e-6 if norm else None
 
     def of(form: Any) -> agreement.Form:
-        return lambda *given: [form(*given, qk_norm_eps=1e-6 if norm else None)]
+        return lambda *given: [form(*given[:-1], counts=given[-1], qk_norm_eps=eps)]
 
     return agreement.disagreement(
         of(state_from_writes),
@@ -90,11 +99,17 @@ def _disagreement(
 class _Read(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, state: Tensor, k: Tensor, writes: Tensor, g: Tensor | None, eps: float | None
+        ctx: Any,
+        state: Tensor,
+        k: Tensor,
+        writes: Tensor,
+        g: Tensor | None,
+        counts: Tensor | None,
+        eps: float | None,
     ) -> Tensor:
-        ctx.save_for_backward(state, k, writes, g)
+        ctx.save_for_backward(state, k, writes, g, counts)
         ctx.eps = eps
-        run = _Run(state, k, writes, g, eps)
+        run = _Run(state, k, writes, g, counts, eps)
         out = launch.empty(state.shape, torch.float32, state.device)
         blocks = (
             triton.cdiv(n, run.constants[b]) for n, b in ((k.shape[-1], "BK"), (run.v_dim, "BV"))
@@ -106,50 +121,51 @@ class _Read(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        state, k, writes, g = ctx.saved_tensors
-        run = _Run(state, k, writes, g, ctx.eps)
+        state, k, writes, g, counts = ctx.saved_tensors
+        run = _Run(state, k, writes, g, counts, ctx.eps)
         shared = run.heads // k.shape[2]
         grad = grad.contiguous()
         keyed = (*writes.shape[:3], k.shape[-1])
         grad_k = launch.empty(keyed, torch.float32 if shared > 1 else k.dtype, k.device)
         grad_writes = launch.empty(writes.shape, writes.dtype, k.device)
-        grad_state = along = shares = None
+        grad_state, grad_g = grad, None
         if g is not None:
             grad_state = launch.empty(state.shape, torch.float32, k.device)
-            along = launch.empty((run.streams, 1, run.heads), torch.float32, k.device)
-            shares = launch.empty(g.shape, torch.float32, k.device)
+            grad_g = launch.empty(g.shape, g.dtype, k.device)
         constants = _of_backward(run.constants)
         launch.run(
             read_backward,
             (run.streams * run.heads,),
-            *(*run.tensors, grad, grad_state, along, shares, grad_writes, grad_k, *run.sizes),
+            *(*run.tensors, grad, grad_state, grad_g, grad_writes, grad_k, *run.sizes),
             **constants,
         )
         if shared > 1:
             grad_k = grad_k.unflatten(2, (-1, shared)).sum(3).to(k.dtype)
-        if g is None:
-            return grad, grad_k, grad_writes, None, None
-        assert shares is not None and along is not None
-        grad_g = shares.cumsum(1) - shares + along
-        return grad_state, grad_k, grad_writes, grad_g.to(g.dtype), None
+        return grad_state, grad_k, grad_writes, grad_g, None, None
 
 
 class _Run:
     """The arguments as the kernels take them."""
 
     def __init__(
-        self, state: Tensor, k: Tensor, writes: Tensor, g: Tensor | None, eps: float | None
+        self,
+        state: Tensor,
+        k: Tensor,
+        writes: Tensor,
+        g: Tensor | None,
+        counts: Tensor | None,
+        eps: float | None,
     ) -> None:
         k, writes = launch.dense_rows(k), launch.dense_rows(writes)
         g = None if g is None else g.contiguous()
-        self.tensors = state.contiguous(), k, writes, g
+        self.tensors = state.contiguous(), k, writes, g, counts
         self.streams, tokens, self.heads, self.v_dim = writes.shape
         strides = (*k.stride()[:3], *writes.stride()[:3])
         self.sizes = (tokens, self.heads, 0.0 if eps is None else eps, *strides)
         groups = self.heads // k.shape[2]
         self.constants = _constants(
             k.shape[-1], self.v_dim, tokens, groups, g is not None, eps is not None
-        )
+        ) | {"COUNTED": counts is not None}
 
 
 def _constants(
@@ -169,34 +185,35 @@ def _constants(
 
 
 def _of_backward(constants: dict[str, Any]) -> dict[str, Any]:
-    return constants | {"BK": min(constants["BK"], _KEYS_BACKWARD)}
+    warps = 8 if constants["GATED"] else 4
+    return constants | {"BK": min(constants["BK"], _KEYS_BACKWARD), "num_warps": warps}
 
 
 @triton.jit
-def _keys(k, t, column, tokens, stride_t, K):
-    """Keys [BT, BK] of a head as they are given."""
-    inside = (t < tokens)[:, None] & (column < K)[None, :]
+def _keys(k, t, column, count, stride_t, K):
+    """Keys [BT, BK] of a head as they are given, zero past the tokens that count."""
+    inside = (t < count)[:, None] & (column < K)[None, :]
     at = k + t[:, None] * stride_t + column[None, :]
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _one_over_lengths(k, t, tokens, eps, stride_t, K: tl.constexpr, BK: tl.constexpr):
+def _one_over_lengths(k, t, count, eps, stride_t, K: tl.constexpr, BK: tl.constexpr):
     """1 / |k_t|, [BT]."""
     squares = tl.zeros((t.shape[0],), tl.float32)
     for first in range(0, K, BK):
-        keys = _keys(k, t, first + tl.arange(0, BK), tokens, stride_t, K)
+        keys = _keys(k, t, first + tl.arange(0, BK), count, stride_t, K)
         squares += tl.sum(keys * keys, 1)
     return 1 / tl.sqrt(squares + eps)
 
 
 @triton.jit
-def _decays(g, t, stream, head, tokens, heads):
+def _decays(g, t, stream, head, count, tokens, heads):
     """w [BT], and the decay of the state.  Sums of what comes later: differences of sums from the
     beginning would lose what is small beside those."""
     at = g + (stream.to(tl.int64) * tokens + t) * heads + head
-    later = tl.load(at + heads, mask=t + 1 < tokens, other=0.0).to(tl.float32)
-    total = tl.sum(tl.load(at, mask=t < tokens, other=0.0).to(tl.float32), 0)
+    later = tl.load(at + heads, mask=t + 1 < count, other=0.0).to(tl.float32)
+    total = tl.sum(tl.load(at, mask=t < count, other=0.0).to(tl.float32), 0)
     return tl.exp(tl.cumsum(later, 0, reverse=True)), tl.exp(total)
 
 
@@ -206,6 +223,7 @@ def read_forward(
     k,
     writes,
     g,
+    counts,
     out,
     tokens,
     heads,
@@ -224,24 +242,26 @@ def read_forward(
     BV: tl.constexpr,
     GATED: tl.constexpr,
     NORM: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """exp(c_T) S_0 + sum_t w_t n_t u_t^T, a block of a head's state."""
     stream, head = tl.program_id(2) // heads, tl.program_id(2) % heads
     t = tl.arange(0, BT)
+    count = tl.load(counts + stream).to(tl.int32) if COUNTED else tokens
     row, column = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
     k += stream.to(tl.int64) * stride_kr + (head // GROUPS) * stride_kh
     writes += stream.to(tl.int64) * stride_ur + head * stride_uh
     inside = (row < K)[:, None] & (column < V)[None, :]
     at = tl.program_id(2).to(tl.int64) * K * V + row[:, None] * V + column[None, :]
     s = tl.load(state + at, mask=inside, other=0.0)
-    keys = _keys(k, t, row, tokens, stride_kt, K)
+    keys = _keys(k, t, row, count, stride_kt, K)
     if NORM:
-        keys *= _one_over_lengths(k, t, tokens, eps, stride_kt, K, BK)[:, None]
+        keys *= _one_over_lengths(k, t, count, eps, stride_kt, K, BK)[:, None]
     if GATED:
-        w, decay = _decays(g, t, stream, head, tokens, heads)
+        w, decay = _decays(g, t, stream, head, count, tokens, heads)
         keys *= w[:, None]
         s *= decay
-    u = _keys(writes, t, column, tokens, stride_ut, V)
+    u = _keys(writes, t, column, count, stride_ut, V)
     s += tl.dot(tl.trans(keys), u, input_precision="tf32x3")
     tl.store(out + at, s, mask=inside)
 
@@ -252,10 +272,10 @@ def read_backward(
     k,
     writes,
     g,
+    counts,
     grad,
     grad_state,
-    along,
-    shares,
+    grad_g,
     grad_writes,
     grad_k,
     tokens,
@@ -275,23 +295,24 @@ def read_backward(
     BV: tl.constexpr,
     GATED: tl.constexpr,
     NORM: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
-    """The gradients of a head, of the writes, then of the keys: w_t <n_t, D_t> is <du_t, u_t>.
-    That of the state is G itself where nothing decays, those of decays follow from the ``shares``
-    of tokens and from what they have ``along`` the state."""
+    """The gradients of a head, of the writes, then of the decays and keys: w_t <n_t, D_t> is
+    <du_t, u_t>.  That of the state is G itself where nothing decays."""
     head_of_all = tl.program_id(0)
     stream, head = head_of_all // heads, head_of_all % heads
     t = tl.arange(0, BT)
+    count = tl.load(counts + stream).to(tl.int32) if COUNTED else tokens
     k += stream.to(tl.int64) * stride_kr + (head // GROUPS) * stride_kh
     writes += stream.to(tl.int64) * stride_ur + head * stride_uh
     place = (stream.to(tl.int64) * tokens + t) * heads + head
     matrix = head_of_all.to(tl.int64) * K * V
     inverse = tl.full((BT,), 1.0, tl.float32)
     if NORM:
-        inverse = _one_over_lengths(k, t, tokens, eps, stride_kt, K, BK)
+        inverse = _one_over_lengths(k, t, count, eps, stride_kt, K, BK)
     w, decay, kept = tl.full((BT,), 1.0, tl.float32), 1.0, 0.0
     if GATED:
-        w, decay = _decays(g, t, stream, head, tokens, heads)
+        w, decay = _decays(g, t, stream, head, count, tokens, heads)
     share = tl.zeros((BT,), tl.float32)
     for v in range(0, V, BV):
         column = v + tl.arange(0, BV)
@@ -301,19 +322,19 @@ def read_backward(
             inside = (row < K)[:, None] & (column < V)[None, :]
             at = matrix + row[:, None] * V + column[None, :]
             after = tl.load(grad + at, mask=inside, other=0.0)
-            keys = _keys(k, t, row, tokens, stride_kt, K) * (inverse * w)[:, None]
+            keys = _keys(k, t, row, count, stride_kt, K) * (inverse * w)[:, None]
             of_u += tl.dot(keys, after, input_precision="tf32x3")
             if GATED:
                 after *= decay
                 kept += tl.sum(after * tl.load(state + at, mask=inside, other=0.0))
                 tl.store(grad_state + at, after, mask=inside)
-        share += tl.sum(of_u * _keys(writes, t, column, tokens, stride_ut, V), 1)
+        share += tl.sum(of_u * _keys(writes, t, column, count, stride_ut, V), 1)
         known = (t < tokens)[:, None] & (column < V)[None, :]
         to = grad_writes + place[:, None] * V + column[None, :]
         tl.store(to, of_u.to(grad_writes.dtype.element_ty), mask=known)
     if GATED:
-        tl.store(shares + place, share, mask=t < tokens)
-        tl.store(along + head_of_all, kept)
+        of_g = tl.where(t < count, tl.cumsum(share, 0) - share + kept, 0.0)
+        tl.store(grad_g + place, of_g.to(grad_g.dtype.element_ty), mask=t < tokens)
     for first in range(0, K, BK):
         row = first + tl.arange(0, BK)
         of_keys = tl.zeros((BT, BK), tl.float32)
@@ -322,11 +343,11 @@ def read_backward(
             inside = (row < K)[:, None] & (column < V)[None, :]
             at = matrix + row[:, None] * V + column[None, :]
             after = tl.load(grad + at, mask=inside, other=0.0)
-            u = _keys(writes, t, column, tokens, stride_ut, V)
+            u = _keys(writes, t, column, count, stride_ut, V)
             of_keys += tl.dot(u, tl.trans(after), input_precision="tf32x3")
         of_keys *= w[:, None]
         if NORM:
-            keys = _keys(k, t, row, tokens, stride_kt, K) * inverse[:, None]
+            keys = _keys(k, t, row, count, stride_kt, K) * inverse[:, None]
             of_keys = (of_keys - keys * share[:, None]) * inverse[:, None]
         known = (t < tokens)[:, None] & (row < K)[None, :]
         to = grad_k + place[:, None] * K + row[None, :]
@@ -346,15 +367,16 @@ def variants() -> Iterator[Variant]:
         "out",
         "grad",
         "grad_state",
-        "along",
-        "shares",
+        "grad_g",
         "grad_writes",
     )
-    types = dict.fromkeys(tensors, "*fp32") | {"eps": "fp32"} | integers("tokens", "heads")
+    types = dict.fromkeys(tensors, "*fp32") | {"eps": "fp32", "counts": "*i64"}
+    types |= integers("tokens", "heads")
     for k_dim, v_dim, groups in _COMPILED:
         for gated in (False, True):
             constants = _constants(k_dim, v_dim, _LONGEST, groups, gated, True)
-            without = () if gated else ("g", "grad_state", "along", "shares")
+            constants |= {"COUNTED": True}
+            without = () if gated else ("g", "grad_state", "grad_g")
             of_keys = {"grad_k": "*fp32"} if groups > 1 else {}
             title = f"k{k_dim}_v{v_dim}_{groups}_{'gated' if gated else 'plain'}"
             yield variant(read_forward, title, constants, types, without, products=True)

@@ -20,7 +20,7 @@ NAMES = (
 # Key and value widths of the published models from 0.4B to 7B, and the edges of what is taken.
 HEADS = ((64, 64), (96, 192), (128, 128), (192, 192), (256, 256), (256, 512))
 
-_SCRATCH = ("w", "errors", "grad_writes", "grad_states", "grad_scores")
+_SCRATCH = ("w", "errors", "writes", "grad_writes", "grad_states", "grad_scores")
 _AS_INPUTS = ("q", "k", "v", "o", "grad_o", "grad_q", "grad_k", "grad_v")
 _OF_GATES = ("g", "grad_g", "log_decays", "grad_log_decays")
 
@@ -31,7 +31,13 @@ def variants(
     """All kernels for bfloat16 inputs with norms, gates in float32, chunks of 64."""
     for k_dim, v_dim in heads:
         for with_gates in gated:
-            call = Call(k_dim, v_dim, 1, 64, with_gates, norm=True, output=True, products="bf16")
+            call = Call(
+                *(k_dim, v_dim, 1, 64, with_gates),
+                norm=True,
+                output=True,
+                writes=True,
+                products="bf16",
+            )
             for name in NAMES:
                 kernel = getattr(kernels, name)
                 found = variant(

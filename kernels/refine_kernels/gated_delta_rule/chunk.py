@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from refine_kernels.delta_rule.chunk import ChunkOutput, Writes, chunk_rule
+from refine_kernels.delta_rule.chunk import ChunkOutput, chunk_rule
 
 
 def chunk_gated_delta_rule(
@@ -16,7 +16,7 @@ def chunk_gated_delta_rule(
     qk_norm_eps: float | None = None,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-    output_writes: Writes = False,
+    output_writes: bool = False,
 ) -> ChunkOutput:
     """As chunk_delta_rule with the state decayed by exp(g_t) before token t; g [B,T,H] <= 0.
 
