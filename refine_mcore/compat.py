@@ -16,11 +16,15 @@ import warnings
 from importlib import metadata
 from itertools import chain
 from multiprocessing.managers import SyncManager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from refine_mcore.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 SUPPORTED_VERSION = "0.16.1"
 
@@ -79,6 +83,56 @@ def prime_optimizer(optimizer: Any) -> None:
                         exp_avg=torch.zeros_like(parameter.data),
                         exp_avg_sq=torch.zeros_like(parameter.data),
                     )
+
+
+def fuse_weight_gradients(model: torch.nn.Module) -> bool:
+    """Have Megatron's parallel layers in a model under its DDP add the gradients of their weights
+    to its buffers by the products that make them; returns whether that is so.
+
+    Megatron does with Apex's extension (tensor_parallel/layers.py:42), and torch's product can
+    where it multiplies the weights' dtype into the buffers': without a tensor for each gradient
+    and without rounding it to the weights' dtype. A weight must then be used by its layer alone.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    kinds = layers.ColumnParallelLinear, layers.RowParallelLinear
+    linear = [x for x in model.modules() if isinstance(x, kinds)]
+    weights = [(x.weight.dtype, x.weight.main_grad.dtype, x.weight.device) for x in linear]
+    if any(sums == torch.float64 for _, sums, _ in weights):
+        return False  # Megatron's layers refuse it (577)
+    if not layers._grad_accum_fusion_available:
+        if not all(_adds_products(*kind) for kind in set(weights)):
+            return False
+        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+            wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
+        )
+    for layer in linear:
+        layer.gradient_accumulation_fusion = True
+    return True
+
+
+def _add_weight_gradient(inputs: Tensor, grad_outputs: Tensor, sums: Tensor) -> None:
+    """sums [o, i] += grad_outputs [T, o]^T inputs [T, i]."""
+    if sums.dtype == inputs.dtype:
+        sums.addmm_(grad_outputs.t(), inputs)
+    else:
+        torch.addmm(sums, grad_outputs.t(), inputs, out_dtype=sums.dtype, out=sums)
+
+
+@functools.cache
+def _adds_products(dtype: torch.dtype, sums_dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch multiplies one dtype into another here, as a small product shows."""
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    sums = torch.ones(16, 16, dtype=sums_dtype, device=device)
+    try:
+        _add_weight_gradient(ones, ones, sums)
+    except RuntimeError:
+        logger.info(
+            "weight gradients are added after their products: torch has none of %s into %s on %s",
+            *(dtype, sums_dtype, device),
+        )
+        return False
+    return bool((sums == 17).all())
 
 
 def forget_write_results() -> None:

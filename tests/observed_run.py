@@ -40,6 +40,7 @@ class Built:
     model: dict[str, Any]  # the TransformerConfig
     layers: int  # on this rank
     linear: type
+    fused_gradients: bool  # the products of linear layers add to Megatron's buffer
     dtype: torch.dtype
     weights: Tensor  # all of them in one row
     data_parallel: dict[str, Any]  # the DistributedDataParallelConfig
@@ -59,6 +60,7 @@ class Built:
             timeouts={_timeout(group) for group in (dist.group.WORLD, groups.dp)},
             model=_plain(vars(model.config)),
             layers=len(model.decoder.layers),
+            fused_gradients=layer.self_attention.o_proj.gradient_accumulation_fusion,
             linear=type(layer.mlp.linear_fc2),
             dtype=layer.mlp.linear_fc2.weight.dtype,
             weights=torch.cat([p.data.flatten() for p in model.parameters()]),

@@ -225,6 +225,10 @@ TABLE: list[tuple[str, Seen]] = [
     ("optimizer.overlap_grad_reduce", reduction("overlap_grad_reduce")),
     ("optimizer.overlap_param_gather", reduction("overlap_param_gather")),
     ("optimizer.overlap_param_gather", optimizer("true", "overlap_param_gather")),
+    (
+        "optimizer.gradient_accumulation_fusion",
+        Seen("false", lambda seen: built(seen).fused_gradients, joint="optimizer"),
+    ),
     ("training.steps", Seen("2", lambda s: len(s.metrics))),
     (
         "training.equal_flops",

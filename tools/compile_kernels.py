@@ -28,6 +28,7 @@ LISTS = {
     "decode": "delta_rule.triton_recurrent",
     "few": "delta_rule.triton_few",
     "read": "delta_rule.triton_read",
+    "gates": "delta_gates.triton_gates",
     "lact": "lact.triton_forms",
     "features": "lact.triton_features",
     "rms_norm": "rms_norm.triton_rms_norm",

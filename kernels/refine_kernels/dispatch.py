@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
+from refine_kernels.delta_gates import gates as _gates
 from refine_kernels.delta_rule import chunk as _delta_chunk
 from refine_kernels.delta_rule import read as _delta_read
 from refine_kernels.delta_rule import recurrent as _delta_recurrent
@@ -47,6 +48,7 @@ __all__ = [
     "counter_uniform",
     "fast_features",
     "linear_log_probs_and_entropy",
+    "delta_gates",
     "log_probs_and_entropy",
     "recurrent_delta_rule",
     "recurrent_gated_delta_rule",
@@ -157,6 +159,7 @@ recurrent_gated_delta_rule = _operation(_gated_recurrent.recurrent_gated_delta_r
 state_from_writes = _operation(
     _delta_read.state_from_writes, "delta_rule", "delta_rule.triton_read"
 )
+delta_gates = _operation(_gates.delta_gates, "delta_rule", "delta_gates.triton_gates")
 apply_fast_weights = _operation(_lact.apply_fast_weights, *_LACT)
 update_fast_weights = _operation(_lact.update_fast_weights, *_LACT)
 chunk_lact = _operation(_lact.chunk_lact, *_LACT)

@@ -152,7 +152,7 @@ def _count(
         for parameter in model.parameters():
             parameter.fill_(0.01)
     ids = torch.zeros(1, tokens, dtype=torch.long)
-    batch = TextBatch(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0])
+    batch = TextBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(1))
     return saved_tensors(
         lambda: text_pass(model, batch, with_entropy=True, record=True), model.parameters()
     )

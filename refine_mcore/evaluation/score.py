@@ -51,11 +51,8 @@ def score_tokens(
     """
     model = whole_model(stage)
     wrapped = wrap_data_parallel(stage, OptimizerConfig(), pg_collection) if gradients else None
-    batch = TextBatch(
-        tokens,
-        torch.ones_like(tokens, dtype=torch.bool),
-        torch.arange(tokens.shape[0], device=tokens.device),
-    )
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    batch = TextBatch(tokens, mask, torch.arange(tokens.shape[0]))
     with torch.set_grad_enabled(gradients):
         text = text_pass(model, batch, with_entropy=True, record=bool(rollout_at))
         loss = ntp_loss(text, batch, batch.num_targets())

@@ -7,7 +7,7 @@ y = W_o rms(o)
 
 from __future__ import annotations
 
-import torch
+from refine_kernels.dispatch import delta_gates
 from torch import Tensor
 
 from refine_mcore.models.delta_rule_mixer import DeltaRuleMixer, HeadLayout
@@ -32,10 +32,4 @@ class DeltaNet(DeltaRuleMixer):
     def gates(self, parts: dict[str, Tensor], v: Tensor) -> tuple[Tensor, None]:
         if not self.options.use_beta:
             return v.new_ones(v.shape[:3], dtype=at_least_float32(v.dtype)), None
-        return write_strength(parts["b_proj"], self.options.allow_neg_eigval), None
-
-
-def write_strength(logits: Tensor, allow_neg_eigval: bool) -> Tensor:
-    """beta = sigmoid(logits), doubled if the state may have negative eigenvalues."""
-    beta = torch.sigmoid(logits.to(at_least_float32(logits.dtype)))
-    return beta * 2 if allow_neg_eigval else beta
+        return delta_gates(parts["b_proj"], doubled=self.options.allow_neg_eigval)[0], None

@@ -27,9 +27,9 @@ from refine_mcore.models.delta_rule_state import L2_EPS, DeltaRuleState, DeltaRu
 from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
 from refine_mcore.models.parallel_layers import (
     PackedColumnParallelLinear,
+    PackedConvolution,
     Projection,
     replicated_parameter,
-    row_sharded_parameter,
     shared_by_heads,
 )
 from refine_mcore.models.state import FastWeightState
@@ -92,13 +92,13 @@ class DeltaRuleMixer(Mixer):
         self.conv_width = mixer.conv_size if mixer.use_short_conv else 1
         self.raw_parameters = {"o_norm": "o_norm.weight"}
         if mixer.use_short_conv:
-            for name, size in zip(
-                ("q_conv1d", "k_conv1d", "v_conv1d"), self.conv_sizes, strict=True
-            ):
-                shape = (size, 1, mixer.conv_size)
-                self.register_parameter(name, row_sharded_parameter(shape, config))
-                self.raw_parameters[name] = f"{name}.weight"
-        self.row_sharded = frozenset(self.raw_parameters) - {"o_norm"}
+            self.short_conv = PackedConvolution(
+                config,
+                ("q_conv1d", "k_conv1d", "v_conv1d"),
+                self.conv_sizes,
+                mixer.conv_size,
+                self.tp_group,
+            )
         self.o_norm = replicated_parameter((self.heads.value,), config)
         self.o_proj = self.build_output_projection(submodules, value_size)
 
@@ -152,8 +152,7 @@ class DeltaRuleMixer(Mixer):
         and the inputs the next token needs."""
         if not self.options.use_short_conv:
             return remade(self.activate, raw), raw[:, :0]
-        weight = torch.cat([self.q_conv1d, self.k_conv1d, self.v_conv1d])
-        out, tail = remade(self._short_conv, raw, weight, past)
+        out, tail = remade(self._short_conv, raw, self.short_conv.weight, past)
         return out, tail
 
     def _short_conv(

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
+from refine_kernels.dispatch import delta_gates
 from torch import Tensor
 
-from refine_mcore.models.delta_net import write_strength
 from refine_mcore.models.delta_rule_mixer import DeltaRuleMixer, HeadLayout
 from refine_mcore.models.mixer import MixerSubmodules
 from refine_mcore.models.parallel_layers import (
@@ -54,8 +53,11 @@ class GatedDeltaNet(DeltaRuleMixer):
         heads = self.options.value_heads
         return [Projection("b_proj", heads), Projection("a_proj", heads)]
 
-    def gates(self, parts: dict[str, Tensor], v: Tensor) -> tuple[Tensor, Tensor]:
-        beta = write_strength(parts["b_proj"], self.options.allow_neg_eigval)
-        dtype = at_least_float32(parts["a_proj"].dtype)
-        rate = F.softplus(parts["a_proj"].to(dtype) + self.dt_bias.to(dtype))
-        return beta, -self.A_log.to(dtype).exp() * rate
+    def gates(self, parts: dict[str, Tensor], v: Tensor) -> tuple[Tensor, Tensor | None]:
+        return delta_gates(
+            parts["b_proj"],
+            parts["a_proj"],
+            self.dt_bias,
+            self.A_log,
+            doubled=self.options.allow_neg_eigval,
+        )

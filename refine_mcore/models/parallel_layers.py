@@ -3,6 +3,7 @@
 * `PackedColumnParallelLinear`: several projections of one input as a single column-parallel matrix
   (one GEMM, one gather under sequence parallelism, one all-reduce of the input gradient), each rank
   holding its heads' rows of every part. Checkpoints name the parts, so that they reshard.
+* `PackedConvolution`: the same for the taps of short convolutions.
 * `RMSNorm`: Megatron's torch norm refuses sequence parallelism.
 * `SwiGLU`: Megatron's own keeps three more tensors of the MLP's width, or has to be compiled.
 * Helpers for parameters that Megatron has no layer for: sharded by rows, or replicated per-head
@@ -39,8 +40,6 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from refine_kernels.dispatch import rms_norm, swiglu
 from refine_kernels.recompute import recomputed, remade
 from torch import Tensor
-
-_PACKED_WEIGHT = "linear.weight"
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -242,31 +241,15 @@ class PackedColumnParallelLinear(MegatronModule):
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         dp_group = metadata["dp_cp_group"]
         siblings = prefix.removesuffix(".").rpartition(".")[0] + "."
-
-        def build(key: str, packed: Tensor, replica_id: Any, flattened_range: Any) -> list[Any]:
-            assert flattened_range is None, "packed projections are saved whole"
-            start = key.removesuffix(f".{_PACKED_WEIGHT}").rpartition(".")[0]
-            parts = torch.split(packed.detach(), self.local_sizes, dim=0)
-            return [
-                make_tp_sharded_tensor_for_checkpoint(
-                    part,
-                    f"{start}.{projection.name}.weight",
-                    0,
-                    replica_id=replica_id,
-                    prepend_offsets=sharded_offsets,
-                    tp_group=self.tp_group,
-                    dp_cp_group=dp_group,
-                )
-                for projection, part in zip(self.projections, parts, strict=True)
-            ]
-
-        weight_key = f"{prefix}{_PACKED_WEIGHT}"
-        replica_id = (0, 0, dp_group.rank())
-        sharded: ShardedStateDict = {
-            weight_key: ShardedTensorFactory(
-                weight_key, self.linear.weight, build, torch.cat, replica_id
-            )
-        }
+        sharded: ShardedStateDict = _sharded_parts(
+            prefix,
+            "linear.weight",
+            self.linear.weight,
+            [f"{projection.name}.weight" for projection in self.projections],
+            self.local_sizes,
+            sharded_offsets,
+            (self.tp_group, dp_group),
+        )
         for name in self.biases:
             sharded[f"{prefix}{_bias_name(name)}"] = make_tp_sharded_tensor_for_checkpoint(
                 self.bias(name),
@@ -277,6 +260,75 @@ class PackedColumnParallelLinear(MegatronModule):
                 dp_cp_group=dp_group,
             )
         return sharded
+
+
+class PackedConvolution(MegatronModule):
+    """The taps [sum of local sizes, 1, width] of a depthwise convolution over several parts, which
+    checkpoints name one by one, each of this rank's channels.
+
+    One parameter for all: they have one gradient, and need not be joined to be used.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        names: Sequence[str],
+        local_sizes: Sequence[int],
+        width: int,
+        tp_group: torch.distributed.ProcessGroup,
+    ) -> None:
+        super().__init__(config)
+        self.names, self.local_sizes, self.tp_group = names, local_sizes, tp_group
+        self.weight = row_sharded_parameter((sum(local_sizes), 1, width), config)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        dp_group = ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]
+        return _sharded_parts(
+            prefix,
+            "weight",
+            self.weight,
+            [f"{name}.weight" for name in self.names],
+            self.local_sizes,
+            sharded_offsets,
+            (self.tp_group, dp_group),
+        )
+
+
+def _sharded_parts(
+    prefix: str,
+    path: str,
+    packed: torch.nn.Parameter,
+    names: Sequence[str],
+    local_sizes: Sequence[int],
+    sharded_offsets: tuple,
+    groups: tuple[torch.distributed.ProcessGroup, torch.distributed.ProcessGroup],
+) -> ShardedStateDict:
+    """The parameter at `path` in the module of this prefix, whose rows are those of several parts:
+    each under its own name beside the module. `groups` are of tensor and of data parallelism."""
+    tp_group, dp_group = groups
+    key, depth = f"{prefix}{path}", path.count(".") + 2
+
+    def build(key: str, packed: Tensor, replica_id: Any, flattened_range: Any) -> list[Any]:
+        assert flattened_range is None, "packed parameters are saved whole"
+        start = key.rsplit(".", depth)[0]  # an optimizer's key begins with a name of its own
+        parts = torch.split(packed.detach(), list(local_sizes), dim=0)
+        return [
+            make_tp_sharded_tensor_for_checkpoint(
+                part,
+                f"{start}.{name}",
+                0,
+                replica_id=replica_id,
+                prepend_offsets=sharded_offsets,
+                tp_group=tp_group,
+                dp_cp_group=dp_group,
+            )
+            for name, part in zip(names, parts, strict=True)
+        ]
+
+    factory = ShardedTensorFactory(key, packed, build, torch.cat, (0, 0, dp_group.rank()))
+    return {key: factory}
 
 
 class MixerModule(MegatronModule):

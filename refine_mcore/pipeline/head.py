@@ -11,6 +11,7 @@ from torch import Tensor
 
 from refine_mcore.models.fast_weight_model import ModelOutput
 from refine_mcore.pipeline.micro_batch import MicroBatch
+from refine_mcore.platform import without_waiting
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import draw_tokens
 from refine_mcore.rollout.scoring import future_log_probs, score_hidden
@@ -120,12 +121,13 @@ class Head:
         with torch.no_grad():
             logits = context.model.logits(hidden[:, None])[:, 0]
         if self._keys is None:
-            self._keys = context.randomness.all_token_keys(
+            keys = context.randomness.all_token_keys(
                 self.micro_batch.texts.sample_index,
                 self._branched.branches,
                 config.rollouts_per_position,
                 range(config.rollout_tokens),
             )
+            self._keys = without_waiting(keys, hidden.device)
         keys = self._keys[len(self._tokens)]
         tokens, log_probs = draw_tokens(context.model, logits, keys, config.rollout_temperature)
         self._tokens.append(tokens)

@@ -11,7 +11,6 @@ from refine_kernels.dispatch import combine_keys, counter_uniform
 from torch import Tensor
 
 from refine_mcore.models.recorded_tokens import gather_tokens
-from refine_mcore.platform import to_device
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,7 @@ class Randomness:
     and nothing else.
 
     The layout of a run - tensor, pipeline, data parallel, micro-batches - cannot show in it.
+    Sample indices and results are on the host: of a few numbers each operation costs a launch.
     """
 
     seed: int
@@ -86,7 +86,7 @@ class Randomness:
     def position_uniforms(self, sample_index: Tensor, num_chunks: int) -> Tensor:
         """[B, c] in (0, 1), one per sample and chunk."""
         keys = combine_keys(self.seed, self.step, _Draw.POSITION, sample_index)
-        return counter_uniform(keys, torch.arange(num_chunks, device=sample_index.device))
+        return counter_uniform(keys, torch.arange(num_chunks))
 
     def token_keys(self, sample_index: Tensor, branches: Branches, n: int, token: int) -> Tensor:
         """[R * n] keys for the draw of rollout token number `token` of every rollout."""
@@ -96,10 +96,8 @@ class Randomness:
         self, sample_index: Tensor, branches: Branches, n: int, tokens: Sequence[int]
     ) -> Tensor:
         """[k, R * n] keys for the draws of these k rollout tokens of every rollout."""
-        device = sample_index.device
-        samples = sample_index[to_device(branches.batch_index, device)]
-        position = to_device(branches.position, device)
+        samples = sample_index[list(branches.batch_index)]
+        position = torch.tensor(branches.position)
         keys = combine_keys(self.seed, self.step, _Draw.TOKEN, samples, position)
-        rollout = torch.arange(n, device=device)
-        number = to_device(tokens, device)[:, None, None]
-        return combine_keys(keys[:, None], rollout, number).flatten(1)
+        number = torch.tensor(tokens)[:, None, None]
+        return combine_keys(keys[:, None], torch.arange(n), number).flatten(1)

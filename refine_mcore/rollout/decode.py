@@ -10,6 +10,7 @@ from torch import Tensor
 
 from refine_mcore.models.fast_weight_model import LanguageModel
 from refine_mcore.models.state import FastWeightState
+from refine_mcore.platform import without_waiting
 from refine_mcore.rollout.vocabulary import vocabulary_options
 
 
@@ -26,14 +27,15 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Roll out k tokens for R streams.
 
-    `logits` [R, V / tp] emit the first token; `keys(j)` [R] decide the draw of token j, None
-    decodes greedily. A token is drawn from softmax(logits / temperature). Returns tokens [R, k] and
-    their log-probs [R, k] under that distribution as seen by these passes; `observe` is shown the
-    logits [R, V / tp] that emit each, which are not kept.
+    `logits` [R, V / tp] emit the first token; `keys(j)` [R], on the host, decide the draw of token
+    j, None decodes greedily. A token is drawn from softmax(logits / temperature). Returns tokens
+    [R, k] and their log-probs [R, k] under that distribution as seen by these passes; `observe` is
+    shown the logits [R, V / tp] that emit each, which are not kept.
     """
     tokens, log_probs = [], []
     for j in range(k):
-        token, log_prob = draw_tokens(model, logits, None if keys is None else keys(j), temperature)
+        draw = None if keys is None else without_waiting(keys(j), logits.device)
+        token, log_prob = draw_tokens(model, logits, draw, temperature)
         tokens.append(token)
         log_probs.append(log_prob)
         if observe is not None:

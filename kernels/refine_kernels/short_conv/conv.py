@@ -97,7 +97,7 @@ class _CausalConv(torch.autograd.Function):
                 grad_taps[j] += (grad_z * u[:, j : j + n]).sum((0, 1))
         return (
             grad_u[:, tail:].to(x.dtype),
-            grad_taps.t().unsqueeze(1).to(weight.dtype),
+            grad_taps.t().unsqueeze(1).to(weight.dtype, memory_format=torch.contiguous_format),
             grad_u[:, :tail].to(x.dtype),
             None,
         )

@@ -127,7 +127,9 @@ class _CausalConv(torch.autograd.Function):
             **constants,
             BW=triton.next_power_of_2(width),
         )
-        grad_weight = sums.sum((0, 1)).t().unsqueeze(1).to(weight.dtype)
+        # laid out as the weight: autograd would copy another one before it keeps it
+        grad_weight = launch.empty(weight.shape, weight.dtype, weight.device)
+        grad_weight.copy_(sums.sum((0, 1)).t().unsqueeze(1))
         return grad_x, grad_weight, grad_past, None
 
 

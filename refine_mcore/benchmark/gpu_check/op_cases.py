@@ -66,6 +66,7 @@ def op_cases(sizes: Sizes) -> dict[str, list[OpCase]]:
     cases = [
         *_delta_rules(sizes),
         *_written_states(sizes),
+        *_delta_gates(sizes),
         *_lact(sizes),
         *_fast_features(sizes),
         *_rotations(sizes),
@@ -95,8 +96,9 @@ class _Draw:
 
 
 def _delta_rules(sizes: Sizes) -> list[OpCase]:
-    """Write strengths up to 2, some of them 0; two value heads to a key head; norms inside. A token
-    at a time also as rollouts are decoded, without gradients, for which there is a kernel."""
+    """Write strengths up to 2, some of them 0; two value heads to a key head; norms inside. Of a
+    few tokens also the chunkwise form, as rollouts are scored, and a token at a time also without
+    gradients, as they are decoded: there are kernels for both."""
     cases = []
     for gated in (False, True):
         for chunked in (True, False):
@@ -128,20 +130,32 @@ def _delta_rules(sizes: Sizes) -> list[OpCase]:
                 )
             )
             if not chunked:
-                cases.append(
-                    replace(
-                        cases[-1],
-                        variant="decoding",
-                        run=torch.no_grad()(cases[-1].run),
-                        without_gradient=frozenset({"o", "state"}),
-                    )
+                decoding = replace(
+                    cases[-1],
+                    variant="decoding",
+                    run=torch.no_grad()(cases[-1].run),
+                    without_gradient=frozenset({"o", "state"}),
                 )
+                scoring = replace(
+                    cases[-1],
+                    operation=f"chunk_{rule}delta_rule",
+                    variant="scoring",
+                    run=_few_tokens_run,
+                    narrow_in_triton=_PRODUCT_ROUNDINGS,
+                )
+                cases += [decoding, scoring]
     return cases
 
 
 def _delta_arguments(x: Tensors) -> tuple[list[Tensor], dict[str, Any]]:
     given = [x[name] for name in ("q", "k", "v", "beta", "g") if name in x]
     return given, {"initial_state": x["state"], "qk_norm_eps": 1e-6}
+
+
+def _few_tokens_run(operation: Callable[..., Any], x: Tensors) -> Tensors:
+    given, options = _delta_arguments(x)
+    out = operation(*given, **options)
+    return {"o": out.o, "state": out.final_state}
 
 
 def _delta_run(chunk: int | None) -> Callable[[Callable[..., Any], Tensors], Tensors]:
@@ -190,7 +204,7 @@ def _middle_border(x: Tensors, chunk: int) -> int:
 
 
 def _written_states(sizes: Sizes) -> list[OpCase]:
-    """A state after a chunk's writes, with and without decay."""
+    """A state after all but one of a chunk's writes, with and without decay."""
     cases = []
     for gated in (False, True):
         draw, heads = _Draw(5 + gated), sizes.heads
@@ -224,6 +238,53 @@ def _written_expected(x: Tensors) -> Tensors:
             state = state * x["g"][:, t, :, None, None].exp()
         state = state + keys[:, t, :, :, None] * x["writes"][:, t, :, None, :]
     return {"state": state}
+
+
+def _delta_gates(sizes: Sizes) -> list[OpCase]:
+    """Alone, and doubled beside a decay."""
+    cases = []
+    for gated in (False, True):
+        draw, heads = _Draw(7 + gated), sizes.heads
+        inputs = {"b": draw.normal(2, sizes.rows, heads)}
+        if gated:
+            inputs |= {
+                "a": 4 * draw.normal(2, sizes.rows, heads),
+                "bias": draw.normal(heads),
+                "log_rate": draw.normal(heads),
+            }
+        cases.append(
+            OpCase(
+                "delta_gates",
+                "decay" if gated else "",
+                inputs,
+                _gates_run(doubled=gated),
+                lambda x: _gates_expected(**x),
+                # of bias and rate, sums over all tokens
+                chain=2 * sizes.rows + _POINTWISE,
+                wide=frozenset({"bias", "log_rate"}),
+            )
+        )
+    return cases
+
+
+def _gates_run(*, doubled: bool) -> Callable[[Callable[..., Any], Tensors], Tensors]:
+    def run(operation: Callable[..., Any], x: Tensors) -> Tensors:
+        beta, g = operation(**x, doubled=doubled)
+        return {"beta": beta} if g is None else {"beta": beta, "g": g}
+
+    return run
+
+
+def _gates_expected(
+    b: Tensor,
+    a: Tensor | None = None,
+    bias: Tensor | None = None,
+    log_rate: Tensor | None = None,
+) -> Tensors:
+    beta = 1 / (1 + (-b).exp())
+    if a is None or bias is None or log_rate is None:
+        return {"beta": beta}
+    return {"beta": 2 * beta, "g": -log_rate.exp() * torch.log1p((a + bias).exp())}
 
 
 _LACT_OPTIONS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,87 @@
+"""Gradients on their way into Megatron's buffers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from refine_mcore import compat
+from refine_mcore.config import load_config
+from refine_mcore.models.output_layer import OutputLayer
+from refine_mcore.pipeline.engine import PipelineEngine
+from refine_mcore.pipeline.micro_batch import MicroBatch
+from refine_mcore.rollout.branches import Randomness
+from refine_mcore.step.context import StepContext
+from refine_mcore.step.metrics import StepAccumulator
+from refine_mcore.step.refine_loss import TextBatch
+from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
+from refine_mcore.training.setup import training_model
+from tests.training.jobs import write_config
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
+
+
+LINEAR = ColumnParallelLinear, RowParallelLinear
+
+
+def gradients(
+    config: Path, groups: Any, dtype: str, preset: str, fused: bool
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Of a step of two micro-batches with rollouts; the weights that layers added themselves."""
+    options = [f"training.dtype={dtype}", f"model.preset={preset}", "model.overrides={}"]
+    settings = load_config(config, options)
+    model = training_model(settings, groups)
+    optimizer = replace(settings.optimizer, gradient_accumulation_fusion=fused)
+    wrapped = wrap_data_parallel(model, optimizer, groups)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(61, (2, 1, 96), generator=generator)
+    batches = [
+        TextBatch(t, torch.ones_like(t, dtype=torch.bool), torch.tensor([i]))
+        for i, t in enumerate(tokens)
+    ]
+    context = StepContext(model, settings.refine, Randomness(0, 0), groups.dp)
+    work = [MicroBatch(batch, rolls_out=True) for batch in batches]
+    PipelineEngine(wrapped, groups).forward_backward(context, work, 1.0, StepAccumulator())
+    found = {name: main_gradient(p).clone() for name, p in model.named_parameters()}
+    added = {
+        name for name, p in model.named_parameters() if getattr(p, "grad_added_to_main_grad", False)
+    }
+    of_linear = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR) and not isinstance(module, OutputLayer)
+    }
+    assert added in (set(), of_linear)
+    return found, added
+
+
+@pytest.mark.parametrize("preset", ["tiny-deltanet", "tiny-qwen3.5", "tiny-lact"])
+def test_products_add_the_gradients_of_weights(config: Path, single_rank: Any, preset: str) -> None:
+    """Text, branches and micro-batches, as separate tensors for each do."""
+    plain, none = gradients(config, single_rank, "float32", preset, fused=False)
+    found, added = gradients(config, single_rank, "float32", preset, fused=True)
+    assert not none and added
+    for name, expected in plain.items():
+        assert expected.any(), name
+        torch.testing.assert_close(found[name], expected, rtol=2e-5, atol=1e-7 * expected.norm())
+
+
+def test_where_torch_has_no_such_product_they_are_added_after_it(
+    config: Path, single_rank: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CPU multiplies no bfloat16 into float32."""
+    compat._adds_products.cache_clear()
+    with caplog.at_level("INFO", logger="refine_mcore.compat"):
+        found, added = gradients(config, single_rank, "bfloat16", "tiny-deltanet", fused=True)
+    assert not added and all(g.dtype == torch.float32 and g.any() for g in found.values())
+    (said,) = (r.getMessage() for r in caplog.records)
+    assert said.endswith("torch has none of torch.bfloat16 into torch.float32 on cpu")
