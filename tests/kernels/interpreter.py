@@ -1,4 +1,5 @@
-"""Triton kernels without a GPU: Triton's interpreter, and memory that no kernel wrote is NaN.
+"""Triton kernels without a GPU: Triton's interpreter, and memory that no kernel wrote is NaN, or a
+number far below zero.
 
 The interpreter runs one program after another in numpy and cuts float32 to bfloat16 where a GPU
 rounds.  It shows that the mathematics, the
@@ -32,7 +33,8 @@ def interpreter_and_poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     def poisoned(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.full(tuple(shape), math.nan, dtype=dtype, device=device)
+        poison = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min + 1
+        return torch.full(tuple(shape), poison, dtype=dtype, device=device)
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
     monkeypatch.setattr(launch, "empty", poisoned)

@@ -36,8 +36,7 @@ def sample_tokens(
     """
     shard = VocabShard.of(logits.shape[-1], vocab_size, group)
     best, token = (form or best_columns)(logits, keys, temperature, shard)
-    token += shard.offset
-    return token if shard.group is None else _combine(best, token, shard.group)
+    return token if shard.group is None else _combine(best, token + shard.offset, shard.group)
 
 
 def best_columns(

@@ -1,7 +1,7 @@
 """Sampling in one pass over the logits, in Triton: what sampling.py does a slice at a time.
 
 The noise is the same function of keys and token ids, in float64, so that the tokens are the same.
-A program takes some columns of a row; torch takes the best of a row's programs.
+A program takes some columns of a row, a second kernel the best of a row's programs.
 """
 
 import functools
@@ -58,7 +58,7 @@ def best_columns(
     logits, keys = launch.dense_rows(logits), None if keys is None else launch.dense_rows(keys)
     rows, blocks = logits.shape[0], triton.cdiv(shard.valid, _CONSTANTS["BLOCK"])
     best = launch.empty((rows, blocks), torch.float64, logits.device)
-    column = launch.empty((rows, blocks), torch.float64, logits.device)
+    column = launch.empty((rows, blocks), torch.int64, logits.device)
     launch.run(
         best_of_block,
         (rows, blocks),
@@ -66,8 +66,16 @@ def best_columns(
         **_CONSTANTS,
         TEMPERATURE=temperature,
     )
-    best, block = sampling.first_max(best)
-    return best, column.gather(1, block[:, None]).squeeze(1).long()
+    of_row = launch.empty((rows,), torch.float64, logits.device)
+    token = launch.empty((rows,), torch.int64, logits.device)
+    launch.run(
+        best_of_row,
+        (rows,),
+        *(best, column, of_row, token, blocks),
+        BLOCKS=triton.next_power_of_2(blocks),
+        num_warps=4,
+    )
+    return of_row, token
 
 
 sample_tokens = functools.partial(sampling.sample_tokens, form=best_columns)
@@ -113,13 +121,25 @@ def best_of_block(
     first = tl.min(tl.where((z == highest) & inside, column, 2147483647), 0)
     at = row * tl.num_programs(1) + block
     tl.store(best + at, highest)
-    tl.store(best_column + at, first.to(tl.float64))
+    tl.store(best_column + at, first.to(tl.int64))
+
+
+@triton.jit
+def best_of_row(best, best_column, of_row, token, blocks, BLOCKS: tl.constexpr):
+    """The largest of a row's blocks, the first among equals, and its column."""
+    row, block = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS)
+    z = tl.load(best + row * blocks + block, mask=block < blocks, other=-float("inf"))
+    highest = tl.max(z, 0)
+    first = tl.min(tl.where((z == highest) & (block < blocks), block, BLOCKS - 1), 0)
+    tl.store(of_row + row, highest)
+    tl.store(token + row, tl.load(best_column + row * blocks + tl.minimum(first, blocks - 1)))
 
 
 def variants() -> Iterator[Variant]:
     """As it is compiled ahead of time; for any vocabulary."""
-    types = {"keys": "*i64", "best": "*fp64", "best_column": "*fp64"}
-    types |= integers("offset", "valid")
+    types = {"keys": "*i64", "best": "*fp64", "best_column": "*i64"}
+    types |= {"of_row": "*fp64", "token": "*i64"} | integers("offset", "valid", "blocks")
     constants = {**_CONSTANTS, "TEMPERATURE": 0.8}
     yield variant(best_of_block, "drawn", constants, types)
     yield variant(best_of_block, "likeliest", constants, types, ("keys",))
+    yield variant(best_of_row, "", {"BLOCKS": 128, "num_warps": 4}, types)
