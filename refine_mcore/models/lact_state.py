@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from refine_kernels.dispatch import FastWeights, RowNorms
+from refine_kernels.lact.fast_weights import weights_of
 from torch import Tensor
 
 from refine_mcore.models.attention import AttentionState, AttentionTape
@@ -174,4 +175,14 @@ def join_weights(parts: Sequence[FastWeights]) -> FastWeights:
         s0, s1, s2 = map(torch.cat, zip(*of_parts, strict=True))
         scales = s0, s1, s2
     w0, w1, w2 = map(torch.cat, zip(*(part[:3] for part in parts), strict=True))
-    return FastWeights(w0, w1, w2, momentum, scales)
+    operands = None
+    made = [part.operands for part in parts if part.operands is not None]
+    if made:
+        of_parts = [part.operands or _operands(part, made[0][0].dtype) for part in parts]
+        o0, o1, o2 = map(torch.cat, zip(*of_parts, strict=True))
+        operands = o0, o1, o2
+    return FastWeights(w0, w1, w2, momentum, scales, operands)
+
+
+def _operands(weights: FastWeights, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(w.to(dtype) for w in weights_of(weights.read()))

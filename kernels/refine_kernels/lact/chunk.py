@@ -13,7 +13,7 @@ but under selective recomputation.
 import torch
 from torch import Tensor
 
-from refine_kernels.lact.fast_weights import FastWeights, RowNorms
+from refine_kernels.lact.fast_weights import FastWeights, RowNorms, weights_of
 from refine_kernels.lact.forms import BY_TORCH, Forms
 from refine_kernels.lact.newton_schulz import newton_schulz
 from refine_kernels.lact.products import Precision, Product, product_in
@@ -35,13 +35,13 @@ def apply_fast_weights(
     product = product_in(precision, fq.dtype, weights.w0.dtype)
 
     def read(fq: Tensor, *weights: Tensor) -> Tensor:
-        w0, w1, w2 = _of(weights).effective()
+        w0, w1, w2 = weights_of(weights)
         x = fq.transpose(1, 2)
         z, h = product(x, w0.mT), product(x, w2.mT)
         hidden = forms.hidden(z, h, product.operands)
         return product(hidden, w1.mT).transpose(1, 2).to(fq.dtype)
 
-    return recomputed(read, fq, *weights[:3], *(weights.scales or ()))
+    return recomputed(read, fq, *weights.read())
 
 
 def update_fast_weights(
@@ -68,9 +68,9 @@ def update_fast_weights(
     product = product_in(precision, fk.dtype, weights.w0.dtype)
 
     def gradients(fk: Tensor, fv: Tensor, lr: Tensor, *weights: Tensor) -> Tensor:
-        return _objective_gradients(_of(weights).effective(), fk, fv, lr, product, forms)
+        return _objective_gradients(weights_of(weights), fk, fv, lr, product, forms)
 
-    steps = recomputed(gradients, fk, fv, lr, *weights[:3], *(weights.scales or ()))
+    steps = recomputed(gradients, fk, fv, lr, *weights.read())
     if momentum is not None and weights.momentum is not None:
         decay = momentum.to(lr.dtype).mean(1)[:, None, :, None, None]
         steps = steps + decay * weights.momentum
@@ -79,18 +79,20 @@ def update_fast_weights(
         steps = recomputed_where_remaking(newton_schulz, steps, muon_dtype)
     x0, x1, x2 = steps.unbind(1)
     moved = [
-        forms.moved(weight, step, norm, prenorm=prenorm)
+        forms.moved(weight, step, norm, product.operands, prenorm=prenorm)
         for weight, step, norm in zip(weights[:3], (x0, x1.mT, x2), norms, strict=True)
     ]
-    (w0, s0), (w1, s1), (w2, s2) = moved
-    scales = None if s0 is None or s1 is None or s2 is None else (s0, s1, s2)
-    return FastWeights(w0, w1, w2, buffers, scales)
+    w0, w1, w2 = (x.weight for x in moved)
+    scales = _all([x.scale for x in moved])
+    return FastWeights(w0, w1, w2, buffers, scales, _all([x.operand for x in moved]))
 
 
-def _of(weights: tuple[Tensor, ...]) -> FastWeights:
-    """Three weights, and their scales if there are any, as one."""
-    w0, w1, w2, *scales = weights
-    return FastWeights(w0, w1, w2, scales=(scales[0], scales[1], scales[2]) if scales else None)
+def _all(tensors: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Those of the three weights, if there are any."""
+    of_w0, of_w1, of_w2 = tensors
+    if of_w0 is None or of_w1 is None or of_w2 is None:
+        return None
+    return of_w0, of_w1, of_w2
 
 
 def chunk_lact(
@@ -142,7 +144,7 @@ def chunk_lact(
 
 
 def _objective_gradients(
-    weights: tuple[Tensor, Tensor, Tensor],
+    weights: tuple[Tensor, ...],
     fk: Tensor,
     fv: Tensor,
     lr: Tensor,

@@ -22,7 +22,8 @@ class FastWeights(NamedTuple):
     w0, w2 [B,n,dh,d]; w1 [B,n,d,dh].  ``momentum`` [B,3,n,dh,d] is that of w0, w1^T and w2; None
     stands for zeros.  With prenorm these are the un-normalised weights, and f has each row times
     its factor in ``scales`` [B,n,rows,1]; None stands for ones: the published code reads the
-    initial weights as they are.
+    initial weights as they are.  ``operands`` are the weights of f once more, as products take
+    them; None where those round the others.
     """
 
     w0: Tensor
@@ -30,17 +31,23 @@ class FastWeights(NamedTuple):
     w2: Tensor
     momentum: Tensor | None = None
     scales: tuple[Tensor, Tensor, Tensor] | None = None
+    operands: tuple[Tensor, Tensor, Tensor] | None = None
 
     def row_norms(self) -> RowNorms:
         """The norms nu_a, to be taken of the initial weights."""
         return RowNorms(*(torch.linalg.vector_norm(w, dim=-1, keepdim=True) for w in self[:3]))
 
-    def effective(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights that f uses."""
-        if self.scales is None:
-            return self.w0, self.w1, self.w2
-        w0, w1, w2 = (w * scale for w, scale in zip(self[:3], self.scales, strict=True))
-        return w0, w1, w2
+    def read(self) -> tuple[Tensor, ...]:
+        """The tensors that f is made of, for `weights_of`."""
+        return self.operands or (*self[:3], *(self.scales or ()))
+
+
+def weights_of(read: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The weights w0, w1, w2 that f uses."""
+    weights, scales = read[:3], read[3:]
+    if not scales:
+        return weights
+    return tuple(w * scale for w, scale in zip(weights, scales, strict=True))
 
 
 def scale_to_norm(w: Tensor, norm: Tensor) -> Tensor:

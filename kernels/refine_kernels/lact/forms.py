@@ -16,12 +16,21 @@ from torch import Tensor
 from refine_kernels.lact.fast_weights import scale_to_norm
 
 
+class Moved(NamedTuple):
+    """A fast weight after a step, with prenorm the factors of its rows, and, where a form makes
+    that too, the weight as products take it."""
+
+    weight: Tensor
+    scale: Tensor | None
+    operand: Tensor | None
+
+
 class Forms(NamedTuple):
     """All of them; ``dtype`` is what the products round to."""
 
     hidden: Callable[[Tensor, Tensor, torch.dtype], Tensor]
     factors: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    moved: Callable[..., tuple[Tensor, Tensor | None]]
+    moved: Callable[..., Moved]
 
 
 def hidden(z: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,13 +53,13 @@ def factors(
 
 
 def moved(
-    weight: Tensor, step: Tensor, norm: Tensor, *, prenorm: bool
-) -> tuple[Tensor, Tensor | None]:
+    weight: Tensor, step: Tensor, norm: Tensor, dtype: torch.dtype, *, prenorm: bool
+) -> Moved:
     """weight + step [B,n,rows,columns], each row brought to its ``norm`` [B or 1,n,rows,1]; with
     prenorm as it is, and beside it the factors that would, [B,n,rows,1]."""
     weight = weight + step
     scale = scale_to_norm(weight, norm)
-    return (weight, scale) if prenorm else (weight * scale, None)
+    return Moved(weight, scale, None) if prenorm else Moved(weight * scale, None, None)
 
 
 def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:

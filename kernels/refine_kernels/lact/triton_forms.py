@@ -47,11 +47,12 @@ def _disagreement(width: int, dtype: torch.dtype, device: torch.device) -> str |
         def run(
             z: Tensor, h: Tensor, d: Tensor, lr: Tensor, weight: Tensor, step: Tensor, norm: Tensor
         ) -> list[Tensor]:
-            weights, _ = forms.moved(weight, step, norm, prenorm=False)
-            raw, scale = forms.moved(weight, step, norm, prenorm=True)
+            weights, _, used = forms.moved(weight, step, norm, dtype, prenorm=False)
+            raw, scale, scaled = forms.moved(weight, step, norm, dtype, prenorm=True)
             assert scale is not None
             gates = [forms.hidden(z, h, dtype), *forms.factors(z, h, d, lr, dtype)]
-            return [*gates, raw, scale, weights]
+            operands = weights if used is None else used, raw * scale if scaled is None else scaled
+            return [*gates, raw, scale, weights, *operands]
 
         return run
 
@@ -65,6 +66,8 @@ def _disagreement(width: int, dtype: torch.dtype, device: torch.device) -> str |
             "moved weight",
             "scale of its rows",
             "moved weight of the rows' norms",
+            "moved weight in products",
+            "moved and scaled weight in products",
         ],
         tolerance=agreement.TOLERANCE[dtype],
     )

@@ -3,8 +3,9 @@
 With r = w + x a row of a weight and its step, n = |r|, q = n + eps, s = norm / q, and g the
 gradient of the result r s, that of w and x is g s - <g, r> norm / q^2 r / n, of norm <g, r> / q.
 With prenorm r and s are the results; with their gradients g and t that of w and x is
-g - t norm / q^2 r / n, of norm t / q.  A row of zeros has no direction: its r / n is 0, as torch
-has it.
+g - t norm / q^2 r / n, of norm t / q.  Where products take another dtype, r s comes in that too,
+and its gradient joins the others.  A row of zeros has no direction: its r / n is 0, as torch has
+it.
 """
 
 from collections.abc import Iterator
@@ -18,60 +19,70 @@ from torch.autograd.function import once_differentiable
 
 from refine_kernels import launch
 from refine_kernels.lact.fast_weights import ROW_NORM_EPS
+from refine_kernels.lact.forms import Moved
 from refine_kernels.triton_variant import Variant, integers, variant
 
 _TILE = 2048  # numbers a program holds at a time
 
 
 def moved(
-    weight: Tensor, step: Tensor, norm: Tensor, *, prenorm: bool
-) -> tuple[Tensor, Tensor | None]:
+    weight: Tensor, step: Tensor, norm: Tensor, dtype: torch.dtype, *, prenorm: bool
+) -> Moved:
     """As forms.moved."""
-    out, scale = _Moved.apply(weight, step, norm, prenorm)
-    return out, scale if prenorm else None
+    out, scale, operand = _Moved.apply(weight, step, norm, dtype, prenorm)
+    return Moved(out, scale if prenorm else None, operand)
 
 
 class _Moved(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, step: Tensor, norm: Tensor, prenorm: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, weight: Tensor, step: Tensor, norm: Tensor, dtype: torch.dtype, prenorm: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.save_for_backward(weight, step, norm)
         ctx.prenorm = prenorm
         ctx.set_materialize_grads(False)
         out = launch.empty(step.shape, torch.float32, step.device)
         scale = launch.empty((*step.shape[:-1], 1), torch.float32, step.device)
+        operand = None
+        if dtype != torch.float32:
+            operand = launch.empty(step.shape, dtype, step.device)
         rows = _Rows(weight, step, norm, prenorm)
         launch.run(
-            moved_forward, rows.grid, *rows.tensors, out, scale, *rows.sizes, **rows.constants
+            moved_forward,
+            rows.grid,
+            *(*rows.tensors, out, scale, operand, *rows.sizes),
+            **rows.constants,
+            OPERAND=operand is not None,
         )
         if not prenorm:
             ctx.mark_non_differentiable(scale)
-        return out, scale
+        return out, scale, operand
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad: Tensor | None, grad_scale: Tensor | None
+        ctx: Any, grad: Tensor | None, grad_scale: Tensor | None, grad_operand: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         weight, step, norm = ctx.saved_tensors
-        if grad is None and grad_scale is None:
-            return None, None, None, None
-        if grad is None:
-            grad = torch.zeros_like(step)
-        if ctx.prenorm and grad_scale is None:
-            return grad, grad, None, None
+        grad_scale = grad_scale if ctx.prenorm else None
+        if grad is None and grad_scale is None and grad_operand is None:
+            return None, None, None, None, None
+        if ctx.prenorm and grad_scale is None and grad_operand is None:
+            return grad, grad, None, None, None
         found = launch.empty(step.shape, torch.float32, step.device)
         of_norm = launch.empty((*step.shape[:-1], 1), torch.float32, step.device)
         rows = _Rows(weight, step, norm, ctx.prenorm)
+        given = {"GRAD": grad, "SCALE": grad_scale, "OPERAND": grad_operand}
+        strides = [(0,) * 4 if x is None else x.stride() for x in (grad, grad_operand)]
         launch.run(
             moved_backward,
             rows.grid,
-            *(*rows.tensors, grad, grad_scale, found, of_norm),
-            *(*rows.sizes, *grad.stride()),
+            *(*rows.tensors, *given.values(), found, of_norm),
+            *(*rows.sizes, *strides[0], *strides[1]),
             **rows.constants,
+            **{name: x is not None for name, x in given.items()},
         )
-        return found, found, of_norm.sum_to_size(norm.shape), None
+        return found, found, of_norm.sum_to_size(norm.shape), None, None
 
 
 class _Rows:
@@ -113,6 +124,7 @@ def moved_forward(
     norm,
     out,
     scale,
+    operand,
     total,
     heads,
     rows,
@@ -132,8 +144,9 @@ def moved_forward(
     ROWS: tl.constexpr,
     EPS: tl.constexpr,
     PRENORM: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
-    """r s and s, or with PRENORM r and s."""
+    """r s and s, or with PRENORM r and s; r s as products take it."""
     place, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
     known = place < total
     inside = known[:, None] & (column < D)[None, :]
@@ -144,10 +157,11 @@ def moved_forward(
     r += tl.load(step + at, mask=inside, other=0.0)
     at = stream.to(tl.int64) * stride_ns + head * stride_nn + row * stride_nr
     s = tl.load(norm + at, mask=known, other=0.0) / (tl.sqrt(tl.sum(r * r, 1)) + EPS)
-    if not PRENORM:
-        r *= s[:, None]
     at = place.to(tl.int64)[:, None] * D + column[None, :]
-    tl.store(out + at, r, mask=inside)
+    tl.store(out + at, r if PRENORM else r * s[:, None], mask=inside)
+    if OPERAND:
+        used = (r * s[:, None]).to(operand.dtype.element_ty)
+        tl.store(operand + at, used, mask=inside)
     tl.store(scale + place, s, mask=known)
 
 
@@ -158,6 +172,7 @@ def moved_backward(
     norm,
     grad,
     grad_scale,
+    grad_operand,
     found,
     of_norm,
     total,
@@ -178,11 +193,18 @@ def moved_backward(
     stride_gn,
     stride_gr,
     stride_gc,
+    stride_os,
+    stride_on,
+    stride_or,
+    stride_oc,
     D: tl.constexpr,
     BD: tl.constexpr,
     ROWS: tl.constexpr,
     EPS: tl.constexpr,
     PRENORM: tl.constexpr,
+    GRAD: tl.constexpr,
+    SCALE: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
     """The gradients of weight and step, which are one, and of the norms."""
     place, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
@@ -197,14 +219,24 @@ def moved_backward(
     wanted = tl.load(norm + at, mask=known, other=0.0)
     length = tl.sqrt(tl.sum(r * r, 1))
     inverse = 1 / (length + EPS)
-    at = _places(stream, head, row, column, stride_gs, stride_gn, stride_gr, stride_gc)
-    g = tl.load(grad + at, mask=inside, other=0.0)
-    at = place.to(tl.int64)[:, None] * D + column[None, :]
+    g, used = tl.zeros((ROWS, BD), tl.float32), tl.zeros((ROWS, BD), tl.float32)
+    if GRAD:
+        at = _places(stream, head, row, column, stride_gs, stride_gn, stride_gr, stride_gc)
+        g = tl.load(grad + at, mask=inside, other=0.0)
+    if OPERAND:
+        at = _places(stream, head, row, column, stride_os, stride_on, stride_or, stride_oc)
+        used = tl.load(grad_operand + at, mask=inside, other=0.0).to(tl.float32)
+    if not PRENORM:
+        used += g
+    along = tl.sum(used * r, 1)
+    used *= (wanted * inverse)[:, None]
     if PRENORM:
-        along = tl.load(grad_scale + place, mask=known, other=0.0)
+        g += used
+        if SCALE:
+            along += tl.load(grad_scale + place, mask=known, other=0.0)
     else:
-        along = tl.sum(g * r, 1)
-        g *= (wanted * inverse)[:, None]
+        g = used
+    at = place.to(tl.int64)[:, None] * D + column[None, :]
     direction = tl.where(length > 0, 1 / tl.where(length > 0, length, 1.0), 0.0)
     g -= r * (along * wanted * inverse * inverse * direction)[:, None]
     tl.store(found + at, g, mask=inside)
@@ -218,6 +250,7 @@ def variants(widths: tuple[int, ...]) -> Iterator[Variant]:
     for width in widths:
         for prenorm in (False, True):
             title = f"d{width}_{'prenorm' if prenorm else 'postnorm'}"
-            without = () if prenorm else ("grad_scale",)
+            given = {"GRAD": True, "SCALE": False, "OPERAND": True}
+            constants = _constants(width, prenorm) | given
             for kernel in (moved_forward, moved_backward):
-                yield variant(kernel, title, _constants(width, prenorm), types, without)
+                yield variant(kernel, title, constants, types, ("grad_scale",))
