@@ -170,6 +170,7 @@ def repair_megatron() -> None:
     _repair_write_errors()
     _repair_left_behind_results_queue()
     _repair_step_count_of_zero()
+    _repair_fused_gradients_under_hooks()
 
 
 def _repair_distributed_optimizer_loading() -> None:
@@ -238,6 +239,37 @@ def _with_all_parameters(method: Any) -> Any:
             self.float16_groups, self.fp32_from_float16_groups = groups
 
     return run
+
+
+def _repair_fused_gradients_under_hooks() -> None:
+    """Weight gradients that their products have added, where hooks on saved tensors are in force.
+
+    The layer asks the weight that autograd saved for what DDP knows of it (layers.py:581), and with
+    hooks that is another tensor, without it: the layer hands on no gradient, which overlapped
+    reduction refuses.
+    """
+    from megatron.core.tensor_parallel.layers import LinearWithGradAccumulationAndAsyncCommunication
+
+    function: Any = LinearWithGradAccumulationAndAsyncCommunication
+    forward, backward = function.forward, function.backward
+
+    @functools.wraps(forward)
+    def forward_with_weight(ctx: Any, inputs: Tensor, weight: Tensor, *options: Any) -> Tensor:
+        ctx.parameter = weight
+        return forward(ctx, inputs, weight, *options)
+
+    @functools.wraps(backward)
+    def backward_with_weight(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        of_inputs, of_weight, *rest = backward(ctx, grad)
+        weight = ctx.parameter
+        added = ctx.gradient_accumulation_fusion and of_weight is None
+        if added and hasattr(weight, "grad_added_to_main_grad"):
+            weight.grad_added_to_main_grad = True
+            of_weight = torch.empty_like(weight)  # for DDP's hook, which reads nothing of it
+        return of_inputs, of_weight, *rest
+
+    function.forward = staticmethod(forward_with_weight)
+    function.backward = staticmethod(backward_with_weight)
 
 
 def _repair_write_errors() -> None:

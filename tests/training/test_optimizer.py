@@ -34,11 +34,11 @@ LINEAR = ColumnParallelLinear, RowParallelLinear
 
 
 def gradients(
-    config: Path, groups: Any, dtype: str, preset: str, fused: bool
+    config: Path, groups: Any, dtype: str, preset: str, fused: bool, *given: str
 ) -> tuple[dict[str, Tensor], set[str]]:
     """Of a step of two micro-batches with rollouts; the weights that layers added themselves."""
     options = [f"training.dtype={dtype}", f"model.preset={preset}", "model.overrides={}"]
-    settings = load_config(config, options)
+    settings = load_config(config, [*options, *given])
     model = training_model(settings, groups)
     optimizer = replace(settings.optimizer, gradient_accumulation_fusion=fused)
     wrapped = wrap_data_parallel(model, optimizer, groups)
@@ -64,11 +64,16 @@ def gradients(
     return found, added
 
 
+@pytest.mark.parametrize("recompute", ["null", "selective"])
 @pytest.mark.parametrize("preset", ["tiny-deltanet", "tiny-qwen3.5", "tiny-lact"])
-def test_products_add_the_gradients_of_weights(config: Path, single_rank: Any, preset: str) -> None:
-    """Text, branches and micro-batches, as separate tensors for each do."""
-    plain, none = gradients(config, single_rank, "float32", preset, fused=False)
-    found, added = gradients(config, single_rank, "float32", preset, fused=True)
+def test_products_add_the_gradients_of_weights(
+    config: Path, single_rank: Any, preset: str, recompute: str
+) -> None:
+    """Text, branches and micro-batches, as separate tensors for each do; also where hooks make
+    another tensor of a saved weight."""
+    options = ("float32", preset)
+    plain, none = gradients(config, single_rank, *options, False)
+    found, added = gradients(config, single_rank, *options, True, f"training.recompute={recompute}")
     assert not none and added
     for name, expected in plain.items():
         assert expected.any(), name
@@ -81,7 +86,7 @@ def test_where_torch_has_no_such_product_they_are_added_after_it(
     """A CPU multiplies no bfloat16 into float32."""
     compat._adds_products.cache_clear()
     with caplog.at_level("INFO", logger="refine_mcore.compat"):
-        found, added = gradients(config, single_rank, "bfloat16", "tiny-deltanet", fused=True)
+        found, added = gradients(config, single_rank, "bfloat16", "tiny-deltanet", True)
     assert not added and all(g.dtype == torch.float32 and g.any() for g in found.values())
     (said,) = (r.getMessage() for r in caplog.records)
     assert said.endswith("torch has none of torch.bfloat16 into torch.float32 on cpu")
