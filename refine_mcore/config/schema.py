@@ -251,7 +251,7 @@ class TrainingConfig:
     # Steps between log lines where there is no progress bar.
     log_interval: PositiveInt = 1
     # Tokens between the states that delta-rule layers keep for branching, a multiple of 64: a
-    # larger one takes less memory and replays more tokens for each branch, without gradients. null:
+    # larger one takes less memory and reads the writes of more tokens for each branch. null:
     # four states for each rollout position of a text, and 512 tokens at most between them.
     tape_interval: PositiveInt | None = None
     # Activations to make again in the backward instead of keeping them. selective: the outputs of

@@ -69,6 +69,7 @@ class RecordedTokens:
 
     @property
     def texts(self) -> int:
+        """How many there are."""
         return self._shape[0]
 
 

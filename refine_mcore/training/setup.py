@@ -99,7 +99,7 @@ def runs_in_slices(config: Config) -> bool:
 
 
 def tape_interval(config: Config) -> int:
-    """Tokens between the states that delta-rule layers keep: what branches replay of a text is then
+    """Tokens between the states that delta-rule layers keep: what branches read of a text is then
     an eighth of it on average, and what is kept grows with the branches."""
     if config.training.tape_interval is not None:
         return config.training.tape_interval

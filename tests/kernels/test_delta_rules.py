@@ -146,6 +146,24 @@ def test_any_state_follows_from_the_writes(
     assert_close(gradients(every[0], leaves), gradients(every[1], leaves))
 
 
+def test_states_are_read_past_tokens_that_erase_all():
+    """What the last tokens write is not lost beside the decays of those before."""
+    gen = torch.Generator().manual_seed(0)
+    state, k, writes = (
+        torch.randn(*shape, generator=gen)
+        for shape in ((1, 2, 8, 8), (1, 600, 2, 8), (1, 600, 2, 8))
+    )
+    g = -20 * torch.rand(1, 600, 2, generator=gen)
+    g[:, 300], g[:, -8:] = -torch.inf, g[:, -8:] / 20
+    exact = state.double()
+    for t in range(600):
+        written = k[:, t, :, :, None].double() * writes[:, t, :, None, :]
+        exact = g[:, t, :, None, None].double().exp() * exact + written
+    torch.testing.assert_close(
+        state_from_writes(state, k, writes, g).double(), exact, rtol=1e-5, atol=1e-6
+    )
+
+
 @gated_or_not
 @given(chunk_size=st.integers(1, 20), cut=st.integers(1, 44), **shapes)
 def test_pieces_equal_the_whole(gated, seed, b, t, h, k_dim, v_dim, chunk_size, cut):

@@ -9,6 +9,7 @@ gradients from the pass over the text.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from refine_kernels.delta_rule.chunk import unit_per_head
@@ -34,9 +35,11 @@ def state_from_writes(
         g = None if g is None else g * inside[..., None]
     keys = unit_per_head(k.to(state.dtype), state.shape[1], qk_norm_eps)
     if g is not None:
-        c = g.to(state.dtype).cumsum(1)
-        keys = keys * (c[:, -1:] - c).exp()[..., None]
-        state = c[:, -1, :, None, None].exp() * state
+        g = g.to(state.dtype)
+        # c_T - c_t as sums of what comes later: differences would lose what is small beside c_T
+        later = F.pad(g[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
+        keys = keys * later.exp()[..., None]
+        state = (later[:, 0] + g[:, 0])[..., None, None].exp() * state
     # [R,H,K,T] x [R,H,T,V]
     written = keys.permute(0, 2, 3, 1) @ writes.to(state.dtype).transpose(1, 2)
     return state + written
