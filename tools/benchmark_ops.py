@@ -4,7 +4,8 @@
         [--shapes deltanet-1.3b,lact-760m] [--tokens 4096,16384] [--forms torch,triton]
         [--dtype bfloat16|float32] [--rounds 5]
 
-Sizes are those of a layer of the presets in --shapes; decode is a token of eight streams. Forms are
+Sizes are those of a layer of the presets in --shapes; of eight branches of a text decode is a
+token, score five, and read their states after 64 more. Forms are
 `torch`, `compile` (torch.compile of it), `triton` (the project's kernels) and `fla`
 (flash-linear-attention), of which those run that are installed; on a CPU only torch's. A form is
 timed once it agrees with torch's in float32, gradients included. Prints a Markdown table:
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
     )
     for name in operations:
         for label, architecture in shapes.items():
-            for tokens in [1] if name == "decode" else lengths:
+            for tokens in [ops.BRANCHES[name][1]] if name in ops.BRANCHES else lengths:
                 case = ops.case_of(name, architecture, tokens)
                 if case is None:
                     continue

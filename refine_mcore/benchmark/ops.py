@@ -37,11 +37,16 @@ OPERATIONS = (
     "short_conv",
     "swiglu",
     "delta_rule",
+    "delta_gates",
     "decode",
+    "score",
+    "read",
     "lact",
     "features",
     "vocabulary",
 )
+# Operations on eight branches of a text, whatever its length: streams and tokens of each.
+BRANCHES = {"decode": (8, 1), "score": (8, 5), "read": (8, 64)}
 _LIMIT = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 # Newton-Schulz multiplies the smallest singular values, and the rounding in them, by hundreds:
 # torch's own bfloat16 comes to 2e-2 at the sizes of LaCT-760M.
@@ -174,7 +179,11 @@ def _delta_rule_layer(
             0.0,
             fixed=frozenset({"taps"}),
         )
-    rows, length = (1, tokens) if name == "delta_rule" else (8, 1)
+    if name == "delta_gates":
+        return _delta_gates(tokens, heads, gated)
+    rows, length = BRANCHES.get(name, (1, tokens))
+    if name == "read":
+        return _read_states(rows, length, (keys, heads, k_dim, v_dim), gated)
     shapes: dict[str, tuple[int, ...]] = {
         "q": (rows, length, keys, k_dim),
         "k": (rows, length, keys, k_dim),
@@ -200,7 +209,39 @@ def _delta_rule_layer(
 
     if name == "decode":
         return Case(shapes, run, products, wide=wide, fixed=fixed, gradients=False)
-    return Case(shapes, run, products, _fla_delta_rule(gated), wide=wide, fixed=fixed)
+    fla = _fla_delta_rule(gated) if name == "delta_rule" else None
+    return Case(shapes, run, products, fla, wide=wide, fixed=fixed)
+
+
+def _read_states(rows: int, length: int, widths: tuple[int, int, int, int], gated: bool) -> Case:
+    """A state after a chunk's writes."""
+    keys, heads, k_dim, v_dim = widths
+    shapes: dict[str, tuple[int, ...]] = {
+        "state": (rows, heads, k_dim, v_dim),
+        "k": (rows, length, keys, k_dim),
+        "writes": (rows, length, heads, v_dim),
+    }
+    shapes |= {"g": (rows, length, heads)} if gated else {}
+    return Case(
+        shapes,
+        lambda *given: [dispatch.state_from_writes(*given, qk_norm_eps=_L2_EPS)],
+        2.0 * rows * length * heads * k_dim * v_dim,
+        wide=frozenset({"g", "state"}),
+        fixed=frozenset({"state"}),
+    )
+
+
+def _delta_gates(tokens: int, heads: int, gated: bool) -> Case:
+    shapes: dict[str, tuple[int, ...]] = {"b": (1, tokens, heads)}
+    if gated:
+        shapes |= {"a": (1, tokens, heads), "bias": (heads,), "log_rate": (heads,)}
+    fixed = frozenset({"bias", "log_rate"})
+
+    def run(*given: Tensor) -> Sequence[Tensor]:
+        beta, g = dispatch.delta_gates(*given)
+        return [beta] if g is None else [beta, g]
+
+    return Case(shapes, run, 0.0, wide=fixed, fixed=fixed)
 
 
 def _fla_delta_rule(gated: bool) -> Run:
@@ -241,7 +282,7 @@ def _lact(mixer: LaCTOptions, hidden: int, tokens: int) -> Case:
 
     def run(*given: Tensor) -> Sequence[Tensor]:
         fq, fk, fv, lr, momentum, w0, w1, w2 = given
-        weights = FastWeights(w0, w1, w2)
+        weights = FastWeights.of(w0, w1, w2)
         o, _ = dispatch.chunk_lact(
             *(fq, fk, fv, lr, momentum),
             weights,

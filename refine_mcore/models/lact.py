@@ -225,10 +225,10 @@ class LaCT(Mixer):
                 *product.shape[1:], dtype=compute, device=product.device
             )
 
-        w0, w1, w2 = matrix("w0")[None], self.w1.to(compute)[None], matrix("w2")[None]
-        norms = FastWeights(w0, w1, w2).row_norms()
+        initial = FastWeights.of(matrix("w0")[None], self.w1.to(compute)[None], matrix("w2")[None])
         shape = (streams, -1, -1, -1)
-        return FastWeights(w0.expand(shape), w1.expand(shape), w2.expand(shape)), norms
+        w02, w1 = (w.expand(shape) for w in initial[:2])
+        return FastWeights(w02, w1), initial.row_norms()
 
     @property
     def _update_options(self) -> dict[str, Any]:
@@ -296,7 +296,7 @@ class LaCT(Mixer):
         rows = [state.weight_rows[r] for r in streams]
         used = sorted(set(rows))
         weights = state.weights
-        if len(used) < weights.w0.shape[0]:
+        if len(used) < weights.w1.shape[0]:
             weights = weight_rows(weights, used)
         groups = StreamGroups([used.index(r) for r in rows], len(used))
         return groups.scatter(self._read(weights, groups.gather(fq)))

@@ -83,7 +83,7 @@ class LaCTState(FastWeightState):
 
     @classmethod
     def join(cls, parts: Sequence[LaCTState], *, one_text: bool = True) -> LaCTState:
-        before = accumulate((part.weights.w0.shape[0] for part in parts), initial=0)
+        before = accumulate((part.weights.w1.shape[0] for part in parts), initial=0)
         return cls(
             AttentionState.join([part.attention for part in parts], one_text=one_text),
             join_weights([part.weights for part in parts]),
@@ -160,10 +160,11 @@ def join_weights(parts: Sequence[FastWeights]) -> FastWeights:
         return parts[0]
 
     def initial_momentum(part: FastWeights) -> Tensor:
-        return part.w0.new_zeros(part.w0.shape[0], 3, *part.w0.shape[1:])
+        rows, heads, width, hidden = part.w1.shape
+        return part.w1.new_zeros(rows, heads, 3, hidden, width)
 
     def initial_scales(part: FastWeights) -> tuple[Tensor, ...]:
-        return tuple(torch.ones_like(w[..., :1]) for w in part[:3])
+        return tuple(torch.ones_like(w[..., :1]) for w in part[:2])
 
     momentum, scales = None, None
     if any(part.momentum is not None for part in parts):
@@ -172,16 +173,16 @@ def join_weights(parts: Sequence[FastWeights]) -> FastWeights:
         )
     if any(part.scales is not None for part in parts):
         of_parts = [initial_scales(part) if part.scales is None else part.scales for part in parts]
-        s0, s1, s2 = map(torch.cat, zip(*of_parts, strict=True))
-        scales = s0, s1, s2
-    w0, w1, w2 = map(torch.cat, zip(*(part[:3] for part in parts), strict=True))
+        of_w02, of_w1 = map(torch.cat, zip(*of_parts, strict=True))
+        scales = of_w02, of_w1
+    w02, w1 = map(torch.cat, zip(*(part[:2] for part in parts), strict=True))
     operands = None
     made = [part.operands for part in parts if part.operands is not None]
     if made:
         of_parts = [part.operands or _operands(part, made[0][0].dtype) for part in parts]
-        o0, o1, o2 = map(torch.cat, zip(*of_parts, strict=True))
-        operands = o0, o1, o2
-    return FastWeights(w0, w1, w2, momentum, scales, operands)
+        of_w02, of_w1 = map(torch.cat, zip(*of_parts, strict=True))
+        operands = of_w02, of_w1
+    return FastWeights(w02, w1, momentum, scales, operands)
 
 
 def _operands(weights: FastWeights, dtype: torch.dtype) -> tuple[Tensor, ...]:

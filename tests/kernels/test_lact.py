@@ -36,8 +36,8 @@ variants = pytest.mark.parametrize(
 
 
 def fast_weights(tensors: Iterable[Tensor]) -> FastWeights:
-    w0, w1, w2 = tensors
-    return FastWeights(w0, w1, w2)
+    w02, w1 = tensors
+    return FastWeights(w02, w1)
 
 
 def each(tokens: Tokens, f: Callable[[Tensor], Tensor]) -> Tokens:
@@ -58,7 +58,7 @@ def make_inputs(
     fq, fk, fv = (randn(b, t, n, d) for _ in range(3))
     lr = 0.3 * randn(b, t, n, 3).sigmoid()
     tokens = (fq, fk, fv, lr, randn(b, t, n).sigmoid() if momentum else None)
-    weights = [randn(b, n, dh, d), randn(b, n, d, dh), randn(b, n, dh, d)]
+    weights = [randn(b, n, 2 * dh, d), randn(b, n, d, dh)]
     return each(tokens, Tensor.requires_grad_), fast_weights(w.requires_grad_() for w in weights)
 
 
@@ -76,7 +76,7 @@ def assert_close(actual, expected, tolerance=1e-8):
 
 def flat(boundary_weights):
     """All tensors of a list of FastWeights, without the buffers (None or zeros at the start)."""
-    return [w for weights in boundary_weights for w in weights[:3]]
+    return [w for weights in boundary_weights for w in weights[:2]]
 
 
 @variants
@@ -101,7 +101,7 @@ def test_chunks_equal_the_definition(muon, momentum, prenorm, seed, b, t, n, d, 
     if momentum:
         for ours, theirs in zip(boundaries[1:], boundaries_n[1:], strict=True):
             assert_close(ours.momentum, theirs.momentum)
-    leaves = [x for x in (*tokens, *weights[:3]) if x is not None]
+    leaves = [x for x in (*tokens, *weights[:2]) if x is not None]
     ours = gradients([o, *flat(boundaries)], leaves)
     theirs = gradients([o_n, *flat(boundaries_n)], leaves)
     scale = max(x.abs().max().item() for x in theirs)
@@ -140,8 +140,8 @@ def test_rows_keep_their_initial_norms():
 
 def test_weights_shared_by_all_streams_need_no_copy():
     tokens, weights = make_inputs(4, 2, 7, 2, 3, 4, True)
-    shared = fast_weights(w[:1].detach() for w in weights[:3])
-    repeated = fast_weights(w.expand(2, -1, -1, -1).contiguous() for w in shared[:3])
+    shared = fast_weights(w[:1].detach() for w in weights[:2])
+    repeated = fast_weights(w.expand(2, -1, -1, -1).contiguous() for w in shared[:2])
     o, _ = chunk_lact(*tokens, shared, shared.row_norms(), chunk_size=3, muon=True)
     expected, _ = chunk_lact(*tokens, repeated, repeated.row_norms(), chunk_size=3, muon=True)
     assert_close(o, expected)
@@ -189,7 +189,7 @@ def test_newton_schulz_precision_is_the_callers():
 
 def test_low_precision_tokens_with_float32_weights():
     tokens, weights = make_inputs(5, 1, 9, 2, 4, 4, True)
-    single = fast_weights(w.detach().float() for w in weights[:3])
+    single = fast_weights(w.detach().float() for w in weights[:2])
     half = each(tokens, lambda x: x.detach().bfloat16())
     o, boundaries = chunk_lact(*half, single, single.row_norms(), chunk_size=4, muon=False)
     assert o.dtype == torch.bfloat16
@@ -207,7 +207,7 @@ def realistic(dtype: torch.dtype, chunks: int = 4) -> tuple[Tokens, FastWeights]
     assert momentum is not None
     fq, fk, fv = (F.normalize(x, dim=-1).to(dtype) for x in (fq, fk, fv))
     leaves = each((fq, fk, fv, lr.to(wide), momentum.to(wide)), Tensor.requires_grad_)
-    return leaves, fast_weights((0.1 * w.detach()).to(wide).requires_grad_() for w in weights[:3])
+    return leaves, fast_weights((0.1 * w.detach()).to(wide).requires_grad_() for w in weights[:2])
 
 
 def run_realistic(dtype: torch.dtype, precision: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -215,8 +215,8 @@ def run_realistic(dtype: torch.dtype, precision: Any) -> tuple[list[Tensor], lis
     tokens, weights = realistic(dtype, chunks=3)
     options: dict[str, Any] = {"chunk_size": 256, "muon": False, "precision": precision}
     o, boundaries = chunk_lact(*tokens, weights, weights.row_norms(), **options)
-    outputs = [o, *boundaries[-1][:3]]
-    inputs = [x for x in (*tokens, *weights[:3]) if x is not None]
+    outputs = [o, *boundaries[-1][:2]]
+    inputs = [x for x in (*tokens, *weights[:2]) if x is not None]
     return outputs, list(gradients([x.double() for x in outputs], inputs))
 
 

@@ -303,9 +303,9 @@ def test_a_rank_of_padding_has_no_best_column():
 @pytest.mark.parametrize("form", ["hidden", "factors"])
 def test_lact_gates(form, texts, heads, tokens, width, dtype):
     """Rates as a chunk has them, a piece of the text's."""
-    inputs = [2 * randn(texts, heads, tokens, width + i)[..., :width] for i in range(3)]
+    zh, d = (2 * randn(texts, heads, tokens, size + 1)[..., :size] for size in (2 * width, width))
     rates = randn(texts, tokens + 2, heads, 3).sigmoid()[:, 2:]
-    chosen = inputs[:2] if form == "hidden" else [*inputs, rates]
+    chosen = [zh] if form == "hidden" else [zh, d, rates]
     exact = leaves(chosen, dtype=torch.float64)
     actual = [x.to(DEVICE, torch.float32 if x is rates else dtype) for x in chosen]
     exact = [x.detach().double().cpu().requires_grad_() for x in actual]
@@ -432,17 +432,16 @@ def test_lact_by_kernels_is_torchs(prenorm, dtype):
     for module in (triton_forms, lact_chunk):
         leaf = [x.to(DEVICE, dtype).requires_grad_() for x in tokens]
         leaf += [x.to(DEVICE, torch.float32).requires_grad_() for x in (rates, decay, *weights)]
-        w0, w1, w2 = (w.expand(2, -1, -1, -1) for w in leaf[5:])
-        initial = FastWeights(w0, w1, w2)
+        initial = FastWeights.of(*(w.expand(2, -1, -1, -1) for w in leaf[5:]))
         o, borders = module.chunk_lact(
             *leaf[:5],
             initial,
-            FastWeights(leaf[5], leaf[6], leaf[7]).row_norms(),
+            FastWeights.of(*leaf[5:]).row_norms(),
             chunk_size=4,
             muon=False,
             prenorm=prenorm,
         )
-        outputs = [o, *borders[-1][:3], borders[-1].momentum]
+        outputs = [o, *borders[-1][:3]]
         found.append([*outputs, *gradients(outputs, leaf)])
     tolerance = 4e-6 if dtype == torch.float32 else 2e-2
     assert_near(found[0], [x.detach().double().cpu() for x in found[1]], tolerance)
@@ -530,7 +529,7 @@ def test_arguments_by_name_reach_the_kernels(name):
         "with_entropy": True,
         "keys": torch.arange(3, device=DEVICE),
         "eps": 1e-5,
-        "weights": FastWeights(square, square, square),
+        "weights": FastWeights.of(square, square, square),
         **dict.fromkeys(("fq", "q", "k", "v"), heads),
         "beta": heads[..., 0],
         **dict.fromkeys(("a", "b"), x),
@@ -557,7 +556,7 @@ CALLS: dict[str, tuple[Any, Any]] = {
     "swiglu": (triton_swiglu, lambda x: (x,)),
     "short_conv": (triton_conv, lambda x: (x, x[0, 0, :, None, None].expand(-1, 1, 2))),
     "vocabulary": (triton_rows, lambda x: (x,)),
-    "lact": (triton_forms, lambda x: (FastWeights(*[x[None]] * 3), x)),
+    "lact": (triton_forms, lambda x: (FastWeights.of(*[x[None]] * 3), x)),
     "features": (triton_features, lambda x: (x, x[0, 0], x[0, 0])),
     "rotary": (triton_rotary, lambda x: (x[:, :, None], x[:, :, None, :8], x[:, :, None, :8])),
     "read": (triton_read, lambda x: (x[:, :, :, None], x[:, :, None], x[:, :, None, :1])),

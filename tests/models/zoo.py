@@ -223,8 +223,8 @@ def _fast_weights(state: LaCTState, stream: int) -> list[Tensor]:
     weights = state.weights
     momentum = weights.momentum
     if momentum is None:
-        momentum = torch.zeros_like(torch.stack((weights.w0, weights.w1.mT, weights.w2), 1))
-    return [w[state.weight_rows[stream]] for w in (*weights[:3], momentum)]
+        momentum = torch.zeros_like(torch.stack([weights.w1.mT] * 3, 2))
+    return [w[state.weight_rows[stream]] for w in (*weights[:2], momentum)]
 
 
 def gradients(model: FastWeightModel, loss: Tensor) -> dict[str, Tensor]:

@@ -32,13 +32,11 @@ def apply_fast_weights(
     ``precision`` is that of the products (see products.py); all else is computed in at least
     float32.  Returned in the dtype of fq.  ``forms`` are the kernels between the products.
     """
-    product = product_in(precision, fq.dtype, weights.w0.dtype)
+    product = product_in(precision, fq.dtype, weights.w1.dtype)
 
     def read(fq: Tensor, *weights: Tensor) -> Tensor:
-        w0, w1, w2 = weights_of(weights)
-        x = fq.transpose(1, 2)
-        z, h = product(x, w0.mT), product(x, w2.mT)
-        hidden = forms.hidden(z, h, product.operands)
+        w02, w1 = weights_of(weights)
+        hidden = forms.hidden(product(fq.transpose(1, 2), w02.mT), product.operands)
         return product(hidden, w1.mT).transpose(1, 2).to(fq.dtype)
 
     return recomputed(read, fq, *weights.read())
@@ -65,34 +63,30 @@ def update_fast_weights(
     weights).  Rows then return to their initial norms; with prenorm only where they are read.
     ``precision`` is that of the products with the tokens (see products.py).
     """
-    product = product_in(precision, fk.dtype, weights.w0.dtype)
+    product = product_in(precision, fk.dtype, weights.w1.dtype)
 
     def gradients(fk: Tensor, fv: Tensor, lr: Tensor, *weights: Tensor) -> Tensor:
         return _objective_gradients(weights_of(weights), fk, fv, lr, product, forms)
 
     steps = recomputed(gradients, fk, fv, lr, *weights.read())
     if momentum is not None and weights.momentum is not None:
-        decay = momentum.to(lr.dtype).mean(1)[:, None, :, None, None]
+        decay = momentum.to(lr.dtype).mean(1)[..., None, None, None]
         steps = steps + decay * weights.momentum
     buffers = None if momentum is None else steps
     if muon:
         steps = recomputed_where_remaking(newton_schulz, steps, muon_dtype)
-    x0, x1, x2 = steps.unbind(1)
-    moved = [
+    width = steps.shape[-2]
+    of_w02, of_w1 = steps.flatten(2, 3).split([2 * width, width], 2)
+    w02, w1 = (
         forms.moved(weight, step, norm, product.operands, prenorm=prenorm)
-        for weight, step, norm in zip(weights[:3], (x0, x1.mT, x2), norms, strict=True)
-    ]
-    w0, w1, w2 = (x.weight for x in moved)
-    scales = _all([x.scale for x in moved])
-    return FastWeights(w0, w1, w2, buffers, scales, _all([x.operand for x in moved]))
-
-
-def _all(tensors: list[Tensor | None]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Those of the three weights, if there are any."""
-    of_w0, of_w1, of_w2 = tensors
-    if of_w0 is None or of_w1 is None or of_w2 is None:
-        return None
-    return of_w0, of_w1, of_w2
+        for weight, step, norm in zip(weights[:2], (of_w02, of_w1.mT), norms, strict=True)
+    )
+    scales, operands = None, None
+    if w02.scale is not None and w1.scale is not None:
+        scales = w02.scale, w1.scale
+    if w02.operand is not None and w1.operand is not None:
+        operands = w02.operand, w1.operand
+    return FastWeights(w02.weight, w1.weight, buffers, scales, operands)
 
 
 def chunk_lact(
@@ -144,20 +138,19 @@ def chunk_lact(
 
 
 def _objective_gradients(
-    weights: tuple[Tensor, ...],
+    weights: tuple[Tensor, Tensor],
     fk: Tensor,
     fv: Tensor,
     lr: Tensor,
     product: Product,
     forms: Forms,
 ) -> Tensor:
-    """Gradients of sum_t eta_t <f(fk_t), fv_t> for (w0, w1^T, w2), each with its own rates, as one
-    [B,3,n,dh,d]."""
-    w0, w1, w2 = weights
+    """Gradients of sum_t eta_t <f(fk_t), fv_t> for (w0, w2, w1^T), each with its own rates, as one
+    [B,n,3,dh,d]."""
+    w02, w1 = weights
     k, v = fk.transpose(1, 2), fv.transpose(1, 2)
-    z, h, d_hidden = (product(*x) for x in ((k, w0.mT), (k, w2.mT), (v, w1)))
-    of_w0, of_w1, of_w2 = forms.factors(z, h, d_hidden, lr, product.operands)
-    factors = ((of_w0, k), (of_w1, v), (of_w2, k))
+    zh, d_hidden = product(k, w02.mT), product(v, w1)
+    of_w02, of_w1 = forms.factors(zh, d_hidden, lr, product.operands)
     # tokens first: so the backward's products come out as the factors lie
-    found = torch.stack([product(tokens.mT, x).mT for x, tokens in factors], 1)
-    return found.to(product.states)
+    found = [product(tokens.mT, x).mT for tokens, x in ((k, of_w02), (v, of_w1))]
+    return torch.cat(found, 2).to(product.states).unflatten(2, (3, -1))

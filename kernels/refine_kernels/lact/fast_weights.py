@@ -11,43 +11,55 @@ ROW_NORM_EPS = 1e-5
 class RowNorms(NamedTuple):
     """Row norms of the initial fast weights, [B or 1, n, rows, 1]; differentiable."""
 
-    w0: Tensor
+    w02: Tensor
     w1: Tensor
-    w2: Tensor
 
 
 class FastWeights(NamedTuple):
     """f(z) = w1 (silu(w0 z) * (w2 z)) of each stream and fast head, and the momentum buffers.
 
-    w0, w2 [B,n,dh,d]; w1 [B,n,d,dh].  ``momentum`` [B,3,n,dh,d] is that of w0, w1^T and w2; None
-    stands for zeros.  With prenorm these are the un-normalised weights, and f has each row times
-    its factor in ``scales`` [B,n,rows,1]; None stands for ones: the published code reads the
-    initial weights as they are.  ``operands`` are the weights of f once more, as products take
-    them; None where those round the others.
+    w02 [B,n,2dh,d] holds the rows of w0, then those of w2, which read the same: one product for
+    both; w1 [B,n,d,dh].  ``momentum`` [B,n,3,dh,d] is that of w0, w2 and w1^T; None stands for
+    zeros.  With prenorm these are the un-normalised weights, and f has each row times its factor in
+    ``scales`` [B,n,rows,1]; None stands for ones: the published code reads the initial weights as
+    they are.  ``operands`` are the weights of f once more, as products take them; None where those
+    round the others.
     """
 
-    w0: Tensor
+    w02: Tensor
     w1: Tensor
-    w2: Tensor
     momentum: Tensor | None = None
-    scales: tuple[Tensor, Tensor, Tensor] | None = None
-    operands: tuple[Tensor, Tensor, Tensor] | None = None
+    scales: tuple[Tensor, Tensor] | None = None
+    operands: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls, w0: Tensor, w1: Tensor, w2: Tensor, momentum: Tensor | None = None
+    ) -> "FastWeights":
+        """w0, w2 [B,n,dh,d]; w1 [B,n,d,dh]."""
+        return cls(torch.cat((w0, w2), -2), w1, momentum)
+
+    @property
+    def w0(self) -> Tensor:
+        return self.w02.chunk(2, -2)[0]
+
+    @property
+    def w2(self) -> Tensor:
+        return self.w02.chunk(2, -2)[1]
 
     def row_norms(self) -> RowNorms:
         """The norms nu_a, to be taken of the initial weights."""
-        return RowNorms(*(torch.linalg.vector_norm(w, dim=-1, keepdim=True) for w in self[:3]))
+        return RowNorms(*(torch.linalg.vector_norm(w, dim=-1, keepdim=True) for w in self[:2]))
 
     def read(self) -> tuple[Tensor, ...]:
         """The tensors that f is made of, for `weights_of`."""
-        return self.operands or (*self[:3], *(self.scales or ()))
+        return self.operands or (self.w02, self.w1, *(self.scales or ()))
 
 
-def weights_of(read: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The weights w0, w1, w2 that f uses."""
-    weights, scales = read[:3], read[3:]
-    if not scales:
-        return weights
-    return tuple(w * scale for w, scale in zip(weights, scales, strict=True))
+def weights_of(read: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The weights w02 and w1 that f uses."""
+    w02, w1, *scales = read
+    return (w02 * scales[0], w1 * scales[1]) if scales else (w02, w1)
 
 
 def scale_to_norm(w: Tensor, norm: Tensor) -> Tensor:

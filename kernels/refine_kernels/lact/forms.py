@@ -28,28 +28,30 @@ class Moved(NamedTuple):
 class Forms(NamedTuple):
     """All of them; ``dtype`` is what the products round to."""
 
-    hidden: Callable[[Tensor, Tensor, torch.dtype], Tensor]
-    factors: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    hidden: Callable[[Tensor, torch.dtype], Tensor]
+    factors: Callable[..., tuple[Tensor, Tensor]]
     moved: Callable[..., Moved]
 
 
-def hidden(z: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
-    """silu(z) h, of z = w0 x and h = w2 x."""
-    z, h = _widened(z, h)
+def hidden(zh: Tensor, dtype: torch.dtype) -> Tensor:
+    """silu(z) h, of z = w0 x and h = w2 x side by side."""
+    z, h = _widened(zh).chunk(2, -1)
     return F.silu(z) * h
 
 
-def factors(
-    z: Tensor, h: Tensor, d_hidden: Tensor, lr: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """eta0 d h silu'(z), eta1 silu(z) h and eta2 d silu(z), of z, h and d = w1^T v [B,n,T,dh] and
-    the rates lr [B,T,n,3]: each is one factor of the gradient of w0, w1 and w2."""
-    z, h, d_hidden = _widened(z, h, d_hidden)
-    eta0, eta1, eta2 = lr.transpose(1, 2).to(z.dtype).split(1, -1)
+def factors(zh: Tensor, d_hidden: Tensor, lr: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One factor of the gradients of w0 and w2, side by side [B,n,T,2dh], and of that of w1:
+
+    eta0 d h silu'(z) and eta2 d silu(z); eta1 silu(z) h,
+
+    of z and h [B,n,T,2dh], d = w1^T v [B,n,T,dh] and the rates lr [B,T,n,3]."""
+    zh, d_hidden = _widened(zh), _widened(d_hidden)
+    z, h = zh.chunk(2, -1)
+    eta0, eta1, eta2 = lr.transpose(1, 2).to(zh.dtype).split(1, -1)
     sigma = z.sigmoid()
     silu = z * sigma
     d_z = eta0 * d_hidden * h * (sigma + silu * (1 - sigma))
-    return d_z, eta1 * silu * h, eta2 * d_hidden * silu
+    return torch.cat((d_z, eta2 * d_hidden * silu), -1), eta1 * silu * h
 
 
 def moved(
@@ -62,9 +64,8 @@ def moved(
     return Moved(weight, scale, None) if prenorm else Moved(weight * scale, None, None)
 
 
-def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    return tuple(x.to(wide) for x in tensors)
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 BY_TORCH = Forms(hidden, factors, moved)

@@ -41,10 +41,12 @@ def naive_lact(
 
     Needs grad mode: the three gradients are those of sum_t eta_t <f(k_t), v_t>.
     """
-    main = [w * 1.0 for w in weights[:3]]
+    main = [w * 1.0 for w in (weights.w0, weights.w1, weights.w2)]
+    norm0, norm2 = norms.w02.chunk(2, -2)
+    of_rows = norm0, norms.w1, norm2
     buffers = [torch.zeros_like(w) for w in main]
     if weights.momentum is not None:
-        m0, m1, m2 = weights.momentum.unbind(1)
+        m0, m2, m1 = weights.momentum.unbind(2)
         buffers = [m0, m1.mT, m2]
     t_total = fq.shape[1]
     outputs, boundary_weights = [], []
@@ -52,11 +54,11 @@ def naive_lact(
         end = min(start + chunk_size, t_total)
         momenta = None
         if momentum is not None:
-            momenta = torch.stack((buffers[0], buffers[1].mT, buffers[2]), 1)
-        boundary_weights.append(FastWeights(main[0], main[1], main[2], momenta))
+            momenta = torch.stack((buffers[0], buffers[2], buffers[1].mT), 2)
+        boundary_weights.append(FastWeights.of(main[0], main[1], main[2], momenta))
         w = main  # as published, also with prenorm: the initial weights as they are
         if prenorm and start > 0:
-            w = [_normalised(x, nu) for x, nu in zip(main, norms, strict=True)]
+            w = [_normalised(x, nu) for x, nu in zip(main, of_rows, strict=True)]
         outputs += [_f(w, fq[:, t]) for t in range(start, end)]
         if end == t_total:
             break
@@ -71,7 +73,7 @@ def naive_lact(
             step = newton_schulz(g, muon_dtype) if muon else g
             main[a] = main[a] + step
             if not prenorm:
-                main[a] = _normalised(main[a], norms[a])
+                main[a] = _normalised(main[a], of_rows[a])
     return torch.stack(outputs, 1), boundary_weights
 
 

@@ -25,9 +25,9 @@ def refusal(*arguments: Any, precision: Precision | None = None, **options: Any)
     given = (*arguments, *options.values())
     weights = next(x for x in given if isinstance(x, FastWeights))
     tokens = next(x for x in given if isinstance(x, Tensor))
-    if weights.w0.dtype != torch.float32 or tokens.dtype not in agreement.TOLERANCE:
-        return f"tokens are {tokens.dtype} and fast weights {weights.w0.dtype}"
-    width = max(weights.w0.shape[-2:])
+    if weights.w1.dtype != torch.float32 or tokens.dtype not in agreement.TOLERANCE:
+        return f"tokens are {tokens.dtype} and fast weights {weights.w1.dtype}"
+    width = max(weights.w1.shape[-2:])
     if width > _WIDEST:
         return f"the fast network is {width} wide, above {_WIDEST}"
     operands = product_in(precision, tokens.dtype, torch.float32).operands
@@ -37,7 +37,10 @@ def refusal(*arguments: Any, precision: Precision | None = None, **options: Any)
 @functools.cache
 def _disagreement(width: int, dtype: torch.dtype, device: torch.device) -> str | None:
     gen = torch.Generator().manual_seed(0)
-    inputs = {x: torch.randn(2, 2, 5, width, generator=gen).to(device, dtype) for x in "zhd"}
+    inputs = {
+        name: torch.randn(2, 2, 5, size, generator=gen).to(device, dtype)
+        for name, size in (("zh", 2 * width), ("d", width))
+    }
     inputs["rates"] = torch.rand(2, 5, 2, 3, generator=gen).to(device)
     for name in ("weight", "step"):
         inputs[name] = torch.randn(2, 2, 5, width, generator=gen).to(device)
@@ -45,12 +48,12 @@ def _disagreement(width: int, dtype: torch.dtype, device: torch.device) -> str |
 
     def of(forms: Forms) -> agreement.Form:
         def run(
-            z: Tensor, h: Tensor, d: Tensor, lr: Tensor, weight: Tensor, step: Tensor, norm: Tensor
+            zh: Tensor, d: Tensor, lr: Tensor, weight: Tensor, step: Tensor, norm: Tensor
         ) -> list[Tensor]:
             weights, _, used = forms.moved(weight, step, norm, dtype, prenorm=False)
             raw, scale, scaled = forms.moved(weight, step, norm, dtype, prenorm=True)
             assert scale is not None
-            gates = [forms.hidden(z, h, dtype), *forms.factors(z, h, d, lr, dtype)]
+            gates = [forms.hidden(zh, dtype), *forms.factors(zh, d, lr, dtype)]
             operands = weights if used is None else used, raw * scale if scaled is None else scaled
             return [*gates, raw, scale, weights, *operands]
 
@@ -62,7 +65,8 @@ def _disagreement(width: int, dtype: torch.dtype, device: torch.device) -> str |
         inputs,
         [
             "hidden state",
-            *(f"factor of w{i}" for i in range(3)),
+            "factors of w0 and w2",
+            "factor of w1",
             "moved weight",
             "scale of its rows",
             "moved weight of the rows' norms",

@@ -25,63 +25,62 @@ from refine_kernels.triton_variant import Variant, integers, variant
 _TILE = 1024  # numbers a program holds at a time
 
 
-def hidden(z: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+def hidden(zh: Tensor, dtype: torch.dtype) -> Tensor:
     """As forms.hidden."""
-    return _Hidden.apply(z, h, dtype)
+    return _Hidden.apply(zh, dtype)
 
 
-def factors(
-    z: Tensor, h: Tensor, d_hidden: Tensor, lr: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def factors(zh: Tensor, d_hidden: Tensor, lr: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As forms.factors."""
-    return _Factors.apply(z, h, d_hidden, lr, dtype)
+    return _Factors.apply(zh, d_hidden, lr, dtype)
 
 
 class _Hidden(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
-        z, h = z.contiguous(), h.contiguous()
-        ctx.save_for_backward(z, h)
-        out = launch.empty(z.shape, dtype, z.device)
-        grid = (triton.cdiv(z.numel(), _TILE),)
-        launch.run(hidden_forward, grid, z, h, out, z.numel(), BLOCK=_TILE, num_warps=4)
+    def forward(ctx: Any, zh: Tensor, dtype: torch.dtype) -> Tensor:
+        zh = zh.contiguous()
+        ctx.save_for_backward(zh)
+        width = zh.shape[-1] // 2
+        out = launch.empty((*zh.shape[:-1], width), dtype, zh.device)
+        grid = (triton.cdiv(out.numel(), _TILE),)
+        launch.run(hidden_forward, grid, zh, out, out.numel(), width, BLOCK=_TILE, num_warps=4)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, h = ctx.saved_tensors
-        found = [launch.empty(z.shape, z.dtype, z.device) for _ in range(2)]
-        grid = (triton.cdiv(z.numel(), _TILE),)
-        arguments = (z, h, grad.contiguous(), *found, z.numel())
+        (zh,) = ctx.saved_tensors
+        found = launch.empty(zh.shape, zh.dtype, zh.device)
+        grid = (triton.cdiv(grad.numel(), _TILE),)
+        arguments = (zh, grad.contiguous(), found, grad.numel(), grad.shape[-1])
         launch.run(hidden_backward, grid, *arguments, BLOCK=_TILE, num_warps=4)
-        return *found, None
+        return found, None
 
 
 class _Factors(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, h: Tensor, d: Tensor, lr: Tensor, dtype: torch.dtype
+        ctx: Any, zh: Tensor, d: Tensor, lr: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        z, h, d, lr = z.contiguous(), h.contiguous(), d.contiguous(), launch.dense_rows(lr)
-        ctx.save_for_backward(z, h, d, lr)
-        out = [launch.empty(z.shape, dtype, z.device) for _ in range(3)]
-        constants = _constants(z.shape[-1])
-        launch.run(factors_forward, _grid(z), z, h, d, lr, *out, *_sizes(z, lr), **constants)
+        zh, d, lr = zh.contiguous(), d.contiguous(), launch.dense_rows(lr)
+        ctx.save_for_backward(zh, d, lr)
+        out = [launch.empty(x.shape, dtype, x.device) for x in (zh, d)]
+        constants = _constants(d.shape[-1])
+        launch.run(factors_forward, _grid(d), zh, d, lr, *out, *_sizes(d, lr), **constants)
         return tuple(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        z, h, d, lr = ctx.saved_tensors
-        found = [launch.empty(z.shape, z.dtype, z.device) for _ in range(3)]
-        grad_lr = launch.empty((*z.shape[:3], 3), torch.float32, z.device)
+        zh, d, lr = ctx.saved_tensors
+        found = [launch.empty(x.shape, x.dtype, x.device) for x in (zh, d)]
+        grad_lr = launch.empty((*d.shape[:3], 3), torch.float32, d.device)
         launch.run(
             factors_backward,
-            _grid(z),
-            *(z, h, d, lr, *(x.contiguous() for x in grads), *found, grad_lr),
-            *_sizes(z, lr),
-            **_constants(z.shape[-1]),
+            _grid(d),
+            *(zh, d, lr, *(x.contiguous() for x in grads), *found, grad_lr),
+            *_sizes(d, lr),
+            **_constants(d.shape[-1]),
         )
         return *found, grad_lr.transpose(1, 2).to(lr.dtype), None
 
@@ -92,36 +91,38 @@ def _constants(width: int) -> dict[str, Any]:
     return {"D": width, "BD": columns, "ROWS": rows, "num_warps": 8 if columns > _TILE else 4}
 
 
-def _grid(z: Tensor) -> tuple[int]:
-    return (triton.cdiv(z.numel() // z.shape[-1], _constants(z.shape[-1])["ROWS"]),)
+def _grid(d: Tensor) -> tuple[int]:
+    return (triton.cdiv(d.numel() // d.shape[-1], _constants(d.shape[-1])["ROWS"]),)
 
 
-def _sizes(z: Tensor, lr: Tensor) -> tuple[int, ...]:
-    """Rows of z [B,n,T,dh], heads, tokens, and the strides of lr [B,T,n,3]."""
-    return z.numel() // z.shape[-1], z.shape[1], z.shape[2], *lr.stride()[:3]
+def _sizes(d: Tensor, lr: Tensor) -> tuple[int, ...]:
+    """Rows of d [B,n,T,dh], heads, tokens, and the strides of lr [B,T,n,3]."""
+    return d.numel() // d.shape[-1], d.shape[1], d.shape[2], *lr.stride()[:3]
 
 
 @triton.jit
-def hidden_forward(z, h, out, size, BLOCK: tl.constexpr):
+def hidden_forward(zh, out, size, width, BLOCK: tl.constexpr):
     """silu(z) h."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(z + at, mask=at < size, other=0.0).to(tl.float32)
-    y = x * tl.sigmoid(x) * tl.load(h + at, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=at < size)
+    of_z = at + at // width * width
+    x = tl.load(zh + of_z, mask=at < size, other=0.0).to(tl.float32)
+    y = tl.load(zh + of_z + width, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(out + at, (x * tl.sigmoid(x) * y).to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
-def hidden_backward(z, h, grad, grad_z, grad_h, size, BLOCK: tl.constexpr):
+def hidden_backward(zh, grad, grad_zh, size, width, BLOCK: tl.constexpr):
     """The gradients of z and h."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(z + at, mask=at < size, other=0.0).to(tl.float32)
-    y = tl.load(h + at, mask=at < size, other=0.0).to(tl.float32)
+    of_z = at + at // width * width
+    x = tl.load(zh + of_z, mask=at < size, other=0.0).to(tl.float32)
+    y = tl.load(zh + of_z + width, mask=at < size, other=0.0).to(tl.float32)
     g = tl.load(grad + at, mask=at < size, other=0.0).to(tl.float32)
     sigma = tl.sigmoid(x)
     slope = sigma * (1 + x * (1 - sigma))
-    kind = grad_z.dtype.element_ty
-    tl.store(grad_z + at, (g * y * slope).to(kind), mask=at < size)
-    tl.store(grad_h + at, (g * x * sigma).to(kind), mask=at < size)
+    kind = grad_zh.dtype.element_ty
+    tl.store(grad_zh + of_z, (g * y * slope).to(kind), mask=at < size)
+    tl.store(grad_zh + of_z + width, (g * x * sigma).to(kind), mask=at < size)
 
 
 @triton.jit
@@ -138,13 +139,11 @@ def _rates(lr, row, rows, heads, tokens, stride_b, stride_t, stride_n):
 
 @triton.jit
 def factors_forward(
-    z,
-    h,
+    zh,
     d,
     lr,
-    factor0,
+    factors02,
     factor1,
-    factor2,
     rows,
     heads,
     tokens,
@@ -159,30 +158,28 @@ def factors_forward(
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
     inside = (row < rows)[:, None] & (column < D)[None, :]
     at = row.to(tl.int64)[:, None] * D + column[None, :]
+    of_z = at + row.to(tl.int64)[:, None] * D
     eta0, eta1, eta2 = _rates(lr, row, rows, heads, tokens, stride_b, stride_t, stride_n)
-    x = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(zh + of_z, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(zh + of_z + D, mask=inside, other=0.0).to(tl.float32)
     of_hidden = tl.load(d + at, mask=inside, other=0.0).to(tl.float32)
     sigma = tl.sigmoid(x)
     silu = x * sigma
     slope = sigma + silu * (1 - sigma)
-    kind = factor0.dtype.element_ty
-    tl.store(factor0 + at, (eta0 * of_hidden * y * slope).to(kind), mask=inside)
+    kind = factor1.dtype.element_ty
+    tl.store(factors02 + of_z, (eta0 * of_hidden * y * slope).to(kind), mask=inside)
     tl.store(factor1 + at, (eta1 * silu * y).to(kind), mask=inside)
-    tl.store(factor2 + at, (eta2 * of_hidden * silu).to(kind), mask=inside)
+    tl.store(factors02 + of_z + D, (eta2 * of_hidden * silu).to(kind), mask=inside)
 
 
 @triton.jit
 def factors_backward(
-    z,
-    h,
+    zh,
     d,
     lr,
-    grad0,
+    grad02,
     grad1,
-    grad2,
-    grad_z,
-    grad_h,
+    grad_zh,
     grad_d,
     grad_lr,
     rows,
@@ -199,22 +196,23 @@ def factors_backward(
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
     inside = (row < rows)[:, None] & (column < D)[None, :]
     at = row.to(tl.int64)[:, None] * D + column[None, :]
+    of_z = at + row.to(tl.int64)[:, None] * D
     eta0, eta1, eta2 = _rates(lr, row, rows, heads, tokens, stride_b, stride_t, stride_n)
-    x = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(zh + of_z, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(zh + of_z + D, mask=inside, other=0.0).to(tl.float32)
     of_hidden = tl.load(d + at, mask=inside, other=0.0).to(tl.float32)
-    a = tl.load(grad0 + at, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(grad02 + of_z, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(grad1 + at, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(grad2 + at, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(grad02 + of_z + D, mask=inside, other=0.0).to(tl.float32)
     sigma = tl.sigmoid(x)
     silu = x * sigma
     slope = sigma + silu * (1 - sigma)
     bend = sigma * (1 - sigma) * (2 + x * (1 - 2 * sigma))
     found = a * eta0 * of_hidden * y * bend + (b * eta1 * y + c * eta2 * of_hidden) * slope
-    kind = grad_z.dtype.element_ty
-    tl.store(grad_z + at, found.to(kind), mask=inside)
+    kind = grad_d.dtype.element_ty
+    tl.store(grad_zh + of_z, found.to(kind), mask=inside)
     found = a * eta0 * of_hidden * slope + b * eta1 * silu
-    tl.store(grad_h + at, found.to(kind), mask=inside)
+    tl.store(grad_zh + of_z + D, found.to(kind), mask=inside)
     found = a * eta0 * y * slope + c * eta2 * silu
     tl.store(grad_d + at, found.to(kind), mask=inside)
     rate = grad_lr + row.to(tl.int64) * 3
@@ -226,7 +224,11 @@ def factors_backward(
 def variants(widths: tuple[int, ...]) -> Iterator[Variant]:
     """As they are compiled ahead of time, for products in bfloat16 and fast heads of these
     widths."""
-    types = {"lr": "*fp32", "grad_lr": "*fp32", **integers("size", "rows", "heads", "tokens")}
+    types = {
+        "lr": "*fp32",
+        "grad_lr": "*fp32",
+        **integers("size", "width", "rows", "heads", "tokens"),
+    }
     for kernel in (hidden_forward, hidden_backward):
         yield variant(kernel, "any", {"BLOCK": _TILE, "num_warps": 4}, types)
     for width in widths:

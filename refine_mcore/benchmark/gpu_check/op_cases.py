@@ -341,14 +341,14 @@ def _lact_inputs(sizes: Sizes, tokens: int, momentum: bool, seed: int) -> Tensor
 
 
 def _fast_weights(x: Tensors) -> FastWeights:
-    buffers = torch.stack((x["m0"], x["m1"].mT, x["m2"]), 1) if "m0" in x else None
-    return FastWeights(x["w0"], x["w1"], x["w2"], buffers)
+    buffers = torch.stack((x["m0"], x["m2"], x["m1"].mT), 2) if "m0" in x else None
+    return FastWeights.of(x["w0"], x["w1"], x["w2"], buffers)
 
 
 def _named(weights: FastWeights) -> Tensors:
     found = {"w0": weights.w0, "w1": weights.w1, "w2": weights.w2}
     if weights.momentum is not None:
-        found |= {f"m{i}": x for i, x in enumerate(weights.momentum.unbind(1))}
+        found |= zip(("m0", "m2", "m1"), weights.momentum.unbind(2), strict=True)
     return found
 
 
