@@ -142,4 +142,4 @@ def variants() -> Iterator[Variant]:
     constants = {**_CONSTANTS, "TEMPERATURE": 0.8}
     yield variant(best_of_block, "drawn", constants, types)
     yield variant(best_of_block, "likeliest", constants, types, ("keys",))
-    yield variant(best_of_row, "", {"BLOCKS": 128, "num_warps": 4}, types)
+    yield variant(best_of_row, "any", {"BLOCKS": 128, "num_warps": 4}, types)
