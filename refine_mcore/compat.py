@@ -85,9 +85,9 @@ def prime_optimizer(optimizer: Any) -> None:
                     )
 
 
-def fuse_weight_gradients(model: torch.nn.Module) -> bool:
+def fuse_weight_gradients(model: torch.nn.Module) -> None:
     """Have Megatron's parallel layers in a model under its DDP add the gradients of their weights
-    to its buffers by the products that make them; returns whether that is so.
+    to its buffers by the products that make them, where that can be done.
 
     Megatron does with Apex's extension (tensor_parallel/layers.py:42), and torch's product can
     where it multiplies the weights' dtype into the buffers': without a tensor for each gradient
@@ -96,19 +96,19 @@ def fuse_weight_gradients(model: torch.nn.Module) -> bool:
     from megatron.core.tensor_parallel import layers
 
     kinds = layers.ColumnParallelLinear, layers.RowParallelLinear
-    linear = [x for x in model.modules() if isinstance(x, kinds)]
+    linear: list[Any] = [x for x in model.modules() if isinstance(x, kinds)]
+    linear = [x for x in linear if x.weight.requires_grad]
     weights = [(x.weight.dtype, x.weight.main_grad.dtype, x.weight.device) for x in linear]
     if any(sums == torch.float64 for _, sums, _ in weights):
-        return False  # Megatron's layers refuse it (577)
+        return  # Megatron's layers refuse it (577)
     if not layers._grad_accum_fusion_available:
         if not all(_adds_products(*kind) for kind in set(weights)):
-            return False
+            return
         layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
             wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
         )
     for layer in linear:
         layer.gradient_accumulation_fusion = True
-    return True
 
 
 def _add_weight_gradient(inputs: Tensor, grad_outputs: Tensor, sums: Tensor) -> None:
