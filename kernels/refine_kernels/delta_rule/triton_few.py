@@ -24,20 +24,20 @@ from torch.autograd.function import once_differentiable
 
 from refine_kernels import agreement, launch
 from refine_kernels.delta_rule import chunk
-from refine_kernels.delta_rule.triton_kernels import (
+from refine_kernels.delta_rule.triton_tiles import (
     LEAST_LOG_DECAY,
-    _decays,
-    _dot32,
-    _inverse_norms,
-    _invert_block,
-    _load_dense,
-    _load_per_token,
-    _load_rows,
-    _load_state,
-    _product,
-    _store_dense,
-    _store_per_token,
-    _store_state,
+    decays_between,
+    dot32,
+    inverse_norms,
+    invert_block,
+    load_dense,
+    load_per_token,
+    load_rows,
+    load_state,
+    product,
+    store_dense,
+    store_per_token,
+    store_state,
 )
 from refine_kernels.triton_variant import Variant, integers, variant
 
@@ -229,16 +229,16 @@ def _keyed(
     NORM: tl.constexpr,
 ):
     """Queries or keys [C,BK] of a head in float32, unit if asked for, and 1 / their lengths."""
-    rows = _load_rows(x, stride_b, stride_t, stride_h, b, head, 0, n, tl.arange(0, BK), K, C)
+    rows = load_rows(x, stride_b, stride_t, stride_h, b, head, 0, n, tl.arange(0, BK), K, C)
     rows = rows.to(tl.float32)
-    inverse = _inverse_norms(rows, 0, n, eps, NORM, C)
+    inverse = inverse_norms(rows, 0, n, eps, NORM, C)
     return rows * inverse[:, None], inverse
 
 
 @triton.jit
 def _log_decays(g, b, h, n, H, C: tl.constexpr):
     """c [C], as large past the text as at its end."""
-    return tl.cumsum(tl.maximum(_load_per_token(g, b, h, 0, n, H, C), LEAST_LOG_DECAY), 0)
+    return tl.cumsum(tl.maximum(load_per_token(g, b, h, 0, n, H, C), LEAST_LOG_DECAY), 0)
 
 
 @triton.jit
@@ -281,18 +281,18 @@ def few_forward(
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
     queries, _ = _keyed(q, stride_qb, stride_qt, stride_qh, b, h // GROUPS, n, eps, K, C, BK, NORM)
     keys, _ = _keyed(k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, n, eps, K, C, BK, NORM)
-    values = _load_rows(v, stride_vb, stride_vt, stride_vh, b, h, 0, n, cols, V, C)
-    rates = _load_per_token(beta, b, h, 0, n, H, C)
-    s = _load_state(state, bh, cols_k, cols, K, V)
+    values = load_rows(v, stride_vb, stride_vt, stride_vh, b, h, 0, n, cols, V, C)
+    rates = load_per_token(beta, b, h, 0, n, H, C)
+    s = load_state(state, bh, cols_k, cols, K, V)
     queries *= scale
     causal, lower = i[:, None] >= i[None, :], i[:, None] > i[None, :]
-    gram = tl.where(lower, _product(keys, tl.trans(keys), PRODUCTS), 0.0)
-    scores = tl.where(causal, _product(queries, tl.trans(keys), PRODUCTS), 0.0)
-    explained, out = _product(keys, s, PRODUCTS), _product(queries, s, PRODUCTS)
+    gram = tl.where(lower, product(keys, tl.trans(keys), PRODUCTS), 0.0)
+    scores = tl.where(causal, product(queries, tl.trans(keys), PRODUCTS), 0.0)
+    explained, out = product(keys, s, PRODUCTS), product(queries, s, PRODUCTS)
     k_out = keys
     if GATED:
         c = _log_decays(g, b, h, n, H, C)
-        decays = _decays(c, C)
+        decays = decays_between(c, C)
         gram *= decays
         scores *= decays
         explained *= tl.exp(c)[:, None]
@@ -300,12 +300,12 @@ def few_forward(
         last = tl.sum(tl.where(i == C - 1, c, 0.0), 0)
         k_out = keys * tl.exp(last - c)[:, None]
         s *= tl.exp(last)
-    x = _invert_block(tl.trans(gram * rates[None, :]))
-    u = _dot32(x, values.to(tl.float32) - explained) * rates[:, None]
-    out += _product(scores, u, PRODUCTS)
-    s += _product(tl.trans(k_out), u, PRODUCTS)
-    _store_dense(o, out.to(o.dtype.element_ty), b, h, 0, n, cols, H, V, C)
-    _store_state(final_state, s, bh, cols_k, cols, K, V)
+    x = invert_block(tl.trans(gram * rates[None, :]))
+    u = dot32(x, values.to(tl.float32) - explained) * rates[:, None]
+    out += product(scores, u, PRODUCTS)
+    s += product(tl.trans(k_out), u, PRODUCTS)
+    store_dense(o, out.to(o.dtype.element_ty), b, h, 0, n, cols, H, V, C)
+    store_state(final_state, s, bh, cols_k, cols, K, V)
 
 
 @triton.jit
@@ -358,21 +358,21 @@ def few_backward(
     keys, norms_k = _keyed(
         k, stride_kb, stride_kt, stride_kh, b, h // GROUPS, n, eps, K, C, BK, NORM
     )
-    rates = _load_per_token(beta, b, h, 0, n, H, C)
+    rates = load_per_token(beta, b, h, 0, n, H, C)
     queries *= scale
     causal, lower = i[:, None] >= i[None, :], i[:, None] > i[None, :]
-    gram = tl.where(lower, _product(keys, tl.trans(keys), PRODUCTS), 0.0)
-    scores = tl.where(causal, _product(queries, tl.trans(keys), PRODUCTS), 0.0)
+    gram = tl.where(lower, product(keys, tl.trans(keys), PRODUCTS), 0.0)
+    scores = tl.where(causal, product(queries, tl.trans(keys), PRODUCTS), 0.0)
     k_in, q_in, k_out, retained = keys, queries, keys, 1.0
     if GATED:
         c = _log_decays(g, b, h, n, H, C)
-        decays = _decays(c, C)
+        decays = decays_between(c, C)
         gram *= decays
         scores *= decays
         last = tl.sum(tl.where(i == C - 1, c, 0.0), 0)
         k_in, q_in = keys * tl.exp(c)[:, None], queries * tl.exp(c)[:, None]
         k_out, retained = keys * tl.exp(last - c)[:, None], tl.exp(last)
-    x = _invert_block(tl.trans(gram * rates[None, :]))
+    x = invert_block(tl.trans(gram * rates[None, :]))
     d_k_in, d_q_in = tl.zeros((C, BK), tl.float32), tl.zeros((C, BK), tl.float32)
     d_k_out = tl.zeros((C, BK), tl.float32)
     d_gram, d_scores = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
@@ -380,30 +380,30 @@ def few_backward(
     kept = 0.0
     for start in range(0, V, BV):
         cols = start + tl.arange(0, BV)
-        s = _load_state(state, bh, cols_k, cols, K, V)
-        values = _load_rows(v, stride_vb, stride_vt, stride_vh, b, h, 0, n, cols, V, C)
-        d_o = _load_dense(grad_o, b, h, 0, n, cols, H, V, C)
-        e = _dot32(x, values.to(tl.float32) - _product(k_in, s, PRODUCTS))
+        s = load_state(state, bh, cols_k, cols, K, V)
+        values = load_rows(v, stride_vb, stride_vt, stride_vh, b, h, 0, n, cols, V, C)
+        d_o = load_dense(grad_o, b, h, 0, n, cols, H, V, C)
+        e = dot32(x, values.to(tl.float32) - product(k_in, s, PRODUCTS))
         u = e * rates[:, None]
-        d_u = _product(tl.trans(scores), d_o, PRODUCTS)
-        d_s = _product(tl.trans(q_in), d_o, PRODUCTS)
+        d_u = product(tl.trans(scores), d_o, PRODUCTS)
+        d_s = product(tl.trans(q_in), d_o, PRODUCTS)
         if FINAL:
-            after = _load_state(grad_final, bh, cols_k, cols, K, V)
-            d_u += _product(k_out, after, PRODUCTS)
+            after = load_state(grad_final, bh, cols_k, cols, K, V)
+            d_u += product(k_out, after, PRODUCTS)
             d_s += retained * after
-            d_k_out += _product(u, tl.trans(after), PRODUCTS)
+            d_k_out += product(u, tl.trans(after), PRODUCTS)
             if GATED:
                 kept += tl.sum(tl.sum(after * s, 1), 0)
-        d_v = _dot32(tl.trans(x), d_u * rates[:, None])
-        _store_dense(grad_v, d_v.to(grad_v.dtype.element_ty), b, h, 0, n, cols, H, V, C)
-        d_s -= _product(tl.trans(k_in), d_v, PRODUCTS)
-        _store_state(grad_state, d_s, bh, cols_k, cols, K, V)
-        d_rates += tl.sum((d_u - _product(tl.trans(gram), d_v, PRODUCTS)) * e, 1)
-        d_gram -= _product(d_v, tl.trans(u), PRODUCTS)
-        d_scores += _product(d_o, tl.trans(u), PRODUCTS)
-        d_k_in -= _product(d_v, tl.trans(s), PRODUCTS)
-        d_q_in += _product(d_o, tl.trans(s), PRODUCTS)
-    _store_per_token(grad_beta, d_rates.to(grad_beta.dtype.element_ty), b, h, 0, n, H, C)
+        d_v = dot32(tl.trans(x), d_u * rates[:, None])
+        store_dense(grad_v, d_v.to(grad_v.dtype.element_ty), b, h, 0, n, cols, H, V, C)
+        d_s -= product(tl.trans(k_in), d_v, PRODUCTS)
+        store_state(grad_state, d_s, bh, cols_k, cols, K, V)
+        d_rates += tl.sum((d_u - product(tl.trans(gram), d_v, PRODUCTS)) * e, 1)
+        d_gram -= product(d_v, tl.trans(u), PRODUCTS)
+        d_scores += product(d_o, tl.trans(u), PRODUCTS)
+        d_k_in -= product(d_v, tl.trans(s), PRODUCTS)
+        d_q_in += product(d_o, tl.trans(s), PRODUCTS)
+    store_per_token(grad_beta, d_rates.to(grad_beta.dtype.element_ty), b, h, 0, n, H, C)
     d_gram, d_scores = tl.where(lower, d_gram, 0.0), tl.where(causal, d_scores, 0.0)
     if GATED:
         between = d_gram * gram + d_scores * scores
@@ -411,26 +411,26 @@ def few_backward(
         d_c = tl.sum(between, 1) - tl.sum(between, 0) - by_end
         d_c += tl.sum(d_k_in * k_in, 1) + tl.sum(d_q_in * q_in, 1)
         d_g = tl.cumsum(d_c, 0, reverse=True) + tl.sum(by_end, 0) + retained * kept
-        counted = _load_per_token(g, b, h, 0, n, H, C) >= LEAST_LOG_DECAY
+        counted = load_per_token(g, b, h, 0, n, H, C) >= LEAST_LOG_DECAY
         d_g = tl.where(counted, d_g, 0.0).to(grad_g.dtype.element_ty)
-        _store_per_token(grad_g, d_g, b, h, 0, n, H, C)
+        store_per_token(grad_g, d_g, b, h, 0, n, H, C)
         d_gram *= decays
         d_scores *= decays
         d_q_in *= tl.exp(c)[:, None]
         d_k_in *= tl.exp(c)[:, None]
         d_k_out *= tl.exp(last - c)[:, None]
-    d_q = d_q_in + _product(d_scores, keys, PRODUCTS)
+    d_q = d_q_in + product(d_scores, keys, PRODUCTS)
     d_k = d_k_in + d_k_out
-    d_k += _product(d_gram + tl.trans(d_gram), keys, PRODUCTS)
-    d_k += _product(tl.trans(d_scores), queries, PRODUCTS)
+    d_k += product(d_gram + tl.trans(d_gram), keys, PRODUCTS)
+    d_k += product(tl.trans(d_scores), queries, PRODUCTS)
     if NORM:
         d_k = (d_k - keys * tl.sum(d_k * keys, 1)[:, None]) * norms_k[:, None]
         # of unit queries, of which those here are `scale` times
         along = tl.sum(d_q * queries, 1) / (scale * scale)
         d_q = (d_q - queries * along[:, None]) * norms_q[:, None]
     d_q *= scale
-    _store_dense(grad_q, d_q.to(grad_q.dtype.element_ty), b, h, 0, n, cols_k, H, K, C)
-    _store_dense(grad_k, d_k.to(grad_k.dtype.element_ty), b, h, 0, n, cols_k, H, K, C)
+    store_dense(grad_q, d_q.to(grad_q.dtype.element_ty), b, h, 0, n, cols_k, H, K, C)
+    store_dense(grad_k, d_k.to(grad_k.dtype.element_ty), b, h, 0, n, cols_k, H, K, C)
 
 
 # Key and value widths of the published models, and value heads that share a key.
