@@ -483,6 +483,15 @@ def test_states_from_writes(tokens, counts, heads, groups, k_dim, v_dim, gated, 
     )
 
 
+def test_launches_of_a_long_reading_take_their_own_tokens_alone():
+    """Behind a piece of one text lie the decays of the next piece."""
+    given = [randn(1, 1, 16, 16), randn(1, 100, 1, 16), randn(1, 100, 1, 16)]
+    given = [x.to(DEVICE, torch.float32) for x in (*given, torch.full((1, 100, 1), -0.02))]
+    options: dict[str, Any] = {"counts": torch.tensor([100], device=DEVICE), "qk_norm_eps": 1e-6}
+    found = triton_read.state_from_writes(*given, **options)
+    torch.testing.assert_close(found, read.state_from_writes(*given, **options))
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU they run")
 def test_on_a_cpu_without_the_interpreter_torch_runs(monkeypatch, caplog):
     caplog.set_level("INFO", logger="refine_kernels.dispatch")

@@ -247,7 +247,9 @@ def read_forward(
     """exp(c_T) S_0 + sum_t w_t n_t u_t^T, a block of a head's state."""
     stream, head = tl.program_id(2) // heads, tl.program_id(2) % heads
     t = tl.arange(0, BT)
-    count = tl.load(counts + stream).to(tl.int32) if COUNTED else tokens
+    count = tokens
+    if COUNTED:
+        count = tl.minimum(count, tl.load(counts + stream).to(tl.int32))
     row, column = tl.program_id(0) * BK + tl.arange(0, BK), tl.program_id(1) * BV + tl.arange(0, BV)
     k += stream.to(tl.int64) * stride_kr + (head // GROUPS) * stride_kh
     writes += stream.to(tl.int64) * stride_ur + head * stride_uh
@@ -302,7 +304,9 @@ def read_backward(
     head_of_all = tl.program_id(0)
     stream, head = head_of_all // heads, head_of_all % heads
     t = tl.arange(0, BT)
-    count = tl.load(counts + stream).to(tl.int32) if COUNTED else tokens
+    count = tokens
+    if COUNTED:
+        count = tl.minimum(count, tl.load(counts + stream).to(tl.int32))
     k += stream.to(tl.int64) * stride_kr + (head // GROUPS) * stride_kh
     writes += stream.to(tl.int64) * stride_ur + head * stride_uh
     place = (stream.to(tl.int64) * tokens + t) * heads + head
