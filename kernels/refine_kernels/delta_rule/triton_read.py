@@ -76,12 +76,12 @@ def _disagreement(
     gen = torch.Generator().manual_seed(0)
     inputs = {
         "state": torch.randn(2, 2 * groups, k_dim, v_dim, generator=gen).to(device),
-        "k": torch.randn(2, 21, 2, k_dim, generator=gen).to(device, dtype),
-        "writes": torch.randn(2, 21, 2 * groups, v_dim, generator=gen).to(device),
+        "k": torch.randn(2, 70, 2, k_dim, generator=gen).to(device, dtype),
+        "writes": torch.randn(2, 70, 2 * groups, v_dim, generator=gen).to(device),
     }
     if gated:
-        inputs["g"] = -torch.rand(2, 21, 2 * groups, generator=gen).to(device)
-    inputs["counts"] = torch.tensor([21, 8]).to(device)
+        inputs["g"] = -torch.rand(2, 70, 2 * groups, generator=gen).to(device)
+    inputs["counts"] = torch.tensor([70, 8]).to(device)
     eps = 1e-6 if norm else None
 
     def of(form: Any) -> agreement.Form:

@@ -204,29 +204,39 @@ def _middle_border(x: Tensors, chunk: int) -> int:
 
 
 def _written_states(sizes: Sizes) -> list[OpCase]:
-    """A state after all but one of a chunk's writes, with and without decay."""
-    cases = []
+    """States after the writes of two chunks and a few tokens, and after half of them, with and
+    without decay."""
+    cases, tokens = [], 2 * sizes.chunk + _PAST_BORDER
     for gated in (False, True):
         draw, heads = _Draw(5 + gated), sizes.heads
         inputs = {
-            "state": draw.normal(1, heads, sizes.key, sizes.value),
-            "k": draw.normal(1, sizes.chunk, heads // 2, sizes.key),
-            "writes": draw.normal(1, sizes.chunk, heads, sizes.value),
+            "state": draw.normal(2, heads, sizes.key, sizes.value),
+            "k": draw.normal(2, tokens, heads // 2, sizes.key),
+            "writes": draw.normal(2, tokens, heads, sizes.value),
         }
         if gated:
-            inputs["g"] = -draw.normal(1, sizes.chunk, heads).exp() / 8
+            inputs["g"] = -draw.normal(2, tokens, heads).exp() / 8
         cases.append(
             OpCase(
                 "state_from_writes",
                 "decay" if gated else "",
                 inputs,
-                lambda operation, x: {"state": operation(**x, qk_norm_eps=1e-6)},
+                _read_states,
                 _written_expected,
-                chain=sizes.chunk + sizes.key + _POINTWISE,
+                chain=tokens + sizes.key + _POINTWISE,
                 wide=frozenset({"state", "writes", "g"}),
             )
         )
     return cases
+
+
+def _written_counts(x: Tensors) -> Tensor:
+    tokens = x["writes"].shape[1]
+    return torch.tensor([tokens, tokens // 2], device=x["writes"].device)
+
+
+def _read_states(operation: Callable[..., Any], x: Tensors) -> Tensors:
+    return {"state": operation(**x, counts=_written_counts(x), qk_norm_eps=1e-6)}
 
 
 def _written_expected(x: Tensors) -> Tensors:
@@ -234,9 +244,10 @@ def _written_expected(x: Tensors) -> Tensors:
     keys = x["k"] / (x["k"].square().sum(-1, keepdim=True) + 1e-6).sqrt()
     keys = keys.repeat_interleave(state.shape[1] // keys.shape[2], 2)
     for t in range(keys.shape[1]):
-        if "g" in x:
-            state = state * x["g"][:, t, :, None, None].exp()
-        state = state + keys[:, t, :, :, None] * x["writes"][:, t, :, None, :]
+        counts = (t < _written_counts(x))[:, None, None, None]
+        written = keys[:, t, :, :, None] * x["writes"][:, t, :, None, :]
+        decay = x["g"][:, t, :, None, None].exp() if "g" in x else 1.0
+        state = torch.where(counts, state * decay + written, state)
     return {"state": state}
 
 
