@@ -80,16 +80,28 @@ def _add_readings(grad: Tensor, readings: Readings) -> None:
     readings.clear()
 
 
+def _of_readings_alone(shape: torch.Size, readings: Readings) -> Tensor | None:
+    """The gradient of a tensor of which nothing but readings is used, None without any."""
+    if not readings:
+        return None
+    grad = readings[0][1].new_zeros(shape)
+    _add_readings(grad, readings)
+    return grad
+
+
 class _Record(torch.autograd.Function):
     """Identity; backward adds the gradients that `_Read` left, which autograd runs before."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, readings: Readings) -> tuple[Tensor, Tensor]:
-        ctx.readings = readings
+        ctx.readings, ctx.shape = readings, x.shape
+        ctx.set_materialize_grads(False)  # the anchor's would be zeros for nobody
         return x.view_as(x), x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+        if grad is None:  # nothing else went on with it
+            return _of_readings_alone(ctx.shape, ctx.readings), None
         # The gradient of a split is a fresh tensor that nothing else holds.
         grad = grad.contiguous()
         _add_readings(grad, ctx.readings)
@@ -117,16 +129,15 @@ class _RecordBeside(torch.autograd.Function):
     def forward(
         ctx: Any, made_with: Tensor, x: Tensor, readings: Readings
     ) -> tuple[Tensor, Tensor]:
-        ctx.readings, ctx.shape, ctx.dtype = readings, x.shape, x.dtype
+        ctx.readings, ctx.shape = readings, x.shape
+        ctx.set_materialize_grads(False)
         return made_with.view_as(made_with), x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        if not ctx.readings:
-            return grad, None, None
-        of_x = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
-        _add_readings(of_x, ctx.readings)
-        return grad, of_x, None
+    def backward(
+        ctx: Any, grad: Tensor | None, _: None
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        return grad, _of_readings_alone(ctx.shape, ctx.readings), None
 
 
 def _places(

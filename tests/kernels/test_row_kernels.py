@@ -484,12 +484,32 @@ def test_states_from_writes(tokens, counts, heads, groups, k_dim, v_dim, gated, 
 
 
 def test_launches_of_a_long_reading_take_their_own_tokens_alone():
-    """Behind a piece of one text lie the decays of the next piece."""
+    """Behind a piece of one text lie the decays of the next piece; with gradients, and without."""
     given = [randn(1, 1, 16, 16), randn(1, 100, 1, 16), randn(1, 100, 1, 16)]
     given = [x.to(DEVICE, torch.float32) for x in (*given, torch.full((1, 100, 1), -0.02))]
     options: dict[str, Any] = {"counts": torch.tensor([100], device=DEVICE), "qk_norm_eps": 1e-6}
-    found = triton_read.state_from_writes(*given, **options)
-    torch.testing.assert_close(found, read.state_from_writes(*given, **options))
+    expected = read.state_from_writes(*given, **options)
+    torch.testing.assert_close(triton_read.state_from_writes(*given, **options), expected)
+    found = triton_read.state_from_writes(given[0].requires_grad_(), *given[1:], **options)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_states_after_many_writes_are_one_launch(monkeypatch, gated):
+    """Of two texts, of which the tokens of one end within the second piece."""
+    run, launched = launch.run, []
+
+    def counted(kernel: Any, *given: Any, **constants: Any) -> None:
+        launched.append(kernel)
+        run(kernel, *given, **constants)
+
+    monkeypatch.setattr(launch, "run", counted)
+    given = [randn(2, 2, 16, 16), randn(2, 150, 1, 16), randn(2, 150, 2, 16)]
+    given += [-randn(2, 150, 2).exp() / 8] if gated else []
+    options: dict[str, Any] = {"counts": torch.tensor([150, 70]), "qk_norm_eps": 1e-6}
+    found = triton_read.state_from_writes(*(x.to(DEVICE, torch.float32) for x in given), **options)
+    assert len(launched) == 1
+    assert_near([found], [read.state_from_writes(*given, **options)], 2e-6)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU they run")

@@ -236,6 +236,15 @@ def test_recorded_tokens_have_the_gradient_of_a_gather() -> None:
     torch.testing.assert_close(ours.grad, plain.grad)
 
 
+def test_recorded_tokens_that_nothing_goes_on_with_have_the_gradient_of_what_was_read() -> None:
+    x = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    recorded, _ = RecordedTokens.record(x * 2)
+    recorded.read([1, 1], [0, 1], 2).sum().backward()
+    expected = torch.zeros_like(x)
+    expected[1, :3] = torch.tensor([2.0, 4.0, 2.0])[:, None]
+    assert x.grad is not None and torch.equal(x.grad, expected)
+
+
 def test_tokens_recorded_beside_others_have_the_gradient_of_a_gather() -> None:
     """Of a tensor that nothing else reads, whose gradient another one's backward makes."""
     x = torch.randn(3, 7, 2, 2, dtype=torch.float64)

@@ -68,7 +68,9 @@ class OperationCounter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         outputs = [r.alias_info for r in func._schema.returns]
         view = any(a is not None and not a.is_write for a in outputs)
-        on_device = any(isinstance(x, Tensor) and x.device == META for x in _tensors(args, kwargs))
+        given = _tensors(args, kwargs)
+        on_device = any(isinstance(x, Tensor) and x.device == META for x in given)
+        on_device |= (kwargs or {}).get("device") == META  # made filled
         if on_device and not view and name not in _NOTHING_TO_RUN:
             self.current[name] += 1
         return func(*args, **(kwargs or {}))
@@ -183,7 +185,8 @@ class _AttentionOnce(torch.autograd.Function):
 def _branches(
     model: Any, entropy: Tensor, batch: TextBatch, config: RefineConfig, randomness: Any
 ) -> tuple[Branches, int]:
-    """Spread over the text, away from chunk borders: there are no entropies to choose by."""
+    """Spread over the text, away from chunk borders and from the states that tapes keep: there are
+    no entropies to choose by."""
     step = batch.tokens.shape[1] // config.num_chunks
-    positions = [step * i + step // 2 + 13 for i in range(config.num_chunks)]
+    positions = [step * i + step // 2 + 333 for i in range(config.num_chunks)]
     return Branches.at([positions]), batch.tokens.shape[1]

@@ -25,7 +25,7 @@ from refine_kernels.delta_rule import read as by_torch
 from refine_kernels.triton_variant import Variant, integers, variant
 
 _WIDEST = 256  # keys and values
-_LONGEST = 64  # tokens that a launch takes
+_LONGEST = 64  # tokens that a program takes at a time, and the backward in all
 # Rows and columns of a state that a program holds at a time; the backward holds more of each.
 _KEYS, _KEYS_BACKWARD, _VALUES = 64, 32, 32
 
@@ -39,8 +39,10 @@ def state_from_writes(
     counts: Tensor | None = None,
     qk_norm_eps: float | None = None,
 ) -> Tensor:
-    """As read.state_from_writes, a launch each way for every 64 tokens."""
-    if k.shape[1] <= _LONGEST:
+    """As read.state_from_writes: one launch, with gradients one each way for every 64 tokens."""
+    given = (state, k, writes, g)
+    graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    if k.shape[1] <= _LONGEST or not graph:
         return _Read.apply(state, k, writes, g, counts, qk_norm_eps)
     for first in range(0, k.shape[1], _LONGEST):
         tokens = slice(first, first + _LONGEST)
@@ -175,12 +177,13 @@ def _constants(
         "K": k_dim,
         "V": v_dim,
         "GROUPS": groups,
-        "BT": max(16, triton.next_power_of_2(tokens)),
+        "BT": max(16, triton.next_power_of_2(min(tokens, _LONGEST))),
         "BK": max(16, min(_KEYS, triton.next_power_of_2(k_dim))),
         "BV": max(16, min(_VALUES, triton.next_power_of_2(v_dim))),
         "GATED": gated,
         "NORM": norm,
         "num_warps": 8,
+        "num_stages": 1,
     }
 
 
@@ -246,7 +249,6 @@ def read_forward(
 ):
     """exp(c_T) S_0 + sum_t w_t n_t u_t^T, a block of a head's state."""
     stream, head = tl.program_id(2) // heads, tl.program_id(2) % heads
-    t = tl.arange(0, BT)
     count = tokens
     if COUNTED:
         count = tl.minimum(count, tl.load(counts + stream).to(tl.int32))
@@ -256,15 +258,17 @@ def read_forward(
     inside = (row < K)[:, None] & (column < V)[None, :]
     at = tl.program_id(2).to(tl.int64) * K * V + row[:, None] * V + column[None, :]
     s = tl.load(state + at, mask=inside, other=0.0)
-    keys = _keys(k, t, row, count, stride_kt, K)
-    if NORM:
-        keys *= _one_over_lengths(k, t, count, eps, stride_kt, K, BK)[:, None]
-    if GATED:
-        w, decay = _decays(g, t, stream, head, count, tokens, heads)
-        keys *= w[:, None]
-        s *= decay
-    u = _keys(writes, t, column, count, stride_ut, V)
-    s += tl.dot(tl.trans(keys), u, input_precision="tf32x3")
+    for first in range(0, count, BT):
+        t, stop = first + tl.arange(0, BT), tl.minimum(count, first + BT)
+        keys = _keys(k, t, row, stop, stride_kt, K)
+        if NORM:
+            keys *= _one_over_lengths(k, t, stop, eps, stride_kt, K, BK)[:, None]
+        if GATED:
+            w, decay = _decays(g, t, stream, head, stop, tokens, heads)
+            keys *= w[:, None]
+            s *= decay
+        u = _keys(writes, t, column, stop, stride_ut, V)
+        s += tl.dot(tl.trans(keys), u, input_precision="tf32x3")
     tl.store(out + at, s, mask=inside)
 
 
