@@ -4,7 +4,7 @@
 backward begins.  `remade` is for a function that is cheap and whose *output* is large and kept by
 whatever reads it, a product or a split: inside `remaking` it is made again when a reader's
 backward asks for it, and let go when the last reader has had it.  Products are not run again,
-but for those of `recomputed_where_remaking`.
+but by those who ask `is_remaking`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def recomputed_where_remaking(function: Callable[..., Any], *args: Any) -> Any:
-    """As `recomputed` inside `remaking`, and a plain call elsewhere: for what is not cheap."""
-    return function(*args) if _ACTIVE.region is None else recomputed(function, *args)
+def is_remaking() -> bool:
+    """Whether this is inside `remaking`: for what makes its own intermediates again there."""
+    return _ACTIVE.region is not None
 
 
 def readable_later(x: Tensor) -> Callable[[], Tensor]:

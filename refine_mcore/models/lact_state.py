@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from refine_kernels.dispatch import FastWeights, RowNorms
-from refine_kernels.lact.fast_weights import weights_of
 from torch import Tensor
 
 from refine_mcore.models.attention import AttentionState, AttentionTape
@@ -154,8 +153,8 @@ def weight_rows(weights: FastWeights, rows: Sequence[int]) -> FastWeights:
 
 
 def join_weights(parts: Sequence[FastWeights]) -> FastWeights:
-    """All rows of all parts. Before a stream's first update its momentum buffers are zeros and its
-    scales ones."""
+    """All rows of all parts. Before a stream's first update its momentum buffers are zeros, and its
+    operands the weights."""
     if len(parts) == 1:
         return parts[0]
 
@@ -163,27 +162,15 @@ def join_weights(parts: Sequence[FastWeights]) -> FastWeights:
         rows, heads, width, hidden = part.w1.shape
         return part.w1.new_zeros(rows, heads, 3, hidden, width)
 
-    def initial_scales(part: FastWeights) -> tuple[Tensor, ...]:
-        return tuple(torch.ones_like(w[..., :1]) for w in part[:2])
-
-    momentum, scales = None, None
+    momentum, operands = None, None
     if any(part.momentum is not None for part in parts):
         momentum = torch.cat(
             [initial_momentum(p) if p.momentum is None else p.momentum for p in parts]
         )
-    if any(part.scales is not None for part in parts):
-        of_parts = [initial_scales(part) if part.scales is None else part.scales for part in parts]
-        of_w02, of_w1 = map(torch.cat, zip(*of_parts, strict=True))
-        scales = of_w02, of_w1
-    w02, w1 = map(torch.cat, zip(*(part[:2] for part in parts), strict=True))
-    operands = None
+    of_w02, of_w1 = zip(*(part[:2] for part in parts), strict=True)
     made = [part.operands for part in parts if part.operands is not None]
     if made:
-        of_parts = [part.operands or _operands(part, made[0][0].dtype) for part in parts]
-        of_w02, of_w1 = map(torch.cat, zip(*of_parts, strict=True))
-        operands = of_w02, of_w1
-    return FastWeights(w02, w1, momentum, scales, operands)
-
-
-def _operands(weights: FastWeights, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(w.to(dtype) for w in weights_of(weights.read()))
+        read = [part.read_in(made[0][0].dtype).read() for part in parts]
+        used02, used1 = zip(*read, strict=True)
+        operands = torch.cat(used02), torch.cat(used1)
+    return FastWeights(torch.cat(of_w02), torch.cat(of_w1), momentum, operands)

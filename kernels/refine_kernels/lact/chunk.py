@@ -4,20 +4,19 @@ Zhang et al. 2025, "Test-Time Training Done Right", section 3, in the order of t
 language model: the tokens of a chunk are read with the weights from before that chunk's own update,
 so the layer is strictly causal and the update can wait until the next chunk begins.
 
-For the backward, reading and the gradients of an update keep their inputs alone and make the rest
-again, one chunk at a time: in float32 the intermediates of a chunk are many times its tokens.
-Those of Newton-Schulz, whose products cost as much, are of the size of the weights and are kept,
-but under selective recomputation.
+Only the updates wait for one another (updates.py).  All chunks of a text are read together once
+their weights are there; for the backward that keeps its inputs alone and makes the rest again: in
+float32 the intermediates are many times the tokens.
 """
 
 import torch
 from torch import Tensor
 
-from refine_kernels.lact.fast_weights import FastWeights, RowNorms, weights_of
+from refine_kernels.lact.fast_weights import FastWeights, RowNorms
 from refine_kernels.lact.forms import BY_TORCH, Forms
-from refine_kernels.lact.newton_schulz import newton_schulz
-from refine_kernels.lact.products import Precision, Product, product_in
-from refine_kernels.recompute import recomputed, recomputed_where_remaking
+from refine_kernels.lact.products import Precision, product_in
+from refine_kernels.lact.updates import Rule, updated
+from refine_kernels.recompute import recomputed
 
 
 def apply_fast_weights(
@@ -34,8 +33,7 @@ def apply_fast_weights(
     """
     product = product_in(precision, fq.dtype, weights.w1.dtype)
 
-    def read(fq: Tensor, *weights: Tensor) -> Tensor:
-        w02, w1 = weights_of(weights)
+    def read(fq: Tensor, w02: Tensor, w1: Tensor) -> Tensor:
         hidden = forms.hidden(product(fq.transpose(1, 2), w02.mT), product.operands)
         return product(hidden, w1.mT).transpose(1, 2).to(fq.dtype)
 
@@ -64,29 +62,8 @@ def update_fast_weights(
     ``precision`` is that of the products with the tokens (see products.py).
     """
     product = product_in(precision, fk.dtype, weights.w1.dtype)
-
-    def gradients(fk: Tensor, fv: Tensor, lr: Tensor, *weights: Tensor) -> Tensor:
-        return _objective_gradients(weights_of(weights), fk, fv, lr, product, forms)
-
-    steps = recomputed(gradients, fk, fv, lr, *weights.read())
-    if momentum is not None and weights.momentum is not None:
-        decay = momentum.to(lr.dtype).mean(1)[..., None, None, None]
-        steps = steps + decay * weights.momentum
-    buffers = None if momentum is None else steps
-    if muon:
-        steps = recomputed_where_remaking(newton_schulz, steps, muon_dtype)
-    width = steps.shape[-2]
-    of_w02, of_w1 = steps.flatten(2, 3).split([2 * width, width], 2)
-    w02, w1 = (
-        forms.moved(weight, step, norm, product.operands, prenorm=prenorm)
-        for weight, step, norm in zip(weights[:2], (of_w02, of_w1.mT), norms, strict=True)
-    )
-    scales, operands = None, None
-    if w02.scale is not None and w1.scale is not None:
-        scales = w02.scale, w1.scale
-    if w02.operand is not None and w1.operand is not None:
-        operands = w02.operand, w1.operand
-    return FastWeights(w02.weight, w1.weight, buffers, scales, operands)
+    rule = Rule(fk.shape[1], product, muon, muon_dtype, prenorm, forms)
+    return updated(rule, 1, weights, norms, fk, fv, lr, momentum)[-1]
 
 
 def chunk_lact(
@@ -110,47 +87,27 @@ def chunk_lact(
     Shapes as in update_fast_weights, fq [B,T,n,d].  Returns o [B,T,n,d] and the weights in force
     during each of the ceil(T / chunk_size) chunks; the last chunk, full or not, makes no update.
     """
-    queries = fq.split(chunk_size, 1)
-    # split, not slicing: its backward joins the pieces once.
-    keys, values, rates = (x.split(chunk_size, 1) for x in (fk, fv, lr))
-    decays = [None] * len(queries) if momentum is None else momentum.split(chunk_size, 1)
-    boundary_weights = [weights]
-    for k, v, rate, decay in zip(keys[:-1], values, rates, decays, strict=False):
-        weights = update_fast_weights(
-            weights,
-            norms,
-            k,
-            v,
-            rate,
-            decay,
-            muon=muon,
-            muon_dtype=muon_dtype,
-            prenorm=prenorm,
-            precision=precision,
-            forms=forms,
-        )
-        boundary_weights.append(weights)
-    outputs = [
-        apply_fast_weights(w, q, precision=precision, forms=forms)
-        for w, q in zip(boundary_weights, queries, strict=True)
-    ]
-    return torch.cat(outputs, 1), boundary_weights
+    streams, tokens = fq.shape[:2]
+    product = product_in(precision, fk.dtype, weights.w1.dtype)
+    rule = Rule(chunk_size, product, muon, muon_dtype, prenorm, forms)
+    in_force = updated(rule, -(-tokens // chunk_size) - 1, weights, norms, fk, fv, lr, momentum)
+    full = tokens // chunk_size
+    outputs = []
+    if full:
+        read = [weights.read_in(product.operands).read() for weights in in_force[:full]]
+        of_w02, of_w1 = zip(*read, strict=True)
+        used = FastWeights(_by_chunk(of_w02, streams), _by_chunk(of_w1, streams))
+        queries = fq[:, : full * chunk_size].reshape(streams * full, chunk_size, *fq.shape[2:])
+        o = apply_fast_weights(used, queries, precision=precision, forms=forms)
+        outputs.append(o.reshape(streams, full * chunk_size, *fq.shape[2:]))
+    if full < len(in_force):
+        rest = fq[:, full * chunk_size :]
+        outputs.append(apply_fast_weights(in_force[-1], rest, precision=precision, forms=forms))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), in_force
 
 
-def _objective_gradients(
-    weights: tuple[Tensor, Tensor],
-    fk: Tensor,
-    fv: Tensor,
-    lr: Tensor,
-    product: Product,
-    forms: Forms,
-) -> Tensor:
-    """Gradients of sum_t eta_t <f(fk_t), fv_t> for (w0, w2, w1^T), each with its own rates, as one
-    [B,n,3,dh,d]."""
-    w02, w1 = weights
-    k, v = fk.transpose(1, 2), fv.transpose(1, 2)
-    zh, d_hidden = product(k, w02.mT), product(v, w1)
-    of_w02, of_w1 = forms.factors(zh, d_hidden, lr, product.operands)
-    # tokens first: so the backward's products come out as the factors lie
-    found = [product(tokens.mT, x).mT for tokens, x in ((k, of_w02), (v, of_w1))]
-    return torch.cat(found, 2).to(product.states).unflatten(2, (3, -1))
+def _by_chunk(weights: tuple[Tensor, ...], streams: int) -> Tensor:
+    """[B or 1,n,...] of every chunk -> [B chunks,n,...], a text's chunks side by side."""
+    if len(weights) == 1:
+        return weights[0]
+    return torch.stack([w.expand(streams, *w.shape[1:]) for w in weights], 1).flatten(0, 1)

@@ -20,16 +20,14 @@ class FastWeights(NamedTuple):
 
     w02 [B,n,2dh,d] holds the rows of w0, then those of w2, which read the same: one product for
     both; w1 [B,n,d,dh].  ``momentum`` [B,n,3,dh,d] is that of w0, w2 and w1^T; None stands for
-    zeros.  With prenorm these are the un-normalised weights, and f has each row times its factor in
-    ``scales`` [B,n,rows,1]; None stands for ones: the published code reads the initial weights as
-    they are.  ``operands`` are the weights of f once more, as products take them; None where those
-    round the others.
+    zeros.  ``operands`` are the weights that f reads, as products take them: rounded, and with
+    prenorm brought to their rows' norms, which the others then are not.  None where f reads the
+    others as they are.
     """
 
     w02: Tensor
     w1: Tensor
     momentum: Tensor | None = None
-    scales: tuple[Tensor, Tensor] | None = None
     operands: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -51,17 +49,13 @@ class FastWeights(NamedTuple):
         """The norms nu_a, to be taken of the initial weights."""
         return RowNorms(*(torch.linalg.vector_norm(w, dim=-1, keepdim=True) for w in self[:2]))
 
-    def read(self) -> tuple[Tensor, ...]:
-        """The tensors that f is made of, for `weights_of`."""
-        return self.operands or (self.w02, self.w1, *(self.scales or ()))
+    def read(self) -> tuple[Tensor, Tensor]:
+        """w02 and w1 as f reads them."""
+        return self.operands or (self.w02, self.w1)
 
-
-def weights_of(read: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The weights w02 and w1 that f uses."""
-    w02, w1, *scales = read
-    return (w02 * scales[0], w1 * scales[1]) if scales else (w02, w1)
-
-
-def scale_to_norm(w: Tensor, norm: Tensor) -> Tensor:
-    """What brings each row of w to the given norm, [..., rows, 1]."""
-    return norm / (torch.linalg.vector_norm(w, dim=-1, keepdim=True) + ROW_NORM_EPS)
+    def read_in(self, dtype: torch.dtype) -> "FastWeights":
+        """With operands in this dtype; weights that are in it need none."""
+        w02, w1 = self.read()
+        if w02.dtype == w1.dtype == dtype:
+            return self
+        return self._replace(operands=(w02.to(dtype), w1.to(dtype)))

@@ -1,9 +1,10 @@
-"""What stands between LaCT's matrix products, each in one form or another: between those of its
-fast network f(x) = w1 (silu(w0 x) * (w2 x)), between those of an update's gradients, and after
-Newton-Schulz.
+"""What LaCT computes beside its products of whole chunks, each in one form or another: between
+those of its fast network f(x) = w1 (silu(w0 x) * (w2 x)), between those of an update's gradients,
+after Newton-Schulz, and Newton-Schulz's own products.
 
 Products come in as they were rounded and are computed with in at least float32; results go into
-products, which round them to what they take.
+products, which round them to what they take.  Only `hidden` is differentiated by autograd; the
+others stand in a function that has a backward of its own (updates.py), and so have they.
 """
 
 from collections.abc import Callable
@@ -13,24 +14,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from refine_kernels.lact.fast_weights import scale_to_norm
+from refine_kernels.lact import newton_schulz
+from refine_kernels.lact.fast_weights import ROW_NORM_EPS
 
 
 class Moved(NamedTuple):
-    """A fast weight after a step, with prenorm the factors of its rows, and, where a form makes
-    that too, the weight as products take it."""
+    """A fast weight after a step, and the one that products take, None where that is the same."""
 
     weight: Tensor
-    scale: Tensor | None
     operand: Tensor | None
 
 
 class Forms(NamedTuple):
-    """All of them; ``dtype`` is what the products round to."""
+    """All of them; a ``dtype`` is what the products round to."""
 
     hidden: Callable[[Tensor, torch.dtype], Tensor]
-    factors: Callable[..., tuple[Tensor, Tensor]]
+    factors: Callable[[Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
+    factors_gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
     moved: Callable[..., Moved]
+    moved_gradients: Callable[..., tuple[Tensor, Tensor]]
+    newton_schulz: newton_schulz.Products
 
 
 def hidden(zh: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,18 +57,91 @@ def factors(zh: Tensor, d_hidden: Tensor, lr: Tensor, dtype: torch.dtype) -> tup
     return torch.cat((d_z, eta2 * d_hidden * silu), -1), eta1 * silu * h
 
 
+def factors_gradients(
+    zh: Tensor, d_hidden: Tensor, lr: Tensor, grad02: Tensor, grad1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of zh, d and lr.  With s = silu(z), s' and s'' its derivatives, and a, b, c the
+    gradients of the three factors:
+
+    dz = a eta0 d h s'' + (b eta1 h + c eta2 d) s'
+    dh = a eta0 d s' + b eta1 s        deta0 = sum a d h s'      deta1 = sum b s h
+    dd = a eta0 h s' + c eta2 s        deta2 = sum c d s
+    """
+    kind = zh.dtype
+    zh, d, grad02, b = (_widened(x) for x in (zh, d_hidden, grad02, grad1))
+    (z, h), (a, c) = zh.chunk(2, -1), grad02.chunk(2, -1)
+    eta0, eta1, eta2 = lr.transpose(1, 2).to(zh.dtype).split(1, -1)
+    sigma = z.sigmoid()
+    silu = z * sigma
+    slope = sigma + silu * (1 - sigma)
+    bend = sigma * (1 - sigma) * (2 + z * (1 - 2 * sigma))
+    ad, ah, cd, bh = a * d, a * h, c * d, b * h
+    d_z = eta0 * ad * h * bend + (eta1 * bh + eta2 * cd) * slope
+    d_h = eta0 * ad * slope + eta1 * b * silu
+    d_d = eta0 * ah * slope + eta2 * c * silu
+    rates = [ah.mul_(d).mul_(slope), bh.mul_(silu), cd.mul_(silu)]
+    d_lr = torch.cat([x.sum(-1, keepdim=True) for x in rates], -1).transpose(1, 2)
+    return torch.cat((d_z, d_h), -1).to(kind), d_d.to(kind), d_lr.to(lr.dtype)
+
+
 def moved(
     weight: Tensor, step: Tensor, norm: Tensor, dtype: torch.dtype, *, prenorm: bool
 ) -> Moved:
-    """weight + step [B,n,rows,columns], each row brought to its ``norm`` [B or 1,n,rows,1]; with
-    prenorm as it is, and beside it the factors that would, [B,n,rows,1]."""
-    weight = weight + step
-    scale = scale_to_norm(weight, norm)
-    return Moved(weight, scale, None) if prenorm else Moved(weight * scale, None, None)
+    """r = weight + step [B,n,rows,columns], each row brought to its ``norm`` [B or 1,n,rows,1];
+    with prenorm r itself, and brought to its norms for the products alone."""
+    r = weight + step
+    scaled = r * (norm / (_lengths(r) + ROW_NORM_EPS))
+    if prenorm:
+        return Moved(r, scaled.to(dtype))
+    return Moved(scaled, None if dtype == scaled.dtype else scaled.to(dtype))
+
+
+def moved_gradients(
+    weight: Tensor,
+    step: Tensor,
+    norm: Tensor,
+    grad: Tensor | None,
+    grad_operand: Tensor | None,
+    *,
+    prenorm: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of weight and step, which is one, and that of the norms [B,n,rows,1].
+
+    With n = |r|, q = n + eps and t the gradient of r norm / q it is t norm / q - <t, r> norm / q^2
+    r / n, with prenorm beside that of r itself, and <t, r> / q.  A row of zeros has no direction:
+    its r / n is 0."""
+    r = weight + step
+    length = _lengths(r)
+    inverse = 1 / (length + ROW_NORM_EPS)
+    if prenorm:
+        t = None if grad_operand is None else grad_operand.to(r.dtype)
+    else:
+        t = plus(grad, grad_operand)
+    if t is None:
+        return torch.zeros_like(r) if grad is None else grad, torch.zeros_like(length)
+    along = (t * r).sum(-1, keepdim=True)
+    direction = torch.where(length > 0, 1 / length, 0.0)
+    found = t * (norm * inverse) - r * (along * norm * inverse * inverse * direction)
+    if prenorm and grad is not None:
+        found += grad
+    return found, along * inverse
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where None is nothing."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
 
 
 def _widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-BY_TORCH = Forms(hidden, factors, moved)
+BY_TORCH = Forms(
+    hidden, factors, factors_gradients, moved, moved_gradients, newton_schulz.BY_LIBRARY
+)

@@ -7,7 +7,7 @@ The published code runs them under autocast, in the dtype of the tokens; what it
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +35,15 @@ class Product:
                 return _TF32Product.apply(a, b)
             _log_no_tf32(a.device.type, self.operands)
         return a @ b
+
+    def added(self, base: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """base + a b, of batches [B,n,...]; no base is zeros.  Without gradients of its own."""
+        if base is None:
+            return self(a, b)
+        a, b = a.to(self.operands), b.to(self.operands)
+        with _tf32() if self.tf32 else nullcontext():
+            out = torch.baddbmm(*(x.flatten(0, 1) for x in (base.to(self.operands), a, b)))
+        return out.view(base.shape)
 
 
 def product_in(precision: Precision | None, tokens: torch.dtype, states: torch.dtype) -> Product:

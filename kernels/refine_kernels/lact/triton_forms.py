@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from refine_kernels import agreement
-from refine_kernels.lact import chunk, forms, triton_gates, triton_moved
+from refine_kernels.lact import chunk, forms, newton_schulz, triton_gates, triton_moved
 from refine_kernels.lact.fast_weights import FastWeights
 from refine_kernels.lact.forms import Forms
 from refine_kernels.lact.products import Precision, product_in
@@ -47,15 +48,8 @@ def _disagreement(width: int, dtype: torch.dtype, device: torch.device) -> str |
     inputs["norm"] = torch.rand(1, 2, 5, 1, generator=gen).to(device)
 
     def of(forms: Forms) -> agreement.Form:
-        def run(
-            zh: Tensor, d: Tensor, lr: Tensor, weight: Tensor, step: Tensor, norm: Tensor
-        ) -> list[Tensor]:
-            weights, _, used = forms.moved(weight, step, norm, dtype, prenorm=False)
-            raw, scale, scaled = forms.moved(weight, step, norm, dtype, prenorm=True)
-            assert scale is not None
-            gates = [forms.hidden(zh, dtype), *forms.factors(zh, d, lr, dtype)]
-            operands = weights if used is None else used, raw * scale if scaled is None else scaled
-            return [*gates, raw, scale, weights, *operands]
+        def run(*given: Tensor) -> list[Tensor]:
+            return [forms.hidden(given[0], dtype), *_Others.apply(forms, dtype, *given)]
 
         return run
 
@@ -67,17 +61,60 @@ def _disagreement(width: int, dtype: torch.dtype, device: torch.device) -> str |
             "hidden state",
             "factors of w0 and w2",
             "factor of w1",
-            "moved weight",
-            "scale of its rows",
             "moved weight of the rows' norms",
             "moved weight in products",
+            "moved weight",
             "moved and scaled weight in products",
         ],
         tolerance=agreement.TOLERANCE[dtype],
     )
 
 
-FORMS = Forms(triton_gates.hidden, triton_gates.factors, triton_moved.moved)
+class _Others(torch.autograd.Function):
+    """All forms with gradients of their own, as autograd's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        forms: Forms,
+        dtype: torch.dtype,
+        zh: Tensor,
+        d: Tensor,
+        lr: Tensor,
+        weight: Tensor,
+        step: Tensor,
+        norm: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(zh, d, lr, weight, step, norm)
+        ctx.forms = forms
+        found = [*forms.factors(zh, d, lr, dtype)]
+        for prenorm in (False, True):
+            moved = forms.moved(weight, step, norm, dtype, prenorm=prenorm)
+            found += [moved.weight, moved.weight * 1 if moved.operand is None else moved.operand]
+        return tuple(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *gates, weight, step, norm = ctx.saved_tensors
+        of_gates = ctx.forms.factors_gradients(*gates, *grads[:2])
+        (of_weight, of_norm), (of_raw, of_raw_norm) = (
+            ctx.forms.moved_gradients(weight, step, norm, *given, prenorm=prenorm)
+            for given, prenorm in ((grads[2:4], False), (grads[4:], True))
+        )
+        of_weight += of_raw
+        of_norm = (of_norm + of_raw_norm).sum_to_size(norm.shape)
+        return None, None, *of_gates, of_weight, of_weight, of_norm
+
+
+FORMS = Forms(
+    triton_gates.hidden,
+    triton_gates.factors,
+    triton_gates.factors_gradients,
+    triton_moved.moved,
+    triton_moved.moved_gradients,
+    newton_schulz.BY_LIBRARY,
+)
 apply_fast_weights = functools.partial(chunk.apply_fast_weights, forms=FORMS)
 update_fast_weights = functools.partial(chunk.update_fast_weights, forms=FORMS)
 chunk_lact = functools.partial(chunk.chunk_lact, forms=FORMS)

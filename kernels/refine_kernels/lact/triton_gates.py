@@ -1,13 +1,5 @@
-"""The gates of forms.py as one pass over memory each way, in Triton.
-
-With s = silu(z), s' and s'' its derivatives, and a, b, c the gradients of the three factors, the
-backward of an update's gates is
-
-    dz = a eta0 d h s'' + (b eta1 h + c eta2 d) s'
-    dh = a eta0 d s' + b eta1 s        deta0 = sum a d h s'      deta1 = sum b s h
-    dd = a eta0 h s' + c eta2 s        deta2 = sum c d s
-
-in float32; results are rounded once, to what the products take, and gradients to what they gave.
+"""The gates of forms.py as one pass over memory each way, in Triton: in float32; results are
+rounded once, to what the products take, and gradients to what they gave.
 """
 
 from collections.abc import Iterator
@@ -28,11 +20,6 @@ _TILE = 1024  # numbers a program holds at a time
 def hidden(zh: Tensor, dtype: torch.dtype) -> Tensor:
     """As forms.hidden."""
     return _Hidden.apply(zh, dtype)
-
-
-def factors(zh: Tensor, d_hidden: Tensor, lr: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As forms.factors."""
-    return _Factors.apply(zh, d_hidden, lr, dtype)
 
 
 class _Hidden(torch.autograd.Function):
@@ -57,32 +44,30 @@ class _Hidden(torch.autograd.Function):
         return found, None
 
 
-class _Factors(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, zh: Tensor, d: Tensor, lr: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        zh, d, lr = zh.contiguous(), d.contiguous(), launch.dense_rows(lr)
-        ctx.save_for_backward(zh, d, lr)
-        out = [launch.empty(x.shape, dtype, x.device) for x in (zh, d)]
-        constants = _constants(d.shape[-1])
-        launch.run(factors_forward, _grid(d), zh, d, lr, *out, *_sizes(d, lr), **constants)
-        return tuple(out)
+def factors(zh: Tensor, d_hidden: Tensor, lr: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As forms.factors."""
+    zh, d, lr = zh.contiguous(), d_hidden.contiguous(), launch.dense_rows(lr)
+    of_w02, of_w1 = (launch.empty(x.shape, dtype, x.device) for x in (zh, d))
+    constants = _constants(d.shape[-1])
+    launch.run(factors_forward, _grid(d), zh, d, lr, of_w02, of_w1, *_sizes(d, lr), **constants)
+    return of_w02, of_w1
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        zh, d, lr = ctx.saved_tensors
-        found = [launch.empty(x.shape, x.dtype, x.device) for x in (zh, d)]
-        grad_lr = launch.empty((*d.shape[:3], 3), torch.float32, d.device)
-        launch.run(
-            factors_backward,
-            _grid(d),
-            *(zh, d, lr, *(x.contiguous() for x in grads), *found, grad_lr),
-            *_sizes(d, lr),
-            **_constants(d.shape[-1]),
-        )
-        return *found, grad_lr.transpose(1, 2).to(lr.dtype), None
+
+def factors_gradients(
+    zh: Tensor, d_hidden: Tensor, lr: Tensor, grad02: Tensor, grad1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As forms.factors_gradients."""
+    zh, d, lr = zh.contiguous(), d_hidden.contiguous(), launch.dense_rows(lr)
+    of_zh, of_d = (launch.empty(x.shape, x.dtype, x.device) for x in (zh, d))
+    of_lr = launch.empty((*d.shape[:3], 3), torch.float32, d.device)
+    launch.run(
+        factors_backward,
+        _grid(d),
+        *(zh, d, lr, grad02.contiguous(), grad1.contiguous(), of_zh, of_d, of_lr),
+        *_sizes(d, lr),
+        **_constants(d.shape[-1]),
+    )
+    return of_zh, of_d, of_lr.transpose(1, 2).to(lr.dtype)
 
 
 def _constants(width: int) -> dict[str, Any]:

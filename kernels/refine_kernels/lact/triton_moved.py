@@ -1,11 +1,5 @@
-"""The rows of moved fast weights, as one pass over memory each way, in Triton: `moved` of forms.py.
-
-With r = w + x a row of a weight and its step, n = |r|, q = n + eps, s = norm / q, and g the
-gradient of the result r s, that of w and x is g s - <g, r> norm / q^2 r / n, of norm <g, r> / q.
-With prenorm r and s are the results; with their gradients g and t that of w and x is
-g - t norm / q^2 r / n, of norm t / q.  Where products take another dtype, r s comes in that too,
-and its gradient joins the others.  A row of zeros has no direction: its r / n is 0, as torch has
-it.
+"""The rows of moved fast weights, as one pass over memory each way, in Triton: `moved` of forms.py
+and its gradients.
 """
 
 from collections.abc import Iterator
@@ -15,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from refine_kernels import launch
 from refine_kernels.lact.fast_weights import ROW_NORM_EPS
@@ -29,60 +22,45 @@ def moved(
     weight: Tensor, step: Tensor, norm: Tensor, dtype: torch.dtype, *, prenorm: bool
 ) -> Moved:
     """As forms.moved."""
-    out, scale, operand = _Moved.apply(weight, step, norm, dtype, prenorm)
-    return Moved(out, scale if prenorm else None, operand)
+    out = launch.empty(step.shape, torch.float32, step.device)
+    operand = None
+    if prenorm or dtype != torch.float32:
+        operand = launch.empty(step.shape, dtype, step.device)
+    rows = _Rows(weight, step, norm, prenorm)
+    launch.run(
+        moved_forward,
+        rows.grid,
+        *(*rows.tensors, out, operand, *rows.sizes),
+        **rows.constants,
+        OPERAND=operand is not None,
+    )
+    return Moved(out, operand)
 
 
-class _Moved(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, step: Tensor, norm: Tensor, dtype: torch.dtype, prenorm: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        ctx.save_for_backward(weight, step, norm)
-        ctx.prenorm = prenorm
-        ctx.set_materialize_grads(False)
-        out = launch.empty(step.shape, torch.float32, step.device)
-        scale = launch.empty((*step.shape[:-1], 1), torch.float32, step.device)
-        operand = None
-        if dtype != torch.float32:
-            operand = launch.empty(step.shape, dtype, step.device)
-        rows = _Rows(weight, step, norm, prenorm)
-        launch.run(
-            moved_forward,
-            rows.grid,
-            *(*rows.tensors, out, scale, operand, *rows.sizes),
-            **rows.constants,
-            OPERAND=operand is not None,
-        )
-        if not prenorm:
-            ctx.mark_non_differentiable(scale)
-        return out, scale, operand
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_scale: Tensor | None, grad_operand: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        weight, step, norm = ctx.saved_tensors
-        grad_scale = grad_scale if ctx.prenorm else None
-        if grad is None and grad_scale is None and grad_operand is None:
-            return None, None, None, None, None
-        if ctx.prenorm and grad_scale is None and grad_operand is None:
-            return grad, grad, None, None, None
-        found = launch.empty(step.shape, torch.float32, step.device)
-        of_norm = launch.empty((*step.shape[:-1], 1), torch.float32, step.device)
-        rows = _Rows(weight, step, norm, ctx.prenorm)
-        given = {"GRAD": grad, "SCALE": grad_scale, "OPERAND": grad_operand}
-        strides = [(0,) * 4 if x is None else x.stride() for x in (grad, grad_operand)]
-        launch.run(
-            moved_backward,
-            rows.grid,
-            *(*rows.tensors, *given.values(), found, of_norm),
-            *(*rows.sizes, *strides[0], *strides[1]),
-            **rows.constants,
-            **{name: x is not None for name, x in given.items()},
-        )
-        return found, found, of_norm.sum_to_size(norm.shape), None, None
+def moved_gradients(
+    weight: Tensor,
+    step: Tensor,
+    norm: Tensor,
+    grad: Tensor | None,
+    grad_operand: Tensor | None,
+    *,
+    prenorm: bool,
+) -> tuple[Tensor, Tensor]:
+    """As forms.moved_gradients."""
+    found = launch.empty(step.shape, torch.float32, step.device)
+    of_norm = launch.empty((*step.shape[:-1], 1), torch.float32, step.device)
+    rows = _Rows(weight, step, norm, prenorm)
+    given = {"GRAD": grad, "OPERAND": grad_operand}
+    strides = [(0,) * 4 if x is None else x.stride() for x in (grad, grad_operand)]
+    launch.run(
+        moved_backward,
+        rows.grid,
+        *(*rows.tensors, *given.values(), found, of_norm),
+        *(*rows.sizes, *strides[0], *strides[1]),
+        **rows.constants,
+        **{name: x is not None for name, x in given.items()},
+    )
+    return found, of_norm
 
 
 class _Rows:
@@ -123,7 +101,6 @@ def moved_forward(
     step,
     norm,
     out,
-    scale,
     operand,
     total,
     heads,
@@ -146,7 +123,7 @@ def moved_forward(
     PRENORM: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """r s and s, or with PRENORM r and s; r s as products take it."""
+    """r s, or with PRENORM r; r s as products take it."""
     place, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
     known = place < total
     inside = known[:, None] & (column < D)[None, :]
@@ -154,7 +131,7 @@ def moved_forward(
     at = _places(stream, head, row, column, stride_ws, stride_wn, stride_wr, stride_wc)
     r = tl.load(weight + at, mask=inside, other=0.0)
     at = _places(stream, head, row, column, stride_xs, stride_xn, stride_xr, stride_xc)
-    r += tl.load(step + at, mask=inside, other=0.0)
+    r += tl.load(step + at, mask=inside, other=0.0).to(tl.float32)
     at = stream.to(tl.int64) * stride_ns + head * stride_nn + row * stride_nr
     s = tl.load(norm + at, mask=known, other=0.0) / (tl.sqrt(tl.sum(r * r, 1)) + EPS)
     at = place.to(tl.int64)[:, None] * D + column[None, :]
@@ -162,7 +139,6 @@ def moved_forward(
     if OPERAND:
         used = (r * s[:, None]).to(operand.dtype.element_ty)
         tl.store(operand + at, used, mask=inside)
-    tl.store(scale + place, s, mask=known)
 
 
 @triton.jit
@@ -171,7 +147,6 @@ def moved_backward(
     step,
     norm,
     grad,
-    grad_scale,
     grad_operand,
     found,
     of_norm,
@@ -203,7 +178,6 @@ def moved_backward(
     EPS: tl.constexpr,
     PRENORM: tl.constexpr,
     GRAD: tl.constexpr,
-    SCALE: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     """The gradients of weight and step, which are one, and of the norms."""
@@ -214,7 +188,7 @@ def moved_backward(
     at = _places(stream, head, row, column, stride_ws, stride_wn, stride_wr, stride_wc)
     r = tl.load(weight + at, mask=inside, other=0.0)
     at = _places(stream, head, row, column, stride_xs, stride_xn, stride_xr, stride_xc)
-    r += tl.load(step + at, mask=inside, other=0.0)
+    r += tl.load(step + at, mask=inside, other=0.0).to(tl.float32)
     at = stream.to(tl.int64) * stride_ns + head * stride_nn + row * stride_nr
     wanted = tl.load(norm + at, mask=known, other=0.0)
     length = tl.sqrt(tl.sum(r * r, 1))
@@ -232,8 +206,6 @@ def moved_backward(
     used *= (wanted * inverse)[:, None]
     if PRENORM:
         g += used
-        if SCALE:
-            along += tl.load(grad_scale + place, mask=known, other=0.0)
     else:
         g = used
     at = place.to(tl.int64)[:, None] * D + column[None, :]
@@ -245,12 +217,11 @@ def moved_backward(
 
 def variants(widths: tuple[int, ...]) -> Iterator[Variant]:
     """As they are compiled ahead of time, for fast heads of these widths."""
-    tensors = ("weight", "step", "norm", "out", "scale", "grad", "grad_scale", "found", "of_norm")
+    tensors = ("weight", "norm", "out", "grad", "found", "of_norm")
     types = dict.fromkeys(tensors, "*fp32") | integers("total", "heads", "rows")
     for width in widths:
         for prenorm in (False, True):
             title = f"d{width}_{'prenorm' if prenorm else 'postnorm'}"
-            given = {"GRAD": True, "SCALE": False, "OPERAND": True}
-            constants = _constants(width, prenorm) | given
+            constants = _constants(width, prenorm) | {"GRAD": True, "OPERAND": True}
             for kernel in (moved_forward, moved_backward):
-                yield variant(kernel, title, constants, types, ("grad_scale",))
+                yield variant(kernel, title, constants, types)
