@@ -289,7 +289,7 @@ def _lact(mixer: LaCTOptions, hidden: int, tokens: int) -> Case:
             weights.row_norms(),
             chunk_size=chunk,
             muon=mixer.use_muon,
-            muon_dtype=getattr(torch, mixer.muon_dtype),
+            muon_dtype=torch.bfloat16,  # as published, and in the recipes
         )
         return [o]
 

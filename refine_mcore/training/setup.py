@@ -63,9 +63,13 @@ def resolve_architecture(config: Config, source: Path | None = None) -> Architec
     architecture from `source` if nothing else says it.
     """
     model = config.model
-    architecture = preset(model.preset) if model.preset is not None else None
+    overrides = dict(model.overrides)
+    architecture = None
+    if model.preset is not None:
+        architecture = preset(model.preset).with_overrides(overrides)
     if model.checkpoint is not None and (source is None or os.path.exists(model.checkpoint)):
         stored = read_description(find_checkpoint(Path(model.checkpoint))).architecture
+        stored = stored.with_overrides(overrides)
         if architecture is not None and architecture != stored:
             raise UserError(
                 f"model.preset {model.preset} is not the architecture of "
@@ -75,8 +79,9 @@ def resolve_architecture(config: Config, source: Path | None = None) -> Architec
     if architecture is None:
         if source is None:
             raise UserError("model.preset or model.checkpoint must be given")
-        architecture = read_description(find_checkpoint(source)).architecture
-    return architecture.with_overrides(dict(model.overrides))
+        stored = read_description(find_checkpoint(source)).architecture
+        architecture = stored.with_overrides(overrides)
+    return architecture
 
 
 def check_supported(config: Config) -> None:

@@ -30,7 +30,14 @@ if importlib.util.find_spec("triton") is None:
 from refine_kernels.delta_gates import gates
 from refine_kernels.delta_gates import triton_gates as delta_gates
 from refine_kernels.delta_rule import read, triton_read, triton_recurrent
-from refine_kernels.lact import triton_features, triton_forms, triton_gates, triton_moved
+from refine_kernels.lact import (
+    newton_schulz,
+    triton_features,
+    triton_forms,
+    triton_gates,
+    triton_moved,
+    triton_newton_schulz,
+)
 from refine_kernels.rms_norm import triton_rms_norm
 from refine_kernels.rotary import triton_rotary
 from refine_kernels.short_conv import triton_conv
@@ -430,6 +437,42 @@ def test_moved_fast_weights(streams, heads, rows, columns, prenorm, form: Any):
         assert_near([found[0], found[0], of_norm], [wanted[0], wanted[1].mT, wanted[2]], 3e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 16, 16), (1, 70, 150), (2, 70, 20)])
+def test_newton_schulz(shape, dtype):
+    """The five steps and their backward, of matrices wide and tall: as near to float64 as the
+    library's products are."""
+    given = [newton_schulz.wide(randn(*shape, 1)[..., 0].to(DEVICE, dtype)) for _ in range(2)]
+    given[1] = given[1].flip(-1) + given[0] / 2
+    exact, kept = newton_schulz.steps(given[0].double().cpu())
+    expected = exact, newton_schulz.steps_backward(kept, given[1].double().cpu())
+    errors = []
+    for products in (triton_newton_schulz.BY_KERNELS, newton_schulz.BY_LIBRARY):
+        out, kept = newton_schulz.steps(given[0], products)
+        found = out, newton_schulz.steps_backward(kept, given[1], products)
+        assert all(x.dtype == dtype for x in found)
+        pairs = zip(found, expected, strict=True)
+        errors.append([((x.double().cpu() - e).norm() / e.norm()).item() for x, e in pairs])
+    for ours, librarys in zip(*errors, strict=True):
+        assert ours <= 1.5 * librarys <= (0.25 if dtype == torch.bfloat16 else 0.05)
+
+
+def test_symmetric_products_are_symmetric():
+    x, y, base = (randn(2, 70, 70).to(DEVICE, torch.bfloat16) for _ in range(3))
+    base = base + base.mT
+    for found in (
+        triton_newton_schulz.symmetric(x),
+        triton_newton_schulz.symmetric(x, y.flip(-1), base=base, beta=0.5, alpha=-2.0),
+    ):
+        assert torch.equal(found, found.mT)
+
+
+def test_newton_schulz_of_wide_floats_is_the_librarys():
+    x = newton_schulz.wide(randn(2, 5, 7).to(DEVICE, torch.float32))
+    found, _ = newton_schulz.steps(x, triton_newton_schulz.BY_KERNELS)
+    assert torch.equal(found, newton_schulz.steps(x)[0])
+
+
 @pytest.mark.parametrize("prenorm", [False, True], ids=["postnorm", "prenorm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lact_by_kernels_is_torchs(prenorm, dtype):
@@ -647,3 +690,25 @@ def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, name, wrong):
     module._disagreement.cache_clear()
     assert why is not None and "differs from torch's" in why
     assert ("gradient" in why) == (wrong == "backward")
+
+
+@pytest.mark.parametrize("wrong", ["symmetric_product", "combined_product"])
+def test_newton_schulz_that_disagrees_is_refused(monkeypatch, wrong):
+    x = torch.ones(1, 1, 1, 16, device=DEVICE)
+    given = FastWeights.of(x, x, x), x
+    options: dict[str, Any] = {"muon": True, "muon_dtype": torch.bfloat16}
+    run = launch.run
+
+    def wrong_run(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        run(kernel, grid, *arguments, **constants)
+        if kernel.fn.__name__ == wrong:
+            written = [x for x in arguments if isinstance(x, Tensor)][-1]
+            written[..., -3:].mul_(1.2)
+
+    triton_forms._newton_schulz_disagreement.cache_clear()
+    assert triton_forms.refusal(*given, **options) is None
+    triton_forms._newton_schulz_disagreement.cache_clear()
+    monkeypatch.setattr(launch, "run", wrong_run)
+    why = triton_forms.refusal(*given, **options)
+    triton_forms._newton_schulz_disagreement.cache_clear()
+    assert why is not None and "Newton-Schulz differs from torch's" in why

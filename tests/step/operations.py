@@ -126,6 +126,7 @@ def count_operations(
     for module in _KERNELS:
         monkeypatch.setattr(module, "_disagreement", lambda *_: None)
     monkeypatch.setattr(triton_few, "disagreement", lambda *_: None)
+    monkeypatch.setattr(triton_forms, "_newton_schulz_disagreement", lambda *_: None)
     monkeypatch.setattr(launch, "run", counter.launch)
     dispatch.use(**dict.fromkeys(dispatch.CHOICES, "triton"))
     monkeypatch.setattr(

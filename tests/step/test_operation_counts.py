@@ -21,18 +21,19 @@ REFINE = RefineConfig(num_chunks=8, rollout_tokens=5)
 
 
 @pytest.mark.parametrize(
-    ("name", "most", "most_extra"),
+    ("name", "overrides", "most", "most_extra"),
     [
-        ("deltanet-1.3b", 1460, 1610),
-        pytest.param("lact-760m", 22500, 8950, marks=pytest.mark.slow),
+        ("deltanet-1.3b", {}, 1460, 1610),
+        # as in the recipes
+        ("lact-760m", {"mixer.muon_dtype": "bfloat16"}, 17400, 8950),
     ],
 )
-def test_operations_of_a_micro_batch(monkeypatch, single_rank, name, most, most_extra):
+def test_operations_of_a_micro_batch(monkeypatch, single_rank, name, overrides, most, most_extra):
     counts = []
     for rolls_out in (False, True):
         with monkeypatch.context() as patch:
             counted = count_operations(
-                preset(name),
+                preset(name).with_overrides(overrides),
                 single_rank,
                 patch,
                 tokens=16384,

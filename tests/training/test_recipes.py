@@ -19,7 +19,7 @@ RECIPES = {
     "pretrain_deltanet_1.3b": f"{{{SMALL}, mixer.num_heads: 2}}",
     "pretrain_lact_760m": (
         f"{{{SMALL}, mixer.num_attention_heads: 4, mixer.num_fast_heads: 2, mixer.chunk_size: 32,"
-        " mixer.window_size: 32, mixer.low_rank: 4}"
+        " mixer.window_size: 32, mixer.low_rank: 4}"  # Newton-Schulz in float32, to be compared
     ),
     "pretrain_qwen3.5_2b": (
         f"{{{SMALL}, mixer.num_heads: 2, mixer.head_dim: 8, mixer.num_value_heads: 4,"

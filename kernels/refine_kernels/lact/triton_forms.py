@@ -1,5 +1,5 @@
-"""LaCT with what stands between its products in Triton: see forms.py.  The products are the
-libraries', as elsewhere.
+"""LaCT with what stands between its products in Triton, and Newton-Schulz: see forms.py.  The
+products with a chunk's tokens are the libraries', as elsewhere.
 """
 
 import functools
@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from refine_kernels import agreement
-from refine_kernels.lact import chunk, forms, newton_schulz, triton_gates, triton_moved
+from refine_kernels.lact import (
+    chunk,
+    forms,
+    newton_schulz,
+    triton_gates,
+    triton_moved,
+    triton_newton_schulz,
+)
 from refine_kernels.lact.fast_weights import FastWeights
 from refine_kernels.lact.forms import Forms
 from refine_kernels.lact.products import Precision, product_in
@@ -20,7 +27,13 @@ from refine_kernels.triton_variant import Variant
 _WIDEST = 8192
 
 
-def refusal(*arguments: Any, precision: Precision | None = None, **options: Any) -> str | None:
+def refusal(
+    *arguments: Any,
+    precision: Precision | None = None,
+    muon: bool = False,
+    muon_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> str | None:
     """Why the kernels are not for these arguments of chunk.py's operations here, None if they
     are."""
     given = (*arguments, *options.values())
@@ -32,7 +45,10 @@ def refusal(*arguments: Any, precision: Precision | None = None, **options: Any)
     if width > _WIDEST:
         return f"the fast network is {width} wide, above {_WIDEST}"
     operands = product_in(precision, tokens.dtype, torch.float32).operands
-    return _disagreement(width, operands, tokens.device)
+    why = _disagreement(width, operands, tokens.device)
+    if why is None and muon and muon_dtype in triton_newton_schulz.DTYPES:
+        why = _newton_schulz_disagreement(width, muon_dtype, tokens.device)
+    return why
 
 
 @functools.cache
@@ -67,6 +83,38 @@ def _disagreement(width: int, dtype: torch.dtype, device: torch.device) -> str |
             "moved and scaled weight in products",
         ],
         tolerance=agreement.TOLERANCE[dtype],
+    )
+
+
+@functools.cache
+def _newton_schulz_disagreement(width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    gen = torch.Generator().manual_seed(0)
+    inputs = {
+        name: (torch.randn(2, width, width, generator=gen) / width**0.5).to(device, dtype)
+        for name in "xyps"
+    }
+
+    def of(products: newton_schulz.Products) -> agreement.Form:
+        def run(x: Tensor, y: Tensor, p: Tensor, s: Tensor) -> list[Tensor]:
+            p, s = p + p.mT, s + s.mT
+            return [
+                products.symmetric(x),
+                products.symmetric(x, y),
+                products.symmetric(p, base=p, beta=-0.7, alpha=0.3),
+                products.symmetric(p, s, base=p, beta=-0.7, alpha=0.3),
+                products.combined(x, p, beta=1.3),
+                products.combined(x, p, beta=1.3, s=s, y=y),
+            ]
+
+        return run
+
+    return agreement.disagreement(
+        of(triton_newton_schulz.BY_KERNELS),
+        of(newton_schulz.BY_LIBRARY),
+        inputs,
+        [f"product {i} of Newton-Schulz" for i in range(1, 7)],
+        tolerance=agreement.TOLERANCE[dtype],
+        gradients=False,
     )
 
 
@@ -113,7 +161,7 @@ FORMS = Forms(
     triton_gates.factors_gradients,
     triton_moved.moved,
     triton_moved.moved_gradients,
-    newton_schulz.BY_LIBRARY,
+    triton_newton_schulz.BY_KERNELS,
 )
 apply_fast_weights = functools.partial(chunk.apply_fast_weights, forms=FORMS)
 update_fast_weights = functools.partial(chunk.update_fast_weights, forms=FORMS)
@@ -127,3 +175,4 @@ def variants() -> Iterator[Variant]:
     """As they are compiled ahead of time."""
     yield from triton_gates.variants(_COMPILED)
     yield from triton_moved.variants(_COMPILED)
+    yield from triton_newton_schulz.variants(_COMPILED)

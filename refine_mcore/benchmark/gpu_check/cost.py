@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -31,10 +32,12 @@ class _Size:
     preset: str
     length: int
     dtype: str
+    overrides: dict[str, Any] = field(default_factory=dict)  # as in the recipe
 
 
-_FULL = (_Size("deltanet-1.3b", 16384, "bfloat16"), _Size("lact-760m", 16384, "bfloat16"))
-_TINY = (_Size("demo-deltanet", 256, "bfloat16"), _Size("demo-lact", 512, "bfloat16"))
+_MUON = {"mixer.muon_dtype": "bfloat16"}
+_FULL = (_Size("deltanet-1.3b", 16384, "bfloat16"), _Size("lact-760m", 16384, "bfloat16", _MUON))
+_TINY = (_Size("demo-deltanet", 256, "bfloat16"), _Size("demo-lact", 512, "bfloat16", _MUON))
 
 
 def check_cost(texts: Texts) -> Iterator[Result]:
@@ -73,7 +76,8 @@ def layers_that_fit(one: int, two: int, usable: float, wanted: int) -> int:
 def _step(texts: Texts, size: _Size, layers: int) -> Callable[[str], float]:
     """A step of a new model, the last one let go of."""
     free_memory()
-    return timed_step(full_size_job(texts, size.preset, layers, size.length, size.dtype))
+    overrides = size.overrides | {"num_layers": layers}
+    return timed_step(full_size_job(texts, size.preset, overrides, size.length, size.dtype))
 
 
 def _peak(step: Callable[[str], float], mode: str) -> int:

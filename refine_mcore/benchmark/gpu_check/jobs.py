@@ -129,11 +129,13 @@ def tiny_job(texts: Texts, family: str, layout: str = "one rank") -> Config:
     return replace(config, model=model, parallel=LAYOUTS[layout])
 
 
-def full_size_job(texts: Texts, preset: str, layers: int, length: int, dtype: str) -> Config:
-    """Steps on one text of `length` tokens, of a preset with as many layers as given."""
+def full_size_job(
+    texts: Texts, preset: str, overrides: dict[str, Any], length: int, dtype: str
+) -> Config:
+    """Steps on one text of `length` tokens, of a preset changed by `overrides`."""
     return config_from_dict(
         {
-            "model": {"preset": preset, "overrides": {"num_layers": layers}},
+            "model": {"preset": preset, "overrides": overrides},
             "data": texts.settings(length, 32000, short=False),
             "training": {"dtype": dtype, "global_batch_size": 1, "micro_batch_size": 1},
         },

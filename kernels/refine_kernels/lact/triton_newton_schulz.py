@@ -1,0 +1,236 @@
+"""Newton-Schulz's two kinds of products in Triton: `symmetric` and `combined` of newton_schulz.py.
+
+Matrices are small (384 by 384 in LaCT-760M, a dozen a text) and one step waits for the other, so
+what counts is how many launches there are, three a step either way.  A symmetric result is computed
+up to its diagonal and written twice: half the multiplications of a library's product, and no pass
+over memory for x + x^T.  Sums are float32; results are rounded once.  Other dtypes than bfloat16
+and float16 are the library's.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from refine_kernels import launch
+from refine_kernels.lact import newton_schulz
+from refine_kernels.triton_variant import Variant, variant
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def symmetric(
+    a: Tensor,
+    b: Tensor | None = None,
+    *,
+    base: Tensor | None = None,
+    beta: float = 0.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """As newton_schulz.symmetric."""
+    if a.dtype not in DTYPES:
+        return newton_schulz.symmetric(a, b, base=base, beta=beta, alpha=alpha)
+    count, rows, columns = a.shape
+    out = launch.empty((count, rows, rows), a.dtype, a.device)
+    constants = _constants(rows, columns, interpreted=not a.is_cuda)
+    blocks = triton.cdiv(rows, constants["BLOCK"])
+    launch.run(
+        symmetric_product,
+        (blocks, blocks, count),
+        *(*_dense(a, b, base), out, beta, alpha),
+        **constants,
+        TWO=b is not None,
+        BASE=base is not None,
+    )
+    return out
+
+
+def combined(
+    x: Tensor, p: Tensor, *, beta: float, s: Tensor | None = None, y: Tensor | None = None
+) -> Tensor:
+    """As newton_schulz.combined."""
+    if x.dtype not in DTYPES:
+        return newton_schulz.combined(x, p, beta=beta, s=s, y=y)
+    count, rows, columns = x.shape
+    out = launch.empty(x.shape, x.dtype, x.device)
+    constants = _constants(rows, columns, interpreted=not x.is_cuda)
+    block = constants["BLOCK"]
+    launch.run(
+        combined_product,
+        (triton.cdiv(rows, block), triton.cdiv(columns, block), count),
+        *(*_dense(x, p, s, y), out, beta),
+        **constants,
+        TWO=s is not None,
+    )
+    return out
+
+
+BY_KERNELS = newton_schulz.Products(symmetric, combined)
+
+
+def _dense(*given: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in given]
+
+
+def _constants(rows: int, columns: int, *, interpreted: bool = False) -> dict[str, Any]:
+    """Blocks that leave a GPU enough programs of a dozen matrices.  Triton's interpreter has no
+    product of bfloat16, so there it is one of float32, which is the same."""
+    wide = rows > 512
+    block = 128 if wide else max(16, min(64, triton.next_power_of_2(rows)))
+    return {
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "BLOCK": block,
+        "BK": 32 if wide else block,
+        "WIDEN": interpreted,
+        "num_warps": 8 if wide else 4,
+        "num_stages": 3,
+    }
+
+
+@triton.jit
+def _tile(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr):
+    """Of a matrix, zeros outside."""
+    inside = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+    at = x + row[:, None] * COLUMNS + column[None, :]
+    found = tl.load(at, mask=inside, other=0.0)
+    if WIDEN:
+        found = found.to(tl.float32)
+    return found
+
+
+@triton.jit
+def _across(
+    found,
+    a,
+    b,
+    i,
+    j,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """found + rows i of a times rows j of b.  One product a loop: two that add to one sum are more
+    than Triton 3.5 compiles for Blackwell."""
+    for start in range(0, COLUMNS, BK):
+        k = start + tl.arange(0, BK)
+        of_b = _tile(b, j, k, ROWS, COLUMNS, WIDEN)
+        found = tl.dot(_tile(a, i, k, ROWS, COLUMNS, WIDEN), tl.trans(of_b), found)
+    return found
+
+
+@triton.jit
+def _down(
+    found,
+    p,
+    x,
+    i,
+    j,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """found + rows i of p [ROWS, ROWS] times columns j of x."""
+    for start in range(0, ROWS, BK):
+        k = start + tl.arange(0, BK)
+        of_x = _tile(x, k, j, ROWS, COLUMNS, WIDEN)
+        found = tl.dot(_tile(p, i, k, ROWS, ROWS, WIDEN), of_x, found)
+    return found
+
+
+@triton.jit
+def symmetric_product(
+    a,
+    b,
+    base,
+    out,
+    beta,
+    alpha,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TWO: tl.constexpr,
+    BASE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """A block on or below the diagonal, and the one that mirrors it."""
+    if tl.program_id(1) > tl.program_id(0):
+        return
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(2).to(tl.int64)
+    a += n * ROWS * COLUMNS
+    if TWO:
+        b += n * ROWS * COLUMNS
+    found = tl.zeros((BLOCK, BLOCK), tl.float32)
+    if TWO:
+        found = _across(found, a, b, i, j, ROWS, COLUMNS, BK, WIDEN)
+        found = _across(found, b, a, i, j, ROWS, COLUMNS, BK, WIDEN)
+    else:
+        found = _across(found, a, a, i, j, ROWS, COLUMNS, BK, WIDEN)
+    found *= alpha
+    if BASE:
+        base += n * ROWS * ROWS
+        found += beta * _tile(base, i, j, ROWS, ROWS, WIDEN).to(tl.float32)
+    found = found.to(out.dtype.element_ty)
+    out += n * ROWS * ROWS
+    inside = (i < ROWS)[:, None] & (j < ROWS)[None, :]
+    tl.store(out + i[:, None] * ROWS + j[None, :], found, mask=inside)
+    if tl.program_id(1) < tl.program_id(0):
+        mirrored = (j < ROWS)[:, None] & (i < ROWS)[None, :]
+        tl.store(out + j[:, None] * ROWS + i[None, :], tl.trans(found), mask=mirrored)
+
+
+@triton.jit
+def combined_product(
+    x,
+    p,
+    s,
+    y,
+    out,
+    beta,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """A block of beta x + p x, with TWO + s y."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(2).to(tl.int64)
+    x += n * ROWS * COLUMNS
+    p += n * ROWS * ROWS
+    if TWO:
+        s += n * ROWS * ROWS
+        y += n * ROWS * COLUMNS
+    found = beta * _tile(x, i, j, ROWS, COLUMNS, WIDEN).to(tl.float32)
+    found = _down(found, p, x, i, j, ROWS, COLUMNS, BK, WIDEN)
+    if TWO:
+        found = _down(found, s, y, i, j, ROWS, COLUMNS, BK, WIDEN)
+    inside = (i < ROWS)[:, None] & (j < COLUMNS)[None, :]
+    at = n * ROWS * COLUMNS + i[:, None] * COLUMNS + j[None, :]
+    tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
+
+
+def variants(widths: tuple[int, ...]) -> Iterator[Variant]:
+    """As they are compiled ahead of time, for fast heads of these widths."""
+    types = {"beta": "fp32", "alpha": "fp32"}
+    for width in widths:
+        constants = _constants(width, width)
+        for kernel, given in (
+            (symmetric_product, {"TWO": False, "BASE": True}),
+            (symmetric_product, {"TWO": True, "BASE": True}),
+            (combined_product, {"TWO": False}),
+            (combined_product, {"TWO": True}),
+        ):
+            without = () if given["TWO"] else ("b", "s", "y")
+            title = f"d{width}_{'two' if given['TWO'] else 'one'}"
+            yield variant(kernel, title, constants | given, types, without, products=True)
