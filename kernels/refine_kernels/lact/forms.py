@@ -1,6 +1,6 @@
 """What LaCT computes beside its products of whole chunks, each in one form or another: between
-those of its fast network f(x) = w1 (silu(w0 x) * (w2 x)), between those of an update's gradients,
-after Newton-Schulz, and Newton-Schulz's own products.
+those of its fast network f(x) = w1 (silu(w0 x) * (w2 x)), between those of an update's gradients
+and after them, after Newton-Schulz, and in it.
 
 Products come in as they were rounded and are computed with in at least float32; results go into
 products, which round them to what they take.  Only `hidden` is differentiated by autograd; the
@@ -31,9 +31,11 @@ class Forms(NamedTuple):
     hidden: Callable[[Tensor, torch.dtype], Tensor]
     factors: Callable[[Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
     factors_gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    accumulated: Callable[..., Tensor]
+    accumulated_gradients: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
     moved: Callable[..., Moved]
     moved_gradients: Callable[..., tuple[Tensor, Tensor]]
-    newton_schulz: newton_schulz.Products
+    newton_schulz: newton_schulz.Operations
 
 
 def hidden(zh: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,6 +86,38 @@ def factors_gradients(
     return torch.cat((d_z, d_h), -1).to(kind), d_d.to(kind), d_lr.to(lr.dtype)
 
 
+def accumulated(
+    of_w02: Tensor,
+    of_w1: Tensor,
+    decay: Tensor | None,
+    momentum: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """M = G + decay M' [B,n,3,dh,d] of w0, w2 and w1^T, from the products of_w02 [B,n,2dh,d] and
+    of_w1 [B,n,dh,d]; decay [B,n,1,1,1]; no momentum, only G."""
+    total = torch.cat((of_w02, of_w1), 2).to(dtype).unflatten(2, (3, -1))
+    if decay is None or momentum is None:
+        return total
+    return torch.addcmul(total, decay, momentum)
+
+
+def accumulated_gradients(
+    grad: Tensor,
+    further: Tensor | None,
+    decay: Tensor | None,
+    momentum: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of the products, in ``dtype``, of M' and of the decay [B,n,parts], of which
+    all parts are to be summed; ``further`` is what else M has."""
+    total = plus(grad, further)
+    assert total is not None
+    of_w02, of_w1 = total[:, :, :2].flatten(2, 3).to(dtype), total[:, :, 2].to(dtype)
+    if decay is None or momentum is None:
+        return of_w02, of_w1, None, None
+    return of_w02, of_w1, decay * total, (total * momentum).sum((-2, -1))
+
+
 def moved(
     weight: Tensor, step: Tensor, norm: Tensor, dtype: torch.dtype, *, prenorm: bool
 ) -> Moved:
@@ -102,10 +136,12 @@ def moved_gradients(
     norm: Tensor,
     grad: Tensor | None,
     grad_operand: Tensor | None,
+    of_step: Tensor,
     *,
     prenorm: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of weight and step, which is one, and that of the norms [B,n,rows,1].
+    """The gradient of weight and step, which is one, and that of the norms [B,n,rows,1]; that of
+    the step also into ``of_step``, of any dtype and layout.
 
     With n = |r|, q = n + eps and t the gradient of r norm / q it is t norm / q - <t, r> norm / q^2
     r / n, with prenorm beside that of r itself, and <t, r> / q.  A row of zeros has no direction:
@@ -113,17 +149,14 @@ def moved_gradients(
     r = weight + step
     length = _lengths(r)
     inverse = 1 / (length + ROW_NORM_EPS)
-    if prenorm:
-        t = None if grad_operand is None else grad_operand.to(r.dtype)
-    else:
-        t = plus(grad, grad_operand)
-    if t is None:
-        return torch.zeros_like(r) if grad is None else grad, torch.zeros_like(length)
+    t = grad_operand if prenorm else plus(grad, grad_operand)
+    t = torch.zeros_like(r) if t is None else t.to(r.dtype)
     along = (t * r).sum(-1, keepdim=True)
     direction = torch.where(length > 0, 1 / length, 0.0)
     found = t * (norm * inverse) - r * (along * norm * inverse * inverse * direction)
     if prenorm and grad is not None:
         found += grad
+    of_step.copy_(found)
     return found, along * inverse
 
 
@@ -143,5 +176,12 @@ def _widened(x: Tensor) -> Tensor:
 
 
 BY_TORCH = Forms(
-    hidden, factors, factors_gradients, moved, moved_gradients, newton_schulz.BY_LIBRARY
+    hidden,
+    factors,
+    factors_gradients,
+    accumulated,
+    accumulated_gradients,
+    moved,
+    moved_gradients,
+    newton_schulz.BY_LIBRARY,
 )

@@ -3,8 +3,8 @@
 Each step uses its own coefficients, as LaCT does; they push the singular values towards one
 without converging exactly.  The reference casts to bfloat16 here; the dtype is the caller's.
 
-Both ways are made of two kinds of products, which can be had in more than one form: symmetric
-ones, and sums of products with rectangular matrices.
+Both ways are made of few operations, which can be had in more than one form: the norm, symmetric
+products, and sums of products with the matrices themselves.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,32 @@ COEFFICIENTS = (
     (2.8366, -3.0525, 1.2012),
 )
 
-_EPS = 1e-7
+EPS = 1e-7  # added to the norm
 
 
-class Products(NamedTuple):
+class Operations(NamedTuple):
     """Of batches of matrices; see the functions below."""
 
+    normalised: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
+    normalised_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
     symmetric: Callable[..., Tensor]
     combined: Callable[..., Tensor]
+
+
+def normalised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x / (|x|_F + 1e-7) in ``dtype`` and |x|_F [N,1,1], of x [N,i,j]."""
+    x = x.to(dtype)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    return x / (norm + EPS), norm
+
+
+def normalised_gradient(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
+    """That of x: of y = x / q with q = |x| + eps it is (dy - <dy, y> q / |x| y) / q, of zeros
+    dy / q."""
+    length = norm + EPS
+    along = torch.linalg.vecdot(grad.flatten(1), y.flatten(1))[:, None, None]
+    along = along * length / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return torch.addcmul(grad, along, y, value=-1) / length
 
 
 def symmetric(
@@ -65,7 +83,7 @@ def _scaled(x: Tensor, alpha: float) -> Tensor:
     return x if alpha == 1 else x * alpha
 
 
-BY_LIBRARY = Products(symmetric, combined)
+BY_LIBRARY = Operations(normalised, normalised_gradient, symmetric, combined)
 
 
 def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -74,62 +92,61 @@ def newton_schulz(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     matrix [..., rows, cols], one or more; computed in ``dtype`` (None: its own), returned in its
     own dtype.  Differentiable once.
     """
-    x = wide(matrix.to(dtype or matrix.dtype).flatten(0, -3))
-    x = _NewtonSchulz.apply(x)
-    return unwidened(x, matrix.shape).to(matrix.dtype)
-
-
-def wide(matrices: Tensor) -> Tensor:
-    """[N, rows, cols] transposed if they are tall: A is square in the shorter side."""
-    return matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-
-
-def unwidened(matrices: Tensor, shape: Sequence[int]) -> Tensor:
-    """What `wide` made of matrices of this shape, as they were."""
-    tall = shape[-2] > shape[-1]
-    return (matrices.mT if tall else matrices).reshape(shape)
+    x = _NewtonSchulz.apply(matrix.flatten(0, -3), dtype or matrix.dtype)
+    return x.to(matrix.dtype).reshape(matrix.shape)
 
 
 class _NewtonSchulz(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x, kept = steps(x)
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        found, kept = steps(x, dtype)
         ctx.save_for_backward(*kept)
-        return x
+        return found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return steps_backward(ctx.saved_tensors, grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return steps_backward(ctx.saved_tensors, grad), None
 
 
-def steps(x: Tensor, products: Products = BY_LIBRARY) -> tuple[Tensor, list[Tensor]]:
-    """Norm and the five steps of [N, rows, cols], no taller than wide, and what the backward
+def steps(
+    x: Tensor, dtype: torch.dtype, operations: Operations = BY_LIBRARY
+) -> tuple[Tensor, list[Tensor]]:
+    """The norm and the five steps of x [N, rows, cols] in ``dtype``, and what the backward
     needs."""
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    length = norm + _EPS
-    x = x / length
-    kept = [norm, length]
+    y, norm = operations.normalised(x, dtype)
+    x = _wide(y)
+    kept = [y, norm]
     for a, b, c in COEFFICIENTS:
-        gram = products.symmetric(x)
-        polynomial = products.symmetric(gram, base=gram, beta=b, alpha=c)
+        gram = operations.symmetric(x)
+        polynomial = operations.symmetric(gram, base=gram, beta=b, alpha=c)
         kept += [x, gram, polynomial]
-        x = products.combined(x, polynomial, beta=a)
-    return x, kept
+        x = operations.combined(x, polynomial, beta=a)
+    return _as(y, x), kept
 
 
-def steps_backward(kept: Sequence[Tensor], grad: Tensor, products: Products = BY_LIBRARY) -> Tensor:
-    """Of a step with P = b A + c A^2 and G the gradient of its result, that of P is G X^T.  A and P
-    are symmetric, so with Q = G X^T + X G^T what comes to X through A is S X with
-    S = b Q + c (Q A + A Q), and dX = a G + P G + S X: four products, autograd has six."""
-    norm, length, *kept = kept
+def steps_backward(
+    kept: Sequence[Tensor], grad: Tensor, operations: Operations = BY_LIBRARY
+) -> Tensor:
+    """The gradient of x, in the dtype of the steps.  Of a step with P = b A + c A^2 and G the
+    gradient of its result, that of P is G X^T.  A and P are symmetric, so with
+    Q = G X^T + X G^T what comes to X through A is S X with S = b Q + c (Q A + A Q), and
+    dX = a G + P G + S X: four products, autograd has six."""
+    y, norm, *kept = kept
+    grad = _wide(grad.to(y.dtype))
     for i in reversed(range(len(COEFFICIENTS))):
         (a, b, c), (x, gram, polynomial) = COEFFICIENTS[i], kept[3 * i : 3 * i + 3]
-        q = products.symmetric(grad, x)
-        s = products.symmetric(q, gram, base=q, beta=b, alpha=c)
-        grad = products.combined(grad, polynomial, beta=a, s=s, y=x)
-    # of Y = G / q with q = |G| + eps: (dY - <dY, Y> q / |G| Y) / q, of zeros dY / q
-    y, smallest = kept[0], torch.finfo(norm.dtype).tiny
-    along = torch.linalg.vecdot(grad.flatten(1), y.flatten(1))[:, None, None]
-    along = along * length / norm.clamp_min(smallest)
-    return torch.addcmul(grad, along, y, value=-1) / length
+        q = operations.symmetric(grad, x)
+        s = operations.symmetric(q, gram, base=q, beta=b, alpha=c)
+        grad = operations.combined(grad, polynomial, beta=a, s=s, y=x)
+    return operations.normalised_gradient(_as(y, grad), y, norm)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """[N, rows, cols] transposed if they are tall: A is square in the shorter side."""
+    return x.mT if x.shape[-2] > x.shape[-1] else x
+
+
+def _as(y: Tensor, x: Tensor) -> Tensor:
+    """x, which `_wide` may have transposed, as y."""
+    return x if x.shape == y.shape else x.mT

@@ -16,6 +16,7 @@ from refine_kernels.lact import (
     forms,
     newton_schulz,
     triton_gates,
+    triton_momentum,
     triton_moved,
     triton_newton_schulz,
 )
@@ -62,6 +63,11 @@ def _disagreement(width: int, dtype: torch.dtype, device: torch.device) -> str |
     for name in ("weight", "step"):
         inputs[name] = torch.randn(2, 2, 5, width, generator=gen).to(device)
     inputs["norm"] = torch.rand(1, 2, 5, 1, generator=gen).to(device)
+    inputs["of_w02"], inputs["of_w1"] = (
+        torch.randn(2, 2, rows, width, generator=gen).to(device, dtype) for rows in (6, 3)
+    )
+    inputs["decay"] = torch.rand(2, 2, 1, 1, 1, generator=gen).to(device)
+    inputs["momentum"] = torch.randn(2, 2, 3, 3, width, generator=gen).to(device)
 
     def of(forms: Forms) -> agreement.Form:
         def run(*given: Tensor) -> list[Tensor]:
@@ -81,6 +87,7 @@ def _disagreement(width: int, dtype: torch.dtype, device: torch.device) -> str |
             "moved weight in products",
             "moved weight",
             "moved and scaled weight in products",
+            "momentum",
         ],
         tolerance=agreement.TOLERANCE[dtype],
     )
@@ -94,16 +101,19 @@ def _newton_schulz_disagreement(width: int, dtype: torch.dtype, device: torch.de
         for name in "xyps"
     }
 
-    def of(products: newton_schulz.Products) -> agreement.Form:
+    def of(operations: newton_schulz.Operations) -> agreement.Form:
         def run(x: Tensor, y: Tensor, p: Tensor, s: Tensor) -> list[Tensor]:
             p, s = p + p.mT, s + s.mT
+            unit, norm = operations.normalised(x, x.dtype)
             return [
-                products.symmetric(x),
-                products.symmetric(x, y),
-                products.symmetric(p, base=p, beta=-0.7, alpha=0.3),
-                products.symmetric(p, s, base=p, beta=-0.7, alpha=0.3),
-                products.combined(x, p, beta=1.3),
-                products.combined(x, p, beta=1.3, s=s, y=y),
+                unit,
+                operations.normalised_gradient(y, unit, norm),
+                operations.symmetric(x),
+                operations.symmetric(x, y),
+                operations.symmetric(p, base=p, beta=-0.7, alpha=0.3),
+                operations.symmetric(p, s, base=p, beta=-0.7, alpha=0.3),
+                operations.combined(x, p, beta=1.3),
+                operations.combined(x, p, beta=1.3, s=s, y=y),
             ]
 
         return run
@@ -112,7 +122,8 @@ def _newton_schulz_disagreement(width: int, dtype: torch.dtype, device: torch.de
         of(triton_newton_schulz.BY_KERNELS),
         of(newton_schulz.BY_LIBRARY),
         inputs,
-        [f"product {i} of Newton-Schulz" for i in range(1, 7)],
+        ["unit in Newton-Schulz", "gradient of the norm"]
+        + [f"product {i} of Newton-Schulz" for i in range(1, 7)],
         tolerance=agreement.TOLERANCE[dtype],
         gradients=False,
     )
@@ -122,43 +133,42 @@ class _Others(torch.autograd.Function):
     """All forms with gradients of their own, as autograd's."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        forms: Forms,
-        dtype: torch.dtype,
-        zh: Tensor,
-        d: Tensor,
-        lr: Tensor,
-        weight: Tensor,
-        step: Tensor,
-        norm: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(zh, d, lr, weight, step, norm)
+    def forward(ctx: Any, forms: Forms, dtype: torch.dtype, *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*given)
         ctx.forms = forms
+        zh, d, lr, *_ = given
         found = [*forms.factors(zh, d, lr, dtype)]
         for prenorm in (False, True):
-            moved = forms.moved(weight, step, norm, dtype, prenorm=prenorm)
+            moved = forms.moved(*given[3:6], dtype, prenorm=prenorm)
             found += [moved.weight, moved.weight * 1 if moved.operand is None else moved.operand]
-        return tuple(found)
+        return *found, forms.accumulated(*given[6:], torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *gates, weight, step, norm = ctx.saved_tensors
-        of_gates = ctx.forms.factors_gradients(*gates, *grads[:2])
-        (of_weight, of_norm), (of_raw, of_raw_norm) = (
-            ctx.forms.moved_gradients(weight, step, norm, *given, prenorm=prenorm)
-            for given, prenorm in ((grads[2:4], False), (grads[4:], True))
+        given, forms = ctx.saved_tensors, ctx.forms
+        of_gates = forms.factors_gradients(*given[:3], *grads[:2])
+        of_weight, of_step, of_norm = (torch.zeros_like(x) for x in given[3:6])
+        for of_moved, prenorm in ((grads[2:4], False), (grads[4:6], True)):
+            part = torch.empty_like(of_step)
+            found, lengths = forms.moved_gradients(*given[3:6], *of_moved, part, prenorm=prenorm)
+            of_weight += found
+            of_step += part
+            of_norm += lengths.sum_to_size(of_norm.shape)
+        *of_products, of_momentum, of_decay = forms.accumulated_gradients(
+            grads[6], None, *given[8:], given[6].dtype
         )
-        of_weight += of_raw
-        of_norm = (of_norm + of_raw_norm).sum_to_size(norm.shape)
-        return None, None, *of_gates, of_weight, of_weight, of_norm
+        of_decay = of_decay.sum(-1)[..., None, None, None]
+        of_moved = of_weight, of_step, of_norm
+        return None, None, *of_gates, *of_moved, *of_products, of_decay, of_momentum
 
 
 FORMS = Forms(
     triton_gates.hidden,
     triton_gates.factors,
     triton_gates.factors_gradients,
+    triton_momentum.accumulated,
+    triton_momentum.accumulated_gradients,
     triton_moved.moved,
     triton_moved.moved_gradients,
     triton_newton_schulz.BY_KERNELS,
@@ -174,5 +184,6 @@ _COMPILED = (384, 768)
 def variants() -> Iterator[Variant]:
     """As they are compiled ahead of time."""
     yield from triton_gates.variants(_COMPILED)
+    yield from triton_momentum.variants(_COMPILED)
     yield from triton_moved.variants(_COMPILED)
     yield from triton_newton_schulz.variants(_COMPILED)

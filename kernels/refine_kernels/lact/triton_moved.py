@@ -43,6 +43,7 @@ def moved_gradients(
     norm: Tensor,
     grad: Tensor | None,
     grad_operand: Tensor | None,
+    of_step: Tensor,
     *,
     prenorm: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -55,8 +56,8 @@ def moved_gradients(
     launch.run(
         moved_backward,
         rows.grid,
-        *(*rows.tensors, *given.values(), found, of_norm),
-        *(*rows.sizes, *strides[0], *strides[1]),
+        *(*rows.tensors, *given.values(), of_step, found, of_norm),
+        *(*rows.sizes, *strides[0], *strides[1], *of_step.stride()),
         **rows.constants,
         **{name: x is not None for name, x in given.items()},
     )
@@ -148,6 +149,7 @@ def moved_backward(
     norm,
     grad,
     grad_operand,
+    of_step,
     found,
     of_norm,
     total,
@@ -172,6 +174,10 @@ def moved_backward(
     stride_on,
     stride_or,
     stride_oc,
+    stride_fs,
+    stride_fn,
+    stride_fr,
+    stride_fc,
     D: tl.constexpr,
     BD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -212,6 +218,8 @@ def moved_backward(
     direction = tl.where(length > 0, 1 / tl.where(length > 0, length, 1.0), 0.0)
     g -= r * (along * wanted * inverse * inverse * direction)[:, None]
     tl.store(found + at, g, mask=inside)
+    at = _places(stream, head, row, column, stride_fs, stride_fn, stride_fr, stride_fc)
+    tl.store(of_step + at, g.to(of_step.dtype.element_ty), mask=inside)
     tl.store(of_norm + place, along * inverse, mask=known)
 
 

@@ -1,10 +1,10 @@
-"""Newton-Schulz's two kinds of products in Triton: `symmetric` and `combined` of newton_schulz.py.
+"""Newton-Schulz's operations in Triton: as in newton_schulz.py.
 
 Matrices are small (384 by 384 in LaCT-760M, a dozen a text) and one step waits for the other, so
-what counts is how many launches there are, three a step either way.  A symmetric result is computed
-up to its diagonal and written twice: half the multiplications of a library's product, and no pass
-over memory for x + x^T.  Sums are float32; results are rounded once.  Other dtypes than bfloat16
-and float16 are the library's.
+what counts is how many launches there are: three a step either way, two for the norm.  A symmetric
+result is computed up to its diagonal and written twice: half the multiplications of a library's
+product, and no pass over memory for x + x^T.  Sums are float32; results are rounded once.  Other
+dtypes than bfloat16 and float16 are the library's.
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,45 @@ from refine_kernels.lact import newton_schulz
 from refine_kernels.triton_variant import Variant, variant
 
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+def normalised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As newton_schulz.normalised, the norm in float32."""
+    if dtype not in DTYPES:
+        return newton_schulz.normalised(x, dtype)
+    x = x.contiguous()
+    norm = launch.empty((x.shape[0], 1, 1), torch.float32, x.device)
+    out = launch.empty(x.shape, dtype, x.device)
+    sums, grid, constants = _pieces(x)
+    launch.run(inner_products, grid, x, x, sums, **constants)
+    launch.run(divided_by_norm, grid, x, sums, norm, out, EPS=newton_schulz.EPS, **constants)
+    return out, norm
+
+
+def normalised_gradient(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
+    """As newton_schulz.normalised_gradient."""
+    if y.dtype not in DTYPES:
+        return newton_schulz.normalised_gradient(grad, y, norm)
+    grad, y = grad.contiguous(), y.contiguous()
+    out = launch.empty(grad.shape, grad.dtype, grad.device)
+    sums, grid, constants = _pieces(y)
+    launch.run(inner_products, grid, grad, y, sums, **constants)
+    given = (grad, y, norm, sums, out)
+    launch.run(divided_by_norm_gradient, grid, *given, EPS=newton_schulz.EPS, **constants)
+    return out
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
+    """Memory for a sum of each piece of a matrix, and the programs that make them."""
+    count, rows, columns = x.shape
+    constants = _piece_constants(rows * columns)
+    sums = launch.empty((count, constants["PIECES"]), torch.float32, x.device)
+    return sums, (constants["PIECES"], count), constants
+
+
+def _piece_constants(size: int) -> dict[str, Any]:
+    block = 4096
+    return {"SIZE": size, "BLOCK": block, "PIECES": triton.cdiv(size, block), "num_warps": 4}
 
 
 def symmetric(
@@ -68,7 +107,7 @@ def combined(
     return out
 
 
-BY_KERNELS = newton_schulz.Products(symmetric, combined)
+BY_KERNELS = newton_schulz.Operations(normalised, normalised_gradient, symmetric, combined)
 
 
 def _dense(*given: Tensor | None) -> list[Tensor | None]:
@@ -89,6 +128,72 @@ def _constants(rows: int, columns: int, *, interpreted: bool = False) -> dict[st
         "num_warps": 8 if wide else 4,
         "num_stages": 3,
     }
+
+
+@triton.jit
+def inner_products(x, y, sums, SIZE: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr):
+    """<x, y> of a piece of a matrix."""
+    piece, n = tl.program_id(0), tl.program_id(1)
+    at = piece * BLOCK + tl.arange(0, BLOCK)
+    first = n.to(tl.int64) * SIZE
+    x = tl.load(x + first + at, mask=at < SIZE, other=0.0).to(tl.float32)
+    y = tl.load(y + first + at, mask=at < SIZE, other=0.0).to(tl.float32)
+    tl.store(sums + n * PIECES + piece, tl.sum(x * y, 0))
+
+
+@triton.jit
+def _total(sums, n, PIECES: tl.constexpr):
+    """Of a matrix's pieces."""
+    found = 0.0
+    for piece in range(0, PIECES):
+        found += tl.load(sums + n * PIECES + piece)
+    return found
+
+
+@triton.jit
+def divided_by_norm(
+    x,
+    sums,
+    norm,
+    out,
+    EPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """A piece of x / (|x| + eps), and |x|."""
+    piece, n = tl.program_id(0), tl.program_id(1)
+    length = tl.sqrt(_total(sums, n, PIECES))
+    at = piece * BLOCK + tl.arange(0, BLOCK)
+    first = n.to(tl.int64) * SIZE
+    found = tl.load(x + first + at, mask=at < SIZE, other=0.0).to(tl.float32) / (length + EPS)
+    tl.store(out + first + at, found.to(out.dtype.element_ty), mask=at < SIZE)
+    tl.store(norm + n, length, mask=piece == 0)
+
+
+@triton.jit
+def divided_by_norm_gradient(
+    grad,
+    y,
+    norm,
+    sums,
+    out,
+    EPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """A piece of (dy - <dy, y> q / |x| y) / q."""
+    piece, n = tl.program_id(0), tl.program_id(1)
+    length = tl.load(norm + n)
+    inverse = 1 / (length + EPS)
+    # of zeros y is zero too
+    along = tl.where(length > 0, _total(sums, n, PIECES) / tl.where(length > 0, length, 1.0), 0.0)
+    at = piece * BLOCK + tl.arange(0, BLOCK)
+    first = n.to(tl.int64) * SIZE
+    found = tl.load(grad + first + at, mask=at < SIZE, other=0.0).to(tl.float32) * inverse
+    found -= along * tl.load(y + first + at, mask=at < SIZE, other=0.0).to(tl.float32)
+    tl.store(out + first + at, found.to(out.dtype.element_ty), mask=at < SIZE)
 
 
 @triton.jit
@@ -223,7 +328,11 @@ def combined_product(
 def variants(widths: tuple[int, ...]) -> Iterator[Variant]:
     """As they are compiled ahead of time, for fast heads of these widths."""
     types = {"beta": "fp32", "alpha": "fp32"}
+    of_pieces = {"x": "*fp32", "norm": "*fp32", "sums": "*fp32"}
     for width in widths:
+        constants = _piece_constants(width * width) | {"EPS": newton_schulz.EPS}
+        for kernel in (inner_products, divided_by_norm, divided_by_norm_gradient):
+            yield variant(kernel, f"d{width}", constants, of_pieces)
         constants = _constants(width, width)
         for kernel, given in (
             (symmetric_product, {"TWO": False, "BASE": True}),

@@ -52,9 +52,16 @@ class Rule:
         """S [B,n,3,dh,d] of M, and what `step_backward` needs."""
         if not self.muon:
             return total, []
-        matrices = total.to(self.muon_dtype or total.dtype).flatten(0, 2)
-        step, kept = newton_schulz.steps(newton_schulz.wide(matrices), self.forms.newton_schulz)
-        return newton_schulz.unwidened(step, total.shape), kept
+        dtype = self.muon_dtype or total.dtype
+        step, kept = newton_schulz.steps(total.flatten(0, 2), dtype, self.forms.newton_schulz)
+        return step.reshape(total.shape), kept
+
+    def step_backward(self, kept: Sequence[Tensor], grad: Tensor) -> Tensor:
+        """The gradient of M from that of S, which is in the dtype of S."""
+        if not self.muon:
+            return grad
+        found = newton_schulz.steps_backward(kept, grad.flatten(0, 2), self.forms.newton_schulz)
+        return found.reshape(grad.shape)
 
     def moved(self, weight: Tensor, step: Tensor, norm: Tensor) -> Moved:
         """As forms.moved."""
@@ -63,14 +70,6 @@ class Rule:
     def moved_gradients(self, *given: Tensor | None) -> tuple[Tensor, Tensor]:
         """As forms.moved_gradients."""
         return self.forms.moved_gradients(*given, prenorm=self.prenorm)
-
-    def step_backward(self, kept: Sequence[Tensor], grad: Tensor) -> Tensor:
-        """The gradient of M from that of S."""
-        if not self.muon:
-            return grad
-        matrices = newton_schulz.wide(grad.to(kept[-1].dtype).flatten(0, 2))
-        found = newton_schulz.steps_backward(kept, matrices, self.forms.newton_schulz)
-        return newton_schulz.unwidened(found, grad.shape)
 
 
 def updated(
@@ -136,9 +135,10 @@ class _Updates(torch.autograd.Function):
         for i in range(count):
             used02 = w02 if operand02 is None else operand02
             used1 = w1 if operand1 is None else operand1
-            total = chunks.gradient(i, used02, used1).to(rule.product.states)
-            if decay is not None and momentum is not None:
-                total = torch.addcmul(total, decay[:, i], momentum)
+            of_products = chunks.products(i, used02, used1)
+            total = rule.forms.accumulated(
+                *of_products, _of_chunk(decay, i), momentum, rule.product.states
+            )
             step, of_step = rule.step(total)
             if keeps:
                 of_step = [total] if ctx.remakes else of_step
@@ -163,36 +163,30 @@ class _Updates(torch.autograd.Function):
         # of what was there before each update and after the last
         of_states = [_Gradients([None, None], None, [None, None])]
         of_states += [_Gradients.of(x, decay is not None) for x in _by_update(grads, count)]
-        of_norms: list[tuple[Tensor | None, ...]] = []
-        of_decays: list[Tensor] = []
+        of_norms: list[tuple[Tensor, ...]] = []
+        of_decays: list[Tensor | None] = []
         for i in reversed(range(count)):
             w02, w1, used02, used1, momentum, step, *of_step = kept[i]
             before, after = of_states[i : i + 2]
-            total, lengths = after.momentum, (None, None)
-            if after.of_weights():
-                of_both = zip(
-                    (w02, w1), _split(step), norms, after.weights, after.operands, strict=True
-                )
-                moved = [rule.moved_gradients(*of_weight) for of_weight in of_both]
-                found, lengths = zip(*moved, strict=True)
-                before.weights = [plus(*x) for x in zip(before.weights, found, strict=True)]
-                of_step = rule.step(*of_step)[1] if ctx.remakes else of_step
-                total = plus(total, rule.step_backward(of_step, _joined(*found)))
-            of_norms.append(lengths)
-            if total is None:
-                total = torch.zeros_like(step, dtype=rule.product.states)
-            if decay is not None:
-                of_decay = torch.zeros_like(decay[:, i])
-                if momentum is not None:
-                    of_decay = (total * momentum).sum((-3, -2, -1), keepdim=True)
-                    before.momentum = plus(before.momentum, decay[:, i] * total)
-                of_decays.append(of_decay)
+            grad = torch.empty(step.shape, dtype=step.dtype, device=step.device)
+            of_both = (w02, w1), _split(step), norms, after.weights, after.operands, _split(grad)
+            moved = [rule.moved_gradients(*given) for given in zip(*of_both, strict=True)]
+            found, of_norm = zip(*moved, strict=True)
+            before.weights = [plus(*x) for x in zip(before.weights, found, strict=True)]
+            of_step = rule.step(*of_step)[1] if ctx.remakes else of_step
+            *of_products, of_momentum, of_decay = rule.forms.accumulated_gradients(
+                rule.step_backward(of_step, grad),
+                *(after.momentum, _of_chunk(decay, i), momentum, rule.product.operands),
+            )
+            before.momentum = plus(before.momentum, of_momentum)
             read = before.operands if ctx.has_operands[i] else before.weights
-            read[:] = chunks.backward(i, used02, used1, total, read)
+            read[:] = chunks.backward(i, used02, used1, of_products, read)
+            of_norms.insert(0, of_norm)
+            of_decays.insert(0, of_decay)
         first = of_states[0]
         return (
             *(None, None, *chunks.gradients()),
-            torch.stack(of_decays[::-1], 1) if of_decays else None,
+            _of_decays(of_decays, decay),
             *map(_summed, zip(*of_norms, strict=True), norms),
             *(*first.weights, first.momentum, *first.operands),
         )
@@ -214,10 +208,6 @@ class _Gradients:
         of_momentum = others.pop(0) if momentum else None
         return cls([w02, w1], of_momentum, others or [None, None])
 
-    def of_weights(self) -> bool:
-        """Whether the weights have any."""
-        return any(x is not None for x in (*self.weights, *self.operands))
-
 
 class _Chunks:
     """The tokens of the updates by chunks, and their gradients."""
@@ -227,26 +217,28 @@ class _Chunks:
         self._k, self._v = _by_head(fk), _by_head(fv)
         self._found: list[tuple[Tensor, ...]] = []
 
-    def gradient(self, i: int, w02: Tensor, w1: Tensor) -> Tensor:
-        """G [B,n,3,dh,d] of chunk i, by the weights as products take them."""
+    def products(self, i: int, w02: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
+        """G of chunk i, by the weights as products take them: that of w0 and w2 [B,n,2dh,d], and
+        of w1^T [B,n,dh,d]."""
         k, v, _, (of_w02, of_w1) = self._factors(i, w02, w1)
-        product = self._rule.product
-        return torch.cat((product(of_w02.mT, k), product(of_w1.mT, v)), 2).unflatten(2, (3, -1))
+        return self._rule.product(of_w02.mT, k), self._rule.product(of_w1.mT, v)
 
     def backward(
-        self, i: int, w02: Tensor, w1: Tensor, grad: Tensor, of_weights: Sequence[Tensor | None]
+        self,
+        i: int,
+        w02: Tensor,
+        w1: Tensor,
+        grads: Sequence[Tensor],
+        of_weights: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        """The gradients of the weights from that of G, added to those given; the tokens' own are
-        left for `gradients`."""
+        """The gradients of the weights from those of `products`, added to those given; the tokens'
+        own are left for `gradients`."""
         product = self._rule.product
         k, v, gates, factors = self._factors(i, w02, w1)
-        grad02, grad1 = (
-            grad.to(product.operands).flatten(2, 3).split([w02.shape[2], w1.shape[3]], 2)
-        )
-        of_factors = product(k, grad02.mT), product(v, grad1.mT)
+        of_factors = product(k, grads[0].mT), product(v, grads[1].mT)
         of_zh, of_d, of_lr = self._rule.forms.factors_gradients(*gates, *of_factors)
-        of_k = product.added(product(factors[0], grad02), of_zh, w02)
-        of_v = product.added(product(factors[1], grad1), of_d, w1.mT)
+        of_k = product.added(product(factors[0], grads[0]), of_zh, w02)
+        of_v = product.added(product(factors[1], grads[1]), of_d, w1.mT)
         self._found.append((of_k, of_v, of_lr))
         pairs = (of_zh.mT, k), (v.mT, of_d)
         return [product.added(x, *pair) for x, pair in zip(of_weights, pairs, strict=True)]
@@ -289,14 +281,25 @@ def _split(step: Tensor) -> tuple[Tensor, Tensor]:
     return step[:, :, :2].flatten(2, 3), step[:, :, 2].mT
 
 
-def _joined(of_w02: Tensor, of_w1: Tensor) -> Tensor:
-    """The inverse of `_split`."""
-    return torch.cat((of_w02, of_w1.mT), 2).unflatten(2, (3, -1))
+def _summed(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(list(parts)).sum(0).sum_to_size(like.shape)
 
 
-def _summed(parts: Sequence[Tensor | None], like: Tensor) -> Tensor | None:
-    found = [x for x in parts if x is not None]
-    return torch.stack(found).sum(0).sum_to_size(like.shape) if found else None
+def _of_chunk(decay: Tensor | None, i: int) -> Tensor | None:
+    return None if decay is None else decay[:, i]
+
+
+def _of_decays(parts: Sequence[Tensor | None], decay: Tensor | None) -> Tensor | None:
+    """The gradient of the decays, of which the first multiplies nothing where there was no
+    momentum."""
+    if decay is None:
+        return None
+    found = torch.zeros_like(decay)
+    of_some = [x for x in parts if x is not None]
+    if of_some:
+        summed = torch.stack(of_some, 1).sum(-1)[..., None, None, None]
+        found[:, len(parts) - len(of_some) :] = summed
+    return found
 
 
 def _by_update(flat: Sequence[Any], count: int) -> list[Sequence[Any]]:
