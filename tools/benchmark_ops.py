@@ -6,8 +6,9 @@
 
 Sizes are those of a layer of the presets in --shapes; of eight branches of a text decode is a
 token, score five, and read their states after 64 more. Forms are
-`torch`, `compile` (torch.compile of it), `triton` (the project's kernels) and `fla`
-(flash-linear-attention), of which those run that are installed; on a CPU only torch's. A form is
+`torch`, `compile` (torch.compile of it), `triton` (the project's kernels), `flash` (attention by
+FlashAttention) and `fla` (flash-linear-attention), of which those run that are installed; on a CPU
+only torch's. A form is
 timed once it agrees with torch's in float32, gradients included. Prints a Markdown table:
 milliseconds of the forward and of forward and backward with the ratio to torch's in the same round,
 the forward's rate as a share of this machine's own (of a plain copy, or of a plain product where

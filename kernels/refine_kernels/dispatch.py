@@ -1,6 +1,7 @@
 """The one place that says which backend runs each operation.
 
-Triton on CUDA for those that have such a form, plain torch otherwise; `use` chooses on any device.
+On CUDA Triton, or for attention FlashAttention, for those that have such a form, plain torch
+otherwise; `use` chooses on any device.
 The first call of an operation on a device type is logged, so a run's log says what ran.
 """
 
@@ -14,6 +15,7 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
+from refine_kernels.attention import sdpa as _sdpa
 from refine_kernels.delta_gates import gates as _gates
 from refine_kernels.delta_rule import chunk as _delta_chunk
 from refine_kernels.delta_rule import read as _delta_read
@@ -57,6 +59,7 @@ __all__ = [
     "sample_tokens",
     "state_from_writes",
     "swiglu",
+    "text_attention",
     "update_fast_weights",
 ]
 
@@ -64,31 +67,40 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What `use` can choose: operations that have a Triton form.
-CHOICES = ("delta_rule", "lact", "rms_norm", "rotary", "short_conv", "swiglu", "vocabulary")
+# What `use` can choose: operations that have another form than torch's, and its name.
+CHOICES = {
+    "attention": "flash",
+    "delta_rule": "triton",
+    "lact": "triton",
+    "rms_norm": "triton",
+    "rotary": "triton",
+    "short_conv": "triton",
+    "swiglu": "triton",
+    "vocabulary": "triton",
+}
 _WANTED = dict.fromkeys(CHOICES, "auto")
 _RAN: dict[tuple[str, str], str] = {}
 
 
 def use(**forms: str) -> None:
-    """From now on in this process run this form of these operations: "torch", "triton" (torch where
-    it does not fit), or "auto", by the device; all others by the device."""
+    """From now on in this process run this form of these operations: "torch", the other one that
+    `CHOICES` says (torch where it does not fit), or "auto", by the device; all others by the
+    device."""
     for name, form in forms.items():
         if name not in CHOICES:
             raise ValueError(f"{name} is not one of {', '.join(CHOICES)}")
-        if form not in ("auto", "torch", "triton"):
-            raise ValueError(f"{name} is {form!r}, must be 'auto', 'torch' or 'triton'")
+        if form not in ("auto", "torch", CHOICES[name]):
+            raise ValueError(f"{name} is {form!r}, must be 'auto', 'torch' or {CHOICES[name]!r}")
     for name in CHOICES:
         _WANTED[name] = forms.get(name, "auto")
     _RAN.clear()
 
 
 def backend(name: str, device_type: str) -> str:
-    """Which form of the operations of this name is wanted on devices of this type, "torch" or
-    "triton"."""
+    """Which form of the operations of this name is wanted on devices of this type."""
     wanted = _WANTED[name]
     if wanted == "auto":
-        return "triton" if device_type == "cuda" else "torch"
+        return CHOICES[name] if device_type == "cuda" else "torch"
     return wanted
 
 
@@ -111,10 +123,10 @@ def _log_backend(operation: str, device_type: str, backend: str) -> None:
 def _operation(
     torch_form: Callable[P, R], name: str | None = None, module: str = ""
 ) -> Callable[P, R]:
-    """Triton's form where it is wanted and takes the arguments, otherwise torch's.
+    """The other form where it is wanted and takes the arguments, otherwise torch's.
 
-    The form is in ``module`` under the same name, and beside it `refusal`, which says of the same
-    arguments why it would not take them.
+    The other form is in ``module`` under the same name, and beside it `refusal`, which says of the
+    same arguments why it would not take them.
     """
     operation = torch_form.__name__
 
@@ -124,13 +136,13 @@ def _operation(
         if name is None or backend(name, device) == "torch":
             _record(operation, device)
             return torch_form(*args, **kwargs)
-        why = _without_triton(device)
+        why = _without_triton(device) if CHOICES[name] == "triton" else None
         if why is None:
-            triton_forms = importlib.import_module(f"refine_kernels.{module}")
-            why = triton_forms.refusal(*args, **kwargs)
+            others = importlib.import_module(f"refine_kernels.{module}")
+            why = others.refusal(*args, **kwargs)
             if why is None:
-                _record(operation, device, "triton")
-                return getattr(triton_forms, operation)(*args, **kwargs)
+                _record(operation, device, CHOICES[name])
+                return getattr(others, operation)(*args, **kwargs)
         _record(operation, device, f"torch, as {why}")
         return torch_form(*args, **kwargs)
 
@@ -152,6 +164,7 @@ _RECURRENT = ("delta_rule", "delta_rule.triton_recurrent")
 _LACT = ("lact", "lact.triton_forms")
 _ROWS = ("vocabulary", "vocab.triton_rows")
 
+text_attention = _operation(_sdpa.text_attention, "attention", "attention.flash")
 chunk_delta_rule = _operation(_delta_chunk.chunk_delta_rule, *_CHUNK)
 recurrent_delta_rule = _operation(_delta_recurrent.recurrent_delta_rule, *_RECURRENT)
 chunk_gated_delta_rule = _operation(_gated_chunk.chunk_gated_delta_rule, *_CHUNK)

@@ -30,10 +30,11 @@ from refine_mcore.models.architecture import (
 )
 from refine_mcore.models.attention import rotary_table
 
-FORMS = ("torch", "compile", "triton", "fla")
+FORMS = ("torch", "compile", "triton", "flash", "fla")
 OPERATIONS = (
     "rms_norm",
     "rotary",
+    "attention",
     "short_conv",
     "swiglu",
     "delta_rule",
@@ -70,6 +71,7 @@ class Case:
     gradients: bool = True
     muon: bool = False
     checked: int = 1024  # tokens of the comparison
+    other: str = "triton"  # the form beside torch's that dispatch has
 
     def inputs(self, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Drawn anew, the same for the same number of tokens; the second dimension is cut."""
@@ -121,8 +123,9 @@ def case_of(name: str, architecture: Architecture, tokens: int) -> Case | None:
             fixed=frozenset({"weight"}),
             integers={"targets": words},
         )
-    if name == "rotary":
-        return _rotary(architecture, tokens)
+    if name in ("rotary", "attention"):
+        of_attention = _rotary if name == "rotary" else _attention
+        return of_attention(architecture, tokens)
     if name in ("lact", "features"):
         if not isinstance(mixer, LaCTOptions):
             return None
@@ -149,6 +152,28 @@ def _rotary(architecture: Architecture, tokens: int) -> Case | None:
         return [dispatch.rotate(x, *rotary_table((0,), x.shape[1], turned, base, x))]
 
     return Case({"x": (1, tokens, heads, dim)}, run, 0.0)
+
+
+def _attention(architecture: Architecture, tokens: int) -> Case | None:
+    """Of a text from its first token on."""
+    hidden, mixer, attention = architecture.hidden_size, architecture.mixer, architecture.attention
+    window: int | None
+    if isinstance(mixer, LaCTOptions):
+        heads = kv_heads = mixer.num_attention_heads
+        dim, window = hidden // heads, mixer.window_size
+    elif attention is not None:
+        heads, kv_heads = attention.num_heads, attention.kv_heads
+        dim, window = attention.head_dim(hidden), attention.window_size
+    else:
+        return None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        return [dispatch.text_attention(q, k, v, window=window)]
+
+    reach = tokens if window is None else min(window, tokens)
+    seen = tokens * reach - reach * (reach - 1) // 2
+    shapes = {"q": (1, tokens, heads, dim)} | dict.fromkeys("kv", (1, tokens, kv_heads, dim))
+    return Case(shapes, run, 4.0 * seen * heads * dim, other="flash")
 
 
 def _features(mixer: LaCTOptions, hidden: int, tokens: int) -> Case:
@@ -369,12 +394,14 @@ def _form(case: Case, form: str) -> Run:
         if case.fla is None:
             raise LookupError("not in fla")
         return case.fla
+    if form in ("triton", "flash") and form != case.other:
+        raise LookupError(f"not in {form}")
     return torch.compile(case.run) if form == "compile" else case.run
 
 
 def _use(form: str) -> None:
-    chosen = "triton" if form == "triton" else "torch"
-    dispatch.use(**dict.fromkeys(dispatch.CHOICES, chosen))
+    others = form in ("triton", "flash")
+    dispatch.use(**dispatch.CHOICES if others else dict.fromkeys(dispatch.CHOICES, "torch"))
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -287,8 +287,10 @@ class ParallelConfig:
 class KernelsConfig:
     """Which form of an operation runs; the log says at its first call which one does."""
 
-    # auto: Triton on GPUs, torch elsewhere. triton: torch where the kernels do not fit, and where
-    # they disagree with torch at their first call.
+    # auto: triton or flash on GPUs, torch elsewhere. These two: torch where the kernels do not fit,
+    # and where they disagree with torch at their first call.
+    # Attention of a text, also within LaCT. flash: FlashAttention as torch brings it.
+    attention: Literal["auto", "torch", "flash"] = "auto"
     # Delta rules, over a text and a token at a time.
     delta_rule: Literal["auto", "torch", "triton"] = "auto"
     # What LaCT computes between its products, its fast queries and keys among it.

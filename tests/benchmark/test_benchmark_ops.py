@@ -50,7 +50,7 @@ def test_a_wrong_form_and_an_absent_one_have_no_time(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--operations", "attention"], "--operations knows .*, not 'attention'"),
+        (["--operations", "attends"], "--operations knows .*, not 'attends'"),
         (["--tokens", "0"], "--tokens must be at least 1"),
         (["--tokens", "some"], "--tokens takes whole numbers"),
         (["--rounds", "0"], "--rounds must be at least 1"),

@@ -67,8 +67,8 @@ def test_attention_of_a_text(
     monkeypatch,
 ) -> None:
     """With the history that an earlier piece leaves: all of it, or the last window - 1 tokens."""
-    monkeypatch.setattr("refine_mcore.models.attention._MAX_QUERY_BLOCK", block)
-    monkeypatch.setattr("refine_mcore.models.attention._BLOCKS_TOGETHER", together)
+    monkeypatch.setattr("refine_kernels.attention.sdpa._MAX_QUERY_BLOCK", block)
+    monkeypatch.setattr("refine_kernels.attention.sdpa._BLOCKS_TOGETHER", together)
     q, k, v = random_qkv(texts, length, before + length)
     past = None
     if before:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from refine_kernels import dispatch, launch
+from refine_kernels.attention import flash
 from refine_kernels.delta_gates import triton_gates
 from refine_kernels.delta_rule import triton_chunk, triton_few, triton_read, triton_recurrent
 from refine_kernels.lact import triton_features, triton_forms
@@ -128,12 +129,8 @@ def count_operations(
     monkeypatch.setattr(triton_few, "disagreement", lambda *_: None)
     monkeypatch.setattr(triton_forms, "_newton_schulz_disagreement", lambda *_: None)
     monkeypatch.setattr(launch, "run", counter.launch)
-    dispatch.use(**dict.fromkeys(dispatch.CHOICES, "triton"))
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda q, k, v, **_: _AttentionOnce.apply(q, k, v, counter),
-    )
+    monkeypatch.setattr(flash, "refusal", lambda *_, **__: None)
+    dispatch.use(**dispatch.CHOICES)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: META)
     monkeypatch.setattr(head, "choose_branches", _branches)
     model = build_model(
@@ -164,23 +161,6 @@ def count_operations(
     finally:
         dispatch.use()
     return counter
-
-
-class _AttentionOnce(torch.autograd.Function):
-    """torch's attention as one operation each way, as the libraries' kernels are on a GPU; on the
-    meta device it would be products and a softmax."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, counter: OperationCounter) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.counter = counter
-        counter.current["attention"] += 1
-        return torch.empty_like(q)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.counter.current["attention"] += 1
-        return *(torch.empty_like(x) for x in ctx.saved_tensors), None
 
 
 def _branches(

@@ -1,8 +1,8 @@
 """What a GPU is given for a micro-batch at full size: more operations than it takes to keep it busy
 are a step that waits for the host.
 
-Counted on the meta device with all Triton kernels that there are; each launch is one operation, and
-so is attention over a block of queries.
+Counted on the meta device with all Triton kernels that there are and FlashAttention; each launch is
+one operation.
 """
 
 import importlib.util

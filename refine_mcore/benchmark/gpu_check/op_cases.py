@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from refine_kernels.attention.naive import naive_text_attention
 from refine_kernels.delta_rule.naive import naive_delta_rule, naive_gated_delta_rule
 from refine_kernels.dispatch import state_from_writes
 from refine_kernels.lact.fast_weights import FastWeights
@@ -35,6 +36,8 @@ _MUON_GAIN = 493.0
 # with what stands between them, and as much again in the backward.
 _PRODUCT_ROUNDINGS = 16
 _TF32_ROUNDOFF = 2.0**-11
+# Scores are rounded by no kernel, weights and their gradients by all.
+_ATTENTION_ROUNDINGS = 4
 # Tokens after a border of chunks whose writes are read.
 _PAST_BORDER = 3
 
@@ -67,6 +70,7 @@ def op_cases(sizes: Sizes) -> dict[str, list[OpCase]]:
         *_delta_rules(sizes),
         *_written_states(sizes),
         *_delta_gates(sizes),
+        *_attention(sizes),
         *_lact(sizes),
         *_fast_features(sizes),
         *_rotations(sizes),
@@ -296,6 +300,34 @@ def _gates_expected(
     if a is None or bias is None or log_rate is None:
         return {"beta": beta}
     return {"beta": 2 * beta, "g": -log_rate.exp() * torch.log1p((a + bias).exp())}
+
+
+def _attention(sizes: Sizes) -> list[OpCase]:
+    """Two query heads to a key head, as wide as values; the rest of a text, which sees all of it or
+    a window."""
+    cases = []
+    for window in (None, sizes.tokens // 3):
+        draw = _Draw(16)
+        inputs = {"q": draw.normal(2, sizes.tokens - sizes.chunk, sizes.heads, sizes.value)}
+        inputs |= {
+            name: draw.normal(2, sizes.tokens, sizes.heads // 2, sizes.value) for name in "kv"
+        }
+
+        def run(operation: Callable[..., Any], x: Tensors, window: int | None = window) -> Tensors:
+            return {"o": operation(x["q"], x["k"], x["v"], window=window)}
+
+        cases.append(
+            OpCase(
+                "text_attention",
+                "" if window is None else "window",
+                inputs,
+                run,
+                partial(run, naive_text_attention),
+                chain=2 * sizes.tokens + sizes.value + _POINTWISE,
+                narrow=_ATTENTION_ROUNDINGS,
+            )
+        )
+    return cases
 
 
 _LACT_OPTIONS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,1 @@
+"""Causal softmax attention of a text, full or over a window."""
