@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from refine_kernels.recompute import readable_later
@@ -25,8 +25,16 @@ def gather_tokens(
     return _select_tokens(x, _places(x.shape[1], x.device, batch_index, start, length))
 
 
-# Places [R, length] and gradient [R * length, ...] of what was read.
-Readings = list[tuple[Tensor, Tensor]]
+class Places(NamedTuple):
+    """Tokens of texts [B, T, ...]: counted through all texts [R, length], and as text and token
+    [2, R * length]."""
+
+    token: Tensor
+    of_texts: Tensor
+
+
+# Where, and the gradient [R * length, ...] of what was read.
+Readings = list[tuple[Places, Tensor]]
 
 
 class RecordedTokens:
@@ -47,8 +55,8 @@ class RecordedTokens:
     def record(cls, x: Tensor, made_with: Tensor | None = None) -> tuple[RecordedTokens, Tensor]:
         """Also returns what the forward must go on with: x itself, which may only be split or read
         by an operation that makes a gradient of its own; or, where nothing else reads x, a tensor
-        `made_with` it, in whose backward the gradient of x is made: for as long as one layer's
-        backward takes, and not at all if nothing was read."""
+        `made_with` it, in whose backward the gradient of x is made of what was read: a sparse one,
+        of rows [B, T] that may repeat, and none if nothing was read."""
         readings: Readings = []
         onward = x if made_with is None else made_with
         if not x.requires_grad:
@@ -76,7 +84,7 @@ class RecordedTokens:
 def _add_readings(grad: Tensor, readings: Readings) -> None:
     """Add the gradients of all readings to that of [B, T, ...], and forget them."""
     for places, rows in readings:
-        grad.flatten(0, 1).index_add_(0, places.flatten(), rows)
+        grad.flatten(0, 1).index_add_(0, places.token.flatten(), rows)
     readings.clear()
 
 
@@ -84,9 +92,13 @@ def _of_readings_alone(shape: torch.Size, readings: Readings) -> Tensor | None:
     """The gradient of a tensor of which nothing but readings is used, None without any."""
     if not readings:
         return None
-    grad = readings[0][1].new_zeros(shape)
-    _add_readings(grad, readings)
-    return grad
+    places, rows = zip(*readings, strict=True)
+    readings.clear()
+    if len(rows) == 1:
+        indices, values = places[0].of_texts, rows[0]
+    else:
+        indices, values = torch.cat([p.of_texts for p in places], 1), torch.cat(rows)
+    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=False)
 
 
 class _Record(torch.autograd.Function):
@@ -101,7 +113,8 @@ class _Record(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
         if grad is None:  # nothing else went on with it
-            return _of_readings_alone(ctx.shape, ctx.readings), None
+            found = _of_readings_alone(ctx.shape, ctx.readings)
+            return None if found is None else found.to_dense(), None
         # The gradient of a split is a fresh tensor that nothing else holds.
         grad = grad.contiguous()
         _add_readings(grad, ctx.readings)
@@ -112,7 +125,7 @@ class _Read(torch.autograd.Function):
     """`_select_tokens`; backward leaves its gradient to `_Record` or `_RecordBeside`."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor, places: Tensor, readings: Readings) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, x: Tensor, places: Places, readings: Readings) -> Tensor:
         ctx.places, ctx.readings = places, readings
         return _select_tokens(x, places)
 
@@ -146,9 +159,8 @@ def _places(
     batch_index: Sequence[int],
     start: Sequence[int],
     length: int,
-) -> Tensor:
-    """Where in [B * T, ...] everything is that is to be read from texts of T `tokens`: [R,
-    length]."""
+) -> Places:
+    """Where everything is that is to be read from texts of T `tokens`."""
     return _places_on_device(tokens, device, tuple(batch_index), tuple(start), length)
 
 
@@ -159,15 +171,17 @@ def _places_on_device(
     batch_index: tuple[int, ...],
     start: tuple[int, ...],
     length: int,
-) -> Tensor:
+) -> Places:
     """All layers of a model read at the same places: made once on the host, they share one copy."""
     with torch.inference_mode(False):  # whoever takes it from here may need it for a backward
         steps = torch.arange(length)
         places = (torch.tensor(start, dtype=torch.long)[:, None] + steps).clamp(max=tokens - 1)
         texts = torch.tensor(batch_index, dtype=torch.long)[:, None]
-        return without_waiting(texts * tokens + places, device)
+        pairs = torch.stack((texts.expand_as(places), places)).flatten(1)
+        found = texts * tokens + places, pairs
+        return Places(*(without_waiting(x, device) for x in found))
 
 
-def _select_tokens(x: Tensor, places: Tensor) -> Tensor:
-    rows = x.flatten(0, 1).index_select(0, places.flatten())
-    return rows.view(*places.shape, *x.shape[2:])
+def _select_tokens(x: Tensor, places: Places) -> Tensor:
+    rows = x.flatten(0, 1).index_select(0, places.token.flatten())
+    return rows.view(*places.token.shape, *x.shape[2:])

@@ -25,7 +25,7 @@ from torch import Tensor
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
-from refine_kernels.delta_rule import triton_chunk, triton_few
+from refine_kernels.delta_rule import chunk, triton_chunk, triton_few
 
 from refine_mcore.errors import UserError
 from refine_mcore.models.delta_rule_state import _own
@@ -422,3 +422,42 @@ def test_kernels_over_budget_are_named(capsys, monkeypatch):
     for options in (["--arch", "sm_70"], ["--heads", "128"], ["--kernels", "attention"]):
         with pytest.raises(UserError):
             compile_main(options)
+
+
+def test_states_that_lie_together_are_stacked_without_a_copy():
+    x = torch.randn(4, 1, 2, 3)
+    rows = list(x.split(1))
+    assert triton_chunk._stacked(rows[1:]).data_ptr() == x[1].data_ptr()
+    for parts in (
+        rows,
+        rows[1:3],
+        rows[::-1],
+        rows[::2],
+        [x[0], x[0].mT.contiguous().mT],
+        rows[:1],
+    ):
+        assert torch.equal(triton_chunk._stacked(parts), torch.stack(parts))
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_sparse_gradients_of_writes_are_their_dense_ones(streams):
+    """Some tokens' alone, one of them twice; beside the gradient of the output and without."""
+    gen = torch.Generator().manual_seed(streams)
+    q, k, v = (torch.randn(streams, 70, 2, 16, generator=gen) for _ in range(3))
+    beta = torch.rand(streams, 70, 2, generator=gen)
+    tokens = torch.tensor([[3, 69, 3, 20], [64, 0, 5, 64]])[:streams].flatten()
+    texts = torch.arange(streams).repeat_interleave(4)
+    rows = torch.randn(len(tokens), 2, 16, generator=gen)
+    places = torch.stack((texts, tokens))
+    sparse = torch.sparse_coo_tensor(places, rows, v.shape, check_invariants=True)
+    for form in (triton_chunk.chunk_delta_rule, chunk.chunk_delta_rule):
+        found = []
+        for grad in (sparse, sparse.to_dense()):
+            for of_o in (None, torch.ones_like(v)):
+                given = [x.to(DEVICE).requires_grad_() for x in (q, k, v, beta)]
+                out = form(*given, chunk_size=32, output_writes=True, qk_norm_eps=1e-6)
+                outputs: Any = [out.writes] if of_o is None else [out.writes, out.o]
+                grads = [grad.to(DEVICE)] + [x.to(DEVICE) for x in (of_o,) if x is not None]
+                found.append(torch.autograd.grad(outputs, given[1:], grads))
+        for ours, theirs in zip(found[:2], found[2:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

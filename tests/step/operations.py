@@ -54,7 +54,15 @@ _KERNELS: tuple[Any, ...] = (
     triton_sampling,
 )
 # What only makes a tensor, or looks at one in another way.
-_NOTHING_TO_RUN = {"empty", "empty_strided", "empty_like", "new_empty", "detach", "_unsafe_view"}
+_NOTHING_TO_RUN = {
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "detach",
+    "_unsafe_view",
+    "_sparse_coo_tensor_with_dims_and_tensors",
+}
 
 
 class OperationCounter(TorchDispatchMode):

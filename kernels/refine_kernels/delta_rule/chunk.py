@@ -37,12 +37,24 @@ class ChunkOutput(NamedTuple):
     """o [B,T,H,V] in the dtype of v, or None; the state after the tokens [B,H,K,V]; the states
     before each chunk, counted from the start of the piece; the writes U [B,T,H,V] if asked for.
     States and writes are part of the autograd graph; states are at least float32, writes have the
-    dtype `dtype_of_writes`."""
+    dtype `dtype_of_writes`, and take a gradient that is sparse in B and T too."""
 
     o: Tensor | None
     final_state: Tensor
     states: list[Tensor]
     writes: Tensor | None
+
+
+class _DenseGradient(torch.autograd.Function):
+    """Identity, whose gradient may be sparse."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.to_dense() if grad.is_sparse else grad
 
 
 def dtype_of_writes(dtype: torch.dtype) -> torch.dtype:
@@ -116,7 +128,7 @@ def chunk_rule(
         None if q is None else _joined(outputs),
         final_state,
         states,
-        _joined(writes) if output_writes else None,
+        _DenseGradient.apply(_joined(writes)) if output_writes else None,
     )
 
 

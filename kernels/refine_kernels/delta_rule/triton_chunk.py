@@ -305,6 +305,20 @@ class _Run:
         x = x.view(self.batch, self.heads, -1, x.shape[-1])
         return x[:, :, : self.n].transpose(1, 2)
 
+    def add_to_tokens(self, x: Tensor, values: Tensor) -> None:
+        """Add [B,T,H,D], dense or sparse in B and T, to scratch [B*H, chunks, C, D] in place."""
+        if not values.is_sparse:
+            self.tokens(x).add_(values)
+            return
+        (texts, tokens), rows = values._indices(), values._values().to(x.dtype)
+        x = x.flatten(1, 2)
+        if self.batch == 1:
+            x.index_add_(1, tokens, rows.transpose(0, 1))
+            return
+        heads = torch.arange(self.heads, device=x.device)
+        at = (texts[:, None] * self.heads + heads) * x.shape[1] + tokens[:, None]
+        x.flatten(0, 1).index_add_(0, at.flatten(), rows.flatten(0, 1))
+
     def run(self, name: str, *arguments: Any) -> None:
         """Launch a kernel: a program for each head and, as it is made, chunk and block of V."""
         constants = self.compiled.constants(name)
@@ -434,7 +448,7 @@ class _ChunkRule(torch.autograd.Function):
                 *(*call.size, *call.numbers, *strides),
             )
             if grad_u is not None:
-                call.tokens(grad_writes).add_(grad_u)
+                call.add_to_tokens(grad_writes, grad_u)
             grad_q = launch.empty(keyed, keyed_dtype, v.device)
             grad_scores = call.scratch(c, c)
             grad_decays = call.scratch(c, dtype=torch.float32)
@@ -480,5 +494,17 @@ def _given(
         slots[number] = slot
     if device.type == "cuda":  # from pinned memory the host does not wait for the copy
         slots = slots.pin_memory()
-    given = torch.stack([x for _, x in after]) if after else torch.empty(0, device=device)
+    given = _stacked([x for _, x in after]) if after else torch.empty(0, device=device)
     return slots.to(device, non_blocking=True), given
+
+
+def _stacked(parts: list[Tensor]) -> Tensor:
+    """torch.stack, without a copy where they lie one behind the other, as the gradients of states
+    do that were read together."""
+    first = parts[0]
+    memory, at, size = first.untyped_storage()._cdata, first.storage_offset(), first.numel()
+    for i, x in enumerate(parts):
+        there = x.untyped_storage()._cdata == memory and x.storage_offset() == at + i * size
+        if not (there and x.is_contiguous()):
+            return torch.stack(parts)
+    return first.as_strided((len(parts), *first.shape), (size, *first.stride()))

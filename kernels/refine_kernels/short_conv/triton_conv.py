@@ -24,6 +24,7 @@ _WIDEST = 8
 # Tokens and numbers that a program holds at a time: of each the backward makes a dozen and a half.
 _TOKENS, _TILE = 8, 512
 _BLOCKS = 16  # of tokens, one after the other, that a program of the backward takes
+_SHORT_TEXTS = 32  # of one block, that a program of the backward takes at most
 
 
 def causal_conv1d(
@@ -113,23 +114,25 @@ class _CausalConv(torch.autograd.Function):
         # the inputs, those before x first
         constants = _constants(width, ctx.silu, tokens + width - 1)
         blocks = min(_BLOCKS, triton.cdiv(tokens + width - 1, constants["BT"]))
-        grid = (
-            triton.cdiv(tokens + width - 1, constants["BT"] * blocks),
-            triton.cdiv(channels, constants["BD"]),
-            texts,
+        parts = triton.cdiv(tokens + width - 1, constants["BT"] * blocks)
+        # of short texts a program takes all: it has the weight's whole gradient
+        alone = parts == 1 and texts <= _SHORT_TEXTS
+        grid = (parts, triton.cdiv(channels, constants["BD"]), 1 if alone else texts)
+        grad_weight = launch.empty(
+            weight.shape if alone else (grid[2] * parts, *weight.shape),
+            weight.dtype if alone else torch.float32,
+            x.device,
         )
-        sums = launch.empty((texts, grid[0], width, channels), torch.float32, x.device)
         launch.run(
             conv_backward,
             grid,
-            *(x, weight, past, grad.contiguous(), grad_x, grad_past, sums),
-            *(blocks, *_sizes(x, past)),
+            *(x, weight, past, grad.contiguous(), grad_x, grad_past, grad_weight),
+            *(texts if alone else 1, blocks, *_sizes(x, past)),
             **constants,
             BW=triton.next_power_of_2(width),
         )
-        # laid out as the weight: autograd would copy another one before it keeps it
-        grad_weight = launch.empty(weight.shape, weight.dtype, weight.device)
-        grad_weight.copy_(sums.sum((0, 1)).t().unsqueeze(1))
+        if not alone:
+            grad_weight = grad_weight.sum(0).to(weight.dtype)
         return grad_x, grad_weight, grad_past, None
 
 
@@ -206,7 +209,8 @@ def conv_backward(
     grad,
     grad_x,
     grad_past,
-    sums,
+    grad_weight,
+    texts,
     blocks,
     tokens,
     channels,
@@ -221,18 +225,21 @@ def conv_backward(
     BD: tl.constexpr,
 ):
     """With e_t the gradient of the sum before the activation: du_s = sum_j w_j e_{s+(W-1)-j} and
-    dw_j = sum_t e_t u_{t-(W-1)+j}; s from -(W-1) on."""
+    dw_j = sum_t e_t u_{t-(W-1)+j}; s from -(W-1) on.  Of some blocks of some texts."""
     channel = tl.program_id(1) * BD + tl.arange(0, BD)
-    text = tl.program_id(2).to(tl.int64)
+    text = tl.program_id(2).to(tl.int64) * texts
     x += text * stride_text
     grad += text * tokens * channels
+    grad_x += text * tokens * channels
     if past is not None:
         past += text * stride_past_text
+        grad_past += text * (W - 1) * channels
     step, taps = tl.arange(0, BT), tl.arange(0, BW)
     inside = (channel < channels)[None, :]
     offset = step[:, None] * channels + channel[None, :]
     of_weight = tl.zeros((BW, BD), tl.float32)
-    for block in range(blocks):
+    for number in range(texts * blocks):
+        block = number % blocks
         first = (tl.program_id(0) * blocks + block) * BT - (W - 1)
         total = tl.zeros((BT, BD), tl.float32)
         for j in tl.static_range(W):
@@ -280,20 +287,28 @@ def conv_backward(
                     of_weight += tl.where((taps == i)[:, None], tl.sum(e * u, 0)[None, :], 0.0)
         found = total.to(grad_x.dtype.element_ty)
         s = first + step
-        at = grad_x + (text * tokens + first) * channels + offset
+        at = grad_x + first.to(tl.int64) * channels + offset
         tl.store(at, found, mask=inside & ((s >= 0) & (s < tokens))[:, None])
         if past is not None:
-            at = grad_past + (text * (W - 1) + first + W - 1) * channels + offset
+            at = grad_past + (first + W - 1) * channels + offset
             tl.store(at, found, mask=inside & (s < 0)[:, None])
-    sums += (text * tl.num_programs(0) + tl.program_id(0)) * W * channels
-    at = sums + taps[:, None] * channels + channel[None, :]
-    tl.store(at, of_weight, mask=inside & (taps < W)[:, None])
+        if block == blocks - 1:
+            x += stride_text
+            grad += tokens * channels
+            grad_x += tokens * channels
+            if past is not None:
+                past += stride_past_text
+                grad_past += (W - 1) * channels
+    part = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    at = grad_weight + part * channels * W + channel[None, :] * W + taps[:, None]
+    found = of_weight.to(grad_weight.dtype.element_ty)
+    tl.store(at, found, mask=inside & (taps < W)[:, None])
 
 
 def variants() -> Iterator[Variant]:
     """As they are compiled ahead of time: a text, with and without tokens before it, and a step of
     decoding."""
-    types = {"sums": "*fp32", **integers("blocks", "tokens", "channels")}
+    types = {"grad_weight": "*fp32", **integers("texts", "blocks", "tokens", "channels")}
     for title, tokens, without in (
         ("text", 1024, ("past", "grad_past")),
         ("piece", 1024, ()),
