@@ -1,7 +1,7 @@
 """The one place that says which backend runs each operation.
 
 On CUDA Triton, or for attention FlashAttention, for those that have such a form, plain torch
-otherwise; `use` chooses on any device.
+otherwise; `use` chooses on any device, also flash-linear-attention.
 The first call of an operation on a device type is logged, so a run's log says what ran.
 """
 
@@ -10,7 +10,8 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 from torch import Tensor
@@ -67,30 +68,32 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What `use` can choose: operations that have another form than torch's, and its name.
+# What `use` can choose: operations that have other forms than torch's, first the one for a GPU.
 CHOICES = {
-    "attention": "flash",
-    "delta_rule": "triton",
-    "lact": "triton",
-    "rms_norm": "triton",
-    "rotary": "triton",
-    "short_conv": "triton",
-    "swiglu": "triton",
-    "vocabulary": "triton",
+    "attention": ("flash",),
+    "delta_rule": ("triton", "fla"),
+    "lact": ("triton",),
+    "rms_norm": ("triton",),
+    "rotary": ("triton",),
+    "short_conv": ("triton",),
+    "swiglu": ("triton",),
+    "vocabulary": ("triton",),
 }
+ON_A_GPU = {name: forms[0] for name, forms in CHOICES.items()}
 _WANTED = dict.fromkeys(CHOICES, "auto")
 _RAN: dict[tuple[str, str], str] = {}
 
 
 def use(**forms: str) -> None:
-    """From now on in this process run this form of these operations: "torch", the other one that
-    `CHOICES` says (torch where it does not fit), or "auto", by the device; all others by the
-    device."""
+    """From now on in this process run this form of these operations: "torch", one of `CHOICES`
+    (where it does not fit the one for a GPU, where that does not, torch), or "auto", by the device;
+    all others by the device."""
     for name, form in forms.items():
         if name not in CHOICES:
             raise ValueError(f"{name} is not one of {', '.join(CHOICES)}")
-        if form not in ("auto", "torch", CHOICES[name]):
-            raise ValueError(f"{name} is {form!r}, must be 'auto', 'torch' or {CHOICES[name]!r}")
+        known = ("auto", "torch", *CHOICES[name])
+        if form not in known:
+            raise ValueError(f"{name} is {form!r}, must be one of {', '.join(map(repr, known))}")
     for name in CHOICES:
         _WANTED[name] = forms.get(name, "auto")
     _RAN.clear()
@@ -100,7 +103,7 @@ def backend(name: str, device_type: str) -> str:
     """Which form of the operations of this name is wanted on devices of this type."""
     wanted = _WANTED[name]
     if wanted == "auto":
-        return CHOICES[name] if device_type == "cuda" else "torch"
+        return ON_A_GPU[name] if device_type == "cuda" else "torch"
     return wanted
 
 
@@ -121,32 +124,42 @@ def _log_backend(operation: str, device_type: str, backend: str) -> None:
 
 
 def _operation(
-    torch_form: Callable[P, R], name: str | None = None, module: str = ""
+    torch_form: Callable[P, R], name: str | None = None, **modules: str
 ) -> Callable[P, R]:
-    """The other form where it is wanted and takes the arguments, otherwise torch's.
+    """Another form where it is wanted and takes the arguments, otherwise torch's.
 
-    The other form is in ``module`` under the same name, and beside it `refusal`, which says of the
-    same arguments why it would not take them.
+    Each form is in its module under the same name, and beside it `refusal`, which says of the same
+    arguments why it would not take them.
     """
     operation = torch_form.__name__
 
     @functools.wraps(torch_form)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device.type
-        if name is None or backend(name, device) == "torch":
-            _record(operation, device)
-            return torch_form(*args, **kwargs)
-        why = _without_triton(device) if CHOICES[name] == "triton" else None
-        if why is None:
-            others = importlib.import_module(f"refine_kernels.{module}")
-            why = others.refusal(*args, **kwargs)
+        reason = ""
+        for form in _wanted(name, device):
+            if form not in modules:
+                continue
+            why = _without_triton(device) if form == "triton" else None
             if why is None:
-                _record(operation, device, CHOICES[name])
-                return getattr(others, operation)(*args, **kwargs)
-        _record(operation, device, f"torch, as {why}")
+                module = importlib.import_module(f"refine_kernels.{modules[form]}")
+                why = module.refusal(*args, **kwargs)
+                if why is None:
+                    _record(operation, device, f"{form}{reason}")
+                    return getattr(module, operation)(*args, **kwargs)
+            reason = f", as {why}"
+        _record(operation, device, f"torch{reason}")
         return torch_form(*args, **kwargs)
 
     return run
+
+
+def _wanted(name: str | None, device_type: str) -> Sequence[str]:
+    """Which forms to try before torch's."""
+    form = "torch" if name is None else backend(name, device_type)
+    if name is None or form == "torch":
+        return ()
+    return (form,) if form == ON_A_GPU[name] else (form, ON_A_GPU[name])
 
 
 @functools.cache
@@ -159,28 +172,30 @@ def _without_triton(device_type: str) -> str | None:
     return None
 
 
-_CHUNK = ("delta_rule", "delta_rule.triton_chunk")
-_RECURRENT = ("delta_rule", "delta_rule.triton_recurrent")
-_LACT = ("lact", "lact.triton_forms")
-_ROWS = ("vocabulary", "vocab.triton_rows")
-
-text_attention = _operation(_sdpa.text_attention, "attention", "attention.flash")
-chunk_delta_rule = _operation(_delta_chunk.chunk_delta_rule, *_CHUNK)
-recurrent_delta_rule = _operation(_delta_recurrent.recurrent_delta_rule, *_RECURRENT)
-chunk_gated_delta_rule = _operation(_gated_chunk.chunk_gated_delta_rule, *_CHUNK)
-recurrent_gated_delta_rule = _operation(_gated_recurrent.recurrent_gated_delta_rule, *_RECURRENT)
-state_from_writes = _operation(
-    _delta_read.state_from_writes, "delta_rule", "delta_rule.triton_read"
+_text = partial(
+    _operation, name="delta_rule", triton="delta_rule.triton_chunk", fla="delta_rule.fla_chunk"
 )
-delta_gates = _operation(_gates.delta_gates, "delta_rule", "delta_gates.triton_gates")
-apply_fast_weights = _operation(_lact.apply_fast_weights, *_LACT)
-update_fast_weights = _operation(_lact.update_fast_weights, *_LACT)
-chunk_lact = _operation(_lact.chunk_lact, *_LACT)
-fast_features = _operation(_features.fast_features, "lact", "lact.triton_features")
-causal_conv1d = _operation(_conv.causal_conv1d, "short_conv", "short_conv.triton_conv")
-rms_norm = _operation(_rms_norm.rms_norm, "rms_norm", "rms_norm.triton_rms_norm")
-rotate = _operation(_rotary.rotate, "rotary", "rotary.triton_rotary")
-swiglu = _operation(_swiglu.swiglu, "swiglu", "swiglu.triton_swiglu")
-log_probs_and_entropy = _operation(_log_probs.log_probs_and_entropy, *_ROWS)
-sample_tokens = _operation(_sampling.sample_tokens, "vocabulary", "vocab.triton_sampling")
-linear_log_probs_and_entropy = _operation(_linear.linear_log_probs_and_entropy, *_ROWS)
+_token = partial(_operation, name="delta_rule", triton="delta_rule.triton_recurrent")
+_lact_chunk = partial(_operation, name="lact", triton="lact.triton_forms")
+_rows = partial(_operation, name="vocabulary", triton="vocab.triton_rows")
+
+text_attention = _operation(_sdpa.text_attention, "attention", flash="attention.flash")
+chunk_delta_rule = _text(_delta_chunk.chunk_delta_rule)
+recurrent_delta_rule = _token(_delta_recurrent.recurrent_delta_rule)
+chunk_gated_delta_rule = _text(_gated_chunk.chunk_gated_delta_rule)
+recurrent_gated_delta_rule = _token(_gated_recurrent.recurrent_gated_delta_rule)
+state_from_writes = _operation(
+    _delta_read.state_from_writes, "delta_rule", triton="delta_rule.triton_read"
+)
+delta_gates = _operation(_gates.delta_gates, "delta_rule", triton="delta_gates.triton_gates")
+apply_fast_weights = _lact_chunk(_lact.apply_fast_weights)
+update_fast_weights = _lact_chunk(_lact.update_fast_weights)
+chunk_lact = _lact_chunk(_lact.chunk_lact)
+fast_features = _operation(_features.fast_features, "lact", triton="lact.triton_features")
+causal_conv1d = _operation(_conv.causal_conv1d, "short_conv", triton="short_conv.triton_conv")
+rms_norm = _operation(_rms_norm.rms_norm, "rms_norm", triton="rms_norm.triton_rms_norm")
+rotate = _operation(_rotary.rotate, "rotary", triton="rotary.triton_rotary")
+swiglu = _operation(_swiglu.swiglu, "swiglu", triton="swiglu.triton_swiglu")
+log_probs_and_entropy = _rows(_log_probs.log_probs_and_entropy)
+sample_tokens = _operation(_sampling.sample_tokens, "vocabulary", triton="vocab.triton_sampling")
+linear_log_probs_and_entropy = _rows(_linear.linear_log_probs_and_entropy)

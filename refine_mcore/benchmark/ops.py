@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from refine_kernels import dispatch
+from refine_kernels.delta_rule import fla_chunk
 from refine_kernels.lact.fast_weights import FastWeights
 from torch import Tensor
 
@@ -234,7 +235,15 @@ def _delta_rule_layer(
 
     if name == "decode":
         return Case(shapes, run, products, wide=wide, fixed=fixed, gradients=False)
-    fla = _fla_delta_rule(gated) if name == "delta_rule" else None
+    fla: Run | None = None
+    if name == "delta_rule":
+
+        def fla(*given: Tensor) -> Sequence[Tensor]:
+            *tokens_of, state = given
+            form: Any = fla_chunk.chunk_gated_delta_rule if gated else fla_chunk.chunk_delta_rule
+            out = form(*tokens_of, initial_state=state, qk_norm_eps=_L2_EPS)
+            return [out.o, out.final_state]
+
     return Case(shapes, run, products, fla, wide=wide, fixed=fixed)
 
 
@@ -267,27 +276,6 @@ def _delta_gates(tokens: int, heads: int, gated: bool) -> Case:
         return [beta] if g is None else [beta, g]
 
     return Case(shapes, run, 0.0, wide=fixed, fixed=fixed)
-
-
-def _fla_delta_rule(gated: bool) -> Run:
-    def run(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *rest: Tensor) -> Sequence[Tensor]:
-        from fla.ops.delta_rule import chunk_delta_rule
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        *g, state = rest
-        form: Any = chunk_gated_delta_rule if gated else chunk_delta_rule
-        return form(
-            q=q,
-            k=k,
-            v=v,
-            beta=beta,
-            initial_state=state,
-            output_final_state=True,
-            use_qk_l2norm_in_kernel=True,
-            **({"g": g[0]} if gated else {}),
-        )
-
-    return run
 
 
 def _lact(mixer: LaCTOptions, hidden: int, tokens: int) -> Case:
@@ -401,7 +389,7 @@ def _form(case: Case, form: str) -> Run:
 
 def _use(form: str) -> None:
     others = form in ("triton", "flash")
-    dispatch.use(**dispatch.CHOICES if others else dict.fromkeys(dispatch.CHOICES, "torch"))
+    dispatch.use(**dispatch.ON_A_GPU if others else dict.fromkeys(dispatch.CHOICES, "torch"))
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -291,8 +291,9 @@ class KernelsConfig:
     # and where they disagree with torch at their first call.
     # Attention of a text, also within LaCT. flash: FlashAttention as torch brings it.
     attention: Literal["auto", "torch", "flash"] = "auto"
-    # Delta rules, over a text and a token at a time.
-    delta_rule: Literal["auto", "torch", "triton"] = "auto"
+    # Delta rules, over a text and a token at a time. fla: flash-linear-attention over texts whose
+    # states nobody reads, triton elsewhere.
+    delta_rule: Literal["auto", "torch", "triton", "fla"] = "auto"
     # What LaCT computes between its products, its fast queries and keys among it.
     lact: Literal["auto", "torch", "triton"] = "auto"
     # RMS norms, gated or not.

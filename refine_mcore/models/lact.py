@@ -19,7 +19,7 @@ padding-free text:
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -220,10 +220,8 @@ class LaCT(Mixer):
             if self.options.low_rank is None:
                 return getattr(self, name).to(compute)
             left, right = getattr(self, f"{name}_w_left"), getattr(self, f"{name}_w_right")
-            product = left.to(compute) @ right.to(compute)
-            return product + 0.5 * torch.eye(
-                *product.shape[1:], dtype=compute, device=product.device
-            )
+            half = _half_identity(left.shape[1], right.shape[2], compute, left.device)
+            return torch.baddbmm(half, left.to(compute), right.to(compute))
 
         initial = FastWeights.of(matrix("w0")[None], self.w1.to(compute)[None], matrix("w2")[None])
         shape = (streams, -1, -1, -1)
@@ -357,6 +355,13 @@ class _WeightsInForce(NamedTuple):
     last: FastWeights
     rows: tuple[int, ...]
     norms: RowNorms
+
+
+@lru_cache(maxsize=4)
+def _half_identity(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Not to be written to; all layers of a model add the same one."""
+    with torch.inference_mode(False):
+        return 0.5 * torch.eye(rows, columns, dtype=dtype, device=device)
 
 
 def _add_read(attended: Tensor, read: Tensor, gain: Tensor, gate: Tensor | None) -> Tensor:

@@ -39,7 +39,7 @@ def step(texts: Texts, family: str, form: Any, mode: str, dtype: Any) -> dict[st
     """Losses, rewards, positions, rollout tokens and every gradient of a step on one text."""
     job = tiny_job(texts, family)
     training = replace(job.training, dtype=dtype, global_batch_size=1)
-    chosen: Any = {n: form if form == "torch" else other for n, other in dispatch.CHOICES.items()}
+    chosen: Any = {n: form if form == "torch" else other for n, other in dispatch.ON_A_GPU.items()}
     kernels = KernelsConfig(**chosen)
     dispatch._log_backend.cache_clear()
     return step_results(replace(job, training=training, kernels=kernels), mode)

@@ -300,7 +300,7 @@ def test_dispatch_says_what_runs(caplog):
         "triton",
         "torch, as torch.float64 is none of bfloat16, float16 and float32",
     ]
-    with pytest.raises(ValueError, match="'fast', must be 'auto', 'torch' or 'triton'"):
+    with pytest.raises(ValueError, match="'fast', must be one of 'auto', 'torch', 'triton', 'fla'"):
         dispatch.use(delta_rule="fast")
 
 

@@ -138,7 +138,7 @@ def count_operations(
     monkeypatch.setattr(triton_forms, "_newton_schulz_disagreement", lambda *_: None)
     monkeypatch.setattr(launch, "run", counter.launch)
     monkeypatch.setattr(flash, "refusal", lambda *_, **__: None)
-    dispatch.use(**dispatch.CHOICES)
+    dispatch.use(**dispatch.ON_A_GPU)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: META)
     monkeypatch.setattr(head, "choose_branches", _branches)
     model = build_model(
