@@ -281,6 +281,8 @@ TABLE: list[tuple[str, Seen]] = [
     ("parallel.slices", Seen("2", lambda s: 32 in s.passes, True)),
     ("parallel.layers_per_stage", layout("[1, 2]", lambda b: b.layers, 1)),
     ("parallel.timeout", Seen("77", lambda s: built(s).timeouts, {77.0})),
+    ("kernels.attention", layout("flash", lambda b: b.kernels["attention"])),
+    ("kernels.branches", layout("triton", lambda b: b.kernels["branches"])),
     ("kernels.delta_rule", layout("triton", lambda b: b.kernels["delta_rule"])),
     ("kernels.lact", layout("triton", lambda b: b.kernels["lact"])),
     ("kernels.rms_norm", layout("triton", lambda b: b.kernels["rms_norm"])),

@@ -30,6 +30,7 @@ LISTS = {
     "read": "delta_rule.triton_read",
     "gates": "delta_gates.triton_gates",
     "lact": "lact.triton_forms",
+    "branches": "attention.triton_branches",
     "features": "lact.triton_features",
     "rms_norm": "rms_norm.triton_rms_norm",
     "rotary": "rotary.triton_rotary",
@@ -128,7 +129,9 @@ def compiled(variant: Any, chip: str) -> Compiled:
     registers, spilled = (
         int(number) for name in ("REG", "STACK") for number in re.findall(rf"{name}:(\d+)", usage)
     )
-    return Compiled(registers, spilled, kernel.metadata.shared, CHIPS[chip][1] in kernel.asm["ptx"])
+    instructions = [CHIPS[chip][1], *([CHIPS["sm_80"][1]] if variant.few_rows else [])]
+    on_tensor_cores = any(x in kernel.asm["ptx"] for x in instructions)
+    return Compiled(registers, spilled, kernel.metadata.shared, on_tensor_cores)
 
 
 def _faults(variant: Any, chip: str, found: Compiled) -> list[str]:

@@ -16,6 +16,7 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
+from refine_kernels.attention import branches as _branches
 from refine_kernels.attention import sdpa as _sdpa
 from refine_kernels.delta_gates import gates as _gates
 from refine_kernels.delta_rule import chunk as _delta_chunk
@@ -43,6 +44,7 @@ __all__ = [
     "Precision",
     "RowNorms",
     "apply_fast_weights",
+    "branch_attention",
     "causal_conv1d",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
@@ -71,6 +73,7 @@ R = TypeVar("R")
 # What `use` can choose: operations that have other forms than torch's, first the one for a GPU.
 CHOICES = {
     "attention": ("flash",),
+    "branches": ("triton",),
     "delta_rule": ("triton", "fla"),
     "lact": ("triton",),
     "rms_norm": ("triton",),
@@ -180,6 +183,9 @@ _lact_chunk = partial(_operation, name="lact", triton="lact.triton_forms")
 _rows = partial(_operation, name="vocabulary", triton="vocab.triton_rows")
 
 text_attention = _operation(_sdpa.text_attention, "attention", flash="attention.flash")
+branch_attention = _operation(
+    _branches.branch_attention, "branches", triton="attention.triton_branches"
+)
 chunk_delta_rule = _text(_delta_chunk.chunk_delta_rule)
 recurrent_delta_rule = _token(_delta_recurrent.recurrent_delta_rule)
 chunk_gated_delta_rule = _text(_gated_chunk.chunk_gated_delta_rule)

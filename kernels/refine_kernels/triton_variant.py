@@ -21,6 +21,7 @@ class Variant(NamedTuple):
     options: dict[str, int]  # warps and pipeline stages
     products: bool = False  # multiplies matrices, which belongs on tensor cores
     may_spill: bool = False  # on a chip where it would not fit otherwise
+    few_rows: bool = False  # less than the tensor cores' newest instructions take
 
 
 def variant(
@@ -32,6 +33,7 @@ def variant(
     *,
     products: bool = False,
     may_spill: bool = False,
+    few_rows: bool = False,
 ) -> Variant:
     """Compiled with these constants, warps and stages.  ``types`` are those of the arguments that
     are no bfloat16 tensors; arguments ``without`` a value are None."""
@@ -49,7 +51,10 @@ def variant(
             attributes[i,] = [["tt.divisibility", 16]]
     options = {name: constants[name] for name in _LAUNCH if name in constants}
     name = f"{kernel.fn.__name__}_{title}"
-    return Variant(name, kernel, signature, constexprs, attributes, options, products, may_spill)
+    return Variant(
+        *(name, kernel, signature, constexprs, attributes, options),
+        *(products, may_spill, few_rows),
+    )
 
 
 def integers(*names: str) -> dict[str, str]:

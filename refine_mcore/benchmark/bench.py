@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from refine_kernels.host import without_waiting
 
 from refine_mcore import platform
 from refine_mcore.config import Config, data_parallel_layout, require_data
@@ -61,7 +62,7 @@ class Bench:
             dataset, 0, training.micro_batch_size, self.groups.dp.rank(), self.groups.dp.size()
         )
         self.batches = [
-            TextBatch.of(item, lambda x: platform.without_waiting(x, platform.device()))
+            TextBatch.of(item, lambda x: without_waiting(x, platform.device()))
             for item in islice(batches, count)
         ]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from refine_kernels import dispatch
+from refine_kernels.attention.branches import Span
 from refine_kernels.delta_rule import fla_chunk
 from refine_kernels.lact.fast_weights import FastWeights
 from torch import Tensor
@@ -36,6 +37,7 @@ OPERATIONS = (
     "rms_norm",
     "rotary",
     "attention",
+    "branches",
     "short_conv",
     "swiglu",
     "delta_rule",
@@ -48,7 +50,7 @@ OPERATIONS = (
     "vocabulary",
 )
 # Operations on eight branches of a text, whatever its length: streams and tokens of each.
-BRANCHES = {"decode": (8, 1), "score": (8, 5), "read": (8, 64)}
+BRANCHES = {"decode": (8, 1), "score": (8, 5), "read": (8, 64), "branches": (8, 5)}
 _LIMIT = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 # Newton-Schulz multiplies the smallest singular values, and the rounding in them, by hundreds:
 # torch's own bfloat16 comes to 2e-2 at the sizes of LaCT-760M.
@@ -124,9 +126,10 @@ def case_of(name: str, architecture: Architecture, tokens: int) -> Case | None:
             fixed=frozenset({"weight"}),
             integers={"targets": words},
         )
-    if name in ("rotary", "attention"):
-        of_attention = _rotary if name == "rotary" else _attention
-        return of_attention(architecture, tokens)
+    if name == "rotary":
+        return _rotary(architecture, tokens)
+    if name in ("attention", "branches"):
+        return _attention(architecture, tokens, branches=name == "branches")
     if name in ("lact", "features"):
         if not isinstance(mixer, LaCTOptions):
             return None
@@ -155,8 +158,8 @@ def _rotary(architecture: Architecture, tokens: int) -> Case | None:
     return Case({"x": (1, tokens, heads, dim)}, run, 0.0)
 
 
-def _attention(architecture: Architecture, tokens: int) -> Case | None:
-    """Of a text from its first token on."""
+def _attention(architecture: Architecture, tokens: int, *, branches: bool) -> Case | None:
+    """Of a text from its first token on, or of rollouts from all over it."""
     hidden, mixer, attention = architecture.hidden_size, architecture.mixer, architecture.attention
     window: int | None
     if isinstance(mixer, LaCTOptions):
@@ -168,10 +171,33 @@ def _attention(architecture: Architecture, tokens: int) -> Case | None:
     else:
         return None
 
+    reach = tokens if window is None else min(window, tokens)
+    if branches:
+        streams, length = BRANCHES["branches"]
+
+        def of_branches(q: Tensor, *keys_and_values: Tensor) -> Sequence[Tensor]:
+            own, text = keys_and_values[:2], keys_and_values[2:]
+            size = text[0].shape[1]
+            limit = [(i + 1) * size // streams for i in range(streams)]
+            return [
+                dispatch.branch_attention(
+                    *(q, own, [text]),
+                    spans=(Span(0, size, 0),),
+                    rows=(0,) * streams,
+                    limit=limit,
+                    window=window,
+                )
+            ]
+
+        shapes = {"q": (streams, length, heads, dim)}
+        shapes |= dict.fromkeys(("own k", "own v"), (streams, length, kv_heads, dim))
+        shapes |= dict.fromkeys(("text k", "text v"), (1, tokens, kv_heads, dim))
+        seen = streams * length * (reach if window else tokens / 2)
+        return Case(shapes, of_branches, 4.0 * seen * heads * dim)
+
     def run(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         return [dispatch.text_attention(q, k, v, window=window)]
 
-    reach = tokens if window is None else min(window, tokens)
     seen = tokens * reach - reach * (reach - 1) // 2
     shapes = {"q": (1, tokens, heads, dim)} | dict.fromkeys("kv", (1, tokens, kv_heads, dim))
     return Case(shapes, run, 4.0 * seen * heads * dim, other="flash")

@@ -291,6 +291,8 @@ class KernelsConfig:
     # and where they disagree with torch at their first call.
     # Attention of a text, also within LaCT. flash: FlashAttention as torch brings it.
     attention: Literal["auto", "torch", "flash"] = "auto"
+    # Attention of rollouts, over the text that they left and their own tokens.
+    branches: Literal["auto", "torch", "triton"] = "auto"
     # Delta rules, over a text and a token at a time. fla: flash-linear-attention over texts whose
     # states nobody reads, triton elsewhere.
     delta_rule: Literal["auto", "torch", "triton", "fla"] = "auto"

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
 )
-from refine_kernels.dispatch import rms_norm, rotate, text_attention
+from refine_kernels.attention.branches import Span
+from refine_kernels.dispatch import branch_attention, rms_norm, rotate, text_attention
+from refine_kernels.host import to_device
 from refine_kernels.recompute import recomputed, remade, remaking
 from torch import Tensor
 
@@ -38,14 +40,12 @@ from refine_mcore.models.state import (
     FastWeightState,
     LayerTape,
     Piece,
-    StreamGroups,
     TokenHistory,
     join_pieces,
     piece_spans,
     reached,
 )
 from refine_mcore.models.transformer_config import FastWeightConfig
-from refine_mcore.platform import to_device
 
 
 def rotary_table(
@@ -116,107 +116,16 @@ def _branch_attention(q: Tensor, history: TokenHistory, window: int | None) -> T
             # the gradient of a slice is a zero tensor of the piece's size: more than it saves
             start, stop = 0, length
         parts.append(piece)
-        spans.append(_Span(start, stop, first))
-    core = partial(
-        _branch_attention_core,
-        spans=spans,
-        before=before,
-        window=window,
+        spans.append(Span(start, stop, first))
+    return branch_attention(
+        q,
+        join_pieces(history.own),
+        parts,
+        spans=tuple(spans),
         rows=history.rows,
         limit=history.limit,
+        window=window,
     )
-    tensors = [x for piece in (*parts, *history.own) for x in piece]
-    # scores over the text are [branches * k, S]: made again in the backward rather than kept
-    return recomputed(core, q, *tensors)
-
-
-class _Span(NamedTuple):
-    """Tokens [start, stop) of a piece, whose own first token is token `first` of the text."""
-
-    start: int
-    stop: int
-    first: int
-
-    def of(self, x: Tensor) -> Tensor:
-        """The span of x [R, T, ...]."""
-        whole = self.start == 0 and self.stop == x.shape[1]
-        return x if whole else x[:, self.start : self.stop]
-
-    def tokens(self, device: torch.device) -> Tensor:
-        """Which tokens of the text these are."""
-        return torch.arange(self.start, self.stop, device=device) + self.first
-
-
-def _branch_attention_core(
-    q: Tensor,
-    *keys_and_values: Tensor,
-    spans: list[_Span],
-    before: int,
-    window: int | None,
-    rows: Sequence[int],
-    limit: Sequence[int],
-) -> Tensor:
-    """The text's pieces come first, of which branches see the `spans`; then the branches' own."""
-    streams, length, heads, dim = q.shape
-    kv_heads = keys_and_values[0].shape[2]
-    compute = at_least_float32(q.dtype)
-    scale = dim**-0.5
-    pieces = list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
-    text_k, text_v = zip(
-        *((s.of(k), s.of(v)) for s, (k, v) in zip(spans, pieces, strict=False)), strict=True
-    )
-    own_k, own_v = join_pieces(pieces[len(spans) :])
-    groups = StreamGroups(rows, text_k[0].shape[0])
-
-    def by_head(x: Tensor) -> Tensor:
-        """[rows, n, heads, last] -> [rows, kv_heads, heads / kv_heads * n, last]"""
-        x = x.unflatten(2, (kv_heads, heads // kv_heads))
-        return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
-
-    def streams_first(x: Tensor) -> Tensor:
-        """The inverse, then [streams, kv_heads, heads / kv_heads, T, last]."""
-        x = x.unflatten(2, (heads // kv_heads, -1)).permute(0, 3, 1, 2, 4)
-        return groups.scatter(x.contiguous()).permute(0, 2, 3, 1, 4)
-
-    q_rows = by_head(groups.gather(q))
-    q_own = q.reshape(streams, length, kv_heads, -1, dim).permute(0, 2, 3, 1, 4)
-    scores = [streams_first(q_rows @ k.permute(0, 2, 3, 1)) for k in text_k]
-    scores.append(q_own @ own_k.permute(0, 2, 3, 1).unsqueeze(2))
-
-    hidden = _hidden_from_branches(tuple(spans), before, length, window, tuple(limit), q.device)
-    joined = torch.cat(scores, dim=-1).to(compute) * scale
-    joined = joined.masked_fill(hidden[:, None, None], float("-inf"))
-    weights = joined.softmax(dim=-1).to(q.dtype).split([x.shape[-1] for x in scores], dim=-1)
-    out = weights[-1] @ own_v.transpose(1, 2).unsqueeze(2)
-    for of_piece, v in zip(weights, text_v, strict=False):
-        by_stream = of_piece.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, -1)
-        out = out + streams_first(by_head(groups.gather(by_stream)) @ v.transpose(1, 2))
-    return out.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, dim)
-
-
-# The layers of a model ask for the same one, one after the other.
-@lru_cache(maxsize=4)
-def _hidden_from_branches(
-    spans: tuple[_Span, ...],
-    before: int,
-    length: int,
-    window: int | None,
-    limit: tuple[int, ...],
-    device: torch.device,
-) -> Tensor:
-    """[streams, length, keys]: what a branch's token does not see of the text's `spans` and, behind
-    them, of its own tokens."""
-    streams = len(limit)
-    query = torch.arange(length, device=device)[:, None] + before
-    own_token = torch.arange(before + length, device=device)
-    own_mask = own_token <= query
-    ends = to_device(limit, device)[:, None, None]
-    text_token = torch.cat([span.tokens(device) for span in spans])
-    text_mask = (text_token < ends).expand(streams, length, -1)
-    if window is not None:
-        own_mask = own_mask & (own_token > query - window)
-        text_mask = text_mask & (text_token > ends + query - window)
-    return ~torch.cat([text_mask, own_mask.expand(streams, -1, -1)], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from refine_kernels.dispatch import ChunkOutput, state_from_writes
+from refine_kernels.host import to_device
+from refine_kernels.streams import take_streams
 from torch import Tensor
 
 from refine_mcore.models.recorded_tokens import RecordedTokens, gather_tokens
-from refine_mcore.models.state import FastWeightState, LayerTape, inverse, take_streams
-from refine_mcore.platform import to_device
+from refine_mcore.models.state import FastWeightState, LayerTape, inverse
 
 L2_EPS = 1e-6  # of the norm of queries and keys
 

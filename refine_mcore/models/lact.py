@@ -35,6 +35,7 @@ from refine_kernels.dispatch import (
     update_fast_weights,
 )
 from refine_kernels.recompute import remade
+from refine_kernels.streams import StreamGroups, take_streams
 from torch import Tensor
 
 from refine_mcore.models.attention import (
@@ -68,10 +69,8 @@ from refine_mcore.models.parallel_layers import (
 )
 from refine_mcore.models.state import (
     FastWeightState,
-    StreamGroups,
     TokenHistory,
     inverse,
-    take_streams,
 )
 from refine_mcore.models.transformer_config import FastWeightConfig
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from refine_kernels.dispatch import FastWeights, RowNorms
+from refine_kernels.streams import take_streams
 from torch import Tensor
 
 from refine_mcore.models.attention import AttentionState, AttentionTape
@@ -18,7 +19,6 @@ from refine_mcore.models.state import (
     Piece,
     TokenHistory,
     map_tensors,
-    take_streams,
 )
 
 
@@ -144,10 +144,13 @@ class LaCTTape(LayerTape):
 
 
 def weight_rows(weights: FastWeights, rows: Sequence[int]) -> FastWeights:
-    """The weights of the chosen rows; a single row is a view, more are gathered."""
+    """The weights of the chosen rows; a single row is a view, or all there are, more are
+    gathered."""
 
     def pick(w: Tensor) -> Tensor:
-        return w[rows[0] : rows[0] + 1] if len(rows) == 1 else take_streams(w, rows)
+        if len(rows) == 1 and w.shape[0] > 1:
+            return w[rows[0] : rows[0] + 1]
+        return take_streams(w, rows)
 
     return map_tensors(pick, weights)
 

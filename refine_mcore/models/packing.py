@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from refine_kernels.host import to_device, without_waiting
 from torch import Tensor
 
 from refine_mcore.models.state import FastWeightState, LayerTape, inverse
-from refine_mcore.platform import to_device, without_waiting
 
 # Texts of one call may be shorter than its longest by a quarter, or by these few tokens.
 _PADDING = 64

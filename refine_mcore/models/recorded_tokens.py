@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from refine_kernels.host import without_waiting
 from refine_kernels.recompute import readable_later
 from torch import Tensor
-
-from refine_mcore.platform import without_waiting
 
 
 def gather_tokens(

@@ -23,9 +23,8 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from refine_kernels.streams import take_streams
 from torch import Tensor
-
-from refine_mcore.platform import to_device
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -43,13 +42,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
             **{f.name: map_tensors(function, getattr(value, f.name)) for f in fields(value)},
         )
     return value
-
-
-def take_streams(x: Tensor, indices: Sequence[int]) -> Tensor:
-    """x [R, ...] at the given streams; x itself if that is all of them in order."""
-    if list(indices) == list(range(x.shape[0])):
-        return x
-    return x.index_select(0, to_device(indices, x.device))
 
 
 def inverse(order: Sequence[int]) -> list[int]:
@@ -117,36 +109,6 @@ class StateTape:
         )
         offset = [p - self.start for p in position]
         return [layer.at(batch_index, offset) for layer in self.layers]
-
-
-class StreamGroups:
-    """Lays R streams out by the shared row each belongs to, so that a row's streams meet its
-    tensors in one product.
-
-    `gather` turns [R, T, ...] into [rows, M * T, ...] (M: most streams of one row, short rows
-    padded with a repeat), `scatter` undoes it.
-    """
-
-    def __init__(self, rows: Sequence[int], num_rows: int) -> None:
-        members: list[list[int]] = [[] for _ in range(num_rows)]
-        slot = []
-        for stream, row in enumerate(rows):
-            slot.append(len(members[row]))
-            members[row].append(stream)
-        self.num_rows = num_rows
-        self.per_row = max(map(len, members))
-        padded = [m + [m[0] if m else 0] * (self.per_row - len(m)) for m in members]
-        order = [stream for row in padded for stream in row]
-        self._order = order
-        self._places = [row * self.per_row + place for row, place in zip(rows, slot, strict=True)]
-
-    def gather(self, x: Tensor) -> Tensor:
-        x = take_streams(x, self._order)
-        return x.reshape(self.num_rows, self.per_row * x.shape[1], *x.shape[2:])
-
-    def scatter(self, y: Tensor) -> Tensor:
-        y = y.reshape(self.num_rows * self.per_row, y.shape[1] // self.per_row, *y.shape[2:])
-        return take_streams(y, self._places)
 
 
 # Consecutive tokens of some streams or texts: tensors [streams, T, ...], such as keys and values.

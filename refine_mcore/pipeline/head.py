@@ -7,11 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from refine_kernels.host import without_waiting
 from torch import Tensor
 
 from refine_mcore.models.fast_weight_model import ModelOutput
 from refine_mcore.pipeline.micro_batch import MicroBatch
-from refine_mcore.platform import without_waiting
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import draw_tokens
 from refine_mcore.rollout.scoring import future_log_probs, score_hidden

@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from refine_kernels.host import to_device
+from refine_kernels.streams import take_streams
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from refine_mcore.models.fast_weight_model import FastWeightModel, ModelOutput
-from refine_mcore.models.state import inverse, take_streams
+from refine_mcore.models.state import inverse
 from refine_mcore.pipeline.branch_passes import BranchPasses, RolloutShape
 from refine_mcore.pipeline.channels import TensorSpec
 from refine_mcore.pipeline.cut import Cut, Root, run_backward
@@ -35,7 +37,6 @@ from refine_mcore.pipeline.decoding import Decoder
 from refine_mcore.pipeline.head import Head
 from refine_mcore.pipeline.micro_batch import MicroBatch, StoredRollouts
 from refine_mcore.pipeline.passes import Pass
-from refine_mcore.platform import to_device
 from refine_mcore.rollout.branches import Branches
 
 Span = tuple[int, int]

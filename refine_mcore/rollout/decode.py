@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from refine_kernels.dispatch import log_probs_and_entropy, sample_tokens
+from refine_kernels.host import without_waiting
 from torch import Tensor
 
 from refine_mcore.models.fast_weight_model import LanguageModel
 from refine_mcore.models.state import FastWeightState
-from refine_mcore.platform import without_waiting
 from refine_mcore.rollout.vocabulary import vocabulary_options
 
 

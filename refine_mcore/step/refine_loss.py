@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from refine_kernels.host import to_device, without_waiting
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -32,7 +33,6 @@ from refine_mcore.objective.positions import (
     select_positions,
 )
 from refine_mcore.objective.rewards import sequence_reward
-from refine_mcore.platform import to_device, without_waiting
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import BranchScores

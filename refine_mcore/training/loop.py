@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from refine_kernels import dispatch
+from refine_kernels.host import without_waiting
 
 from refine_mcore import compat, platform
 from refine_mcore.config import (
@@ -308,7 +309,7 @@ class _Run:
         device, dp = platform.device(), self.groups.dp
         size = self.config.training.micro_batch_size
         for batch in batch_iterator(self.dataset, first, size, dp.rank(), dp.size()):
-            yield TextBatch.of(batch, lambda x: platform.without_waiting(x, device))
+            yield TextBatch.of(batch, lambda x: without_waiting(x, device))
 
     def _first_text(self) -> TextBatch:
         first = self.dataset.batch([0]) | {"sample_index": torch.zeros(1, dtype=torch.long)}

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from refine_kernels.streams import StreamGroups
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +15,7 @@ from refine_mcore.models.attention import AttentionState
 from refine_mcore.models.fast_weight_model import FastWeightModel, ModelOutput
 from refine_mcore.models.lact_state import LaCTState
 from refine_mcore.models.recorded_tokens import RecordedTokens, gather_tokens
-from refine_mcore.models.state import FastWeightState, StreamGroups, TokenHistory, map_tensors
+from refine_mcore.models.state import FastWeightState, TokenHistory, map_tensors
 from refine_mcore.pipeline.cut import Cut
 from tests.models.zoo import FAMILIES, NAMES, assert_same, contents, random_tokens
 

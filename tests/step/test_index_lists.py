@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from refine_kernels import host
 
-from refine_mcore import platform
 from refine_mcore.models import recorded_tokens
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.initialization import initialize
@@ -27,7 +27,7 @@ def copies(name: str, layers: int, groups: Any) -> int:
     tokens = torch.randint(61, (2, 40))
     batch = TextBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.arange(2))
     branches = Branches.at([[5, 17, 33], [8, 16, 39]])
-    caches: list[Any] = [platform._on_device, recorded_tokens._places_on_device]
+    caches: list[Any] = [host._on_device, recorded_tokens._places_on_device]
     for cache in caches:
         cache.cache_clear()
     text = text_pass(model, batch, with_entropy=True, record=True)

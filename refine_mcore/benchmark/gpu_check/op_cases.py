@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from refine_kernels.attention.naive import naive_text_attention
+from refine_kernels.attention.branches import Span
+from refine_kernels.attention.naive import naive_branch_attention, naive_text_attention
 from refine_kernels.delta_rule.naive import naive_delta_rule, naive_gated_delta_rule
 from refine_kernels.dispatch import state_from_writes
 from refine_kernels.lact.fast_weights import FastWeights
@@ -71,6 +72,7 @@ def op_cases(sizes: Sizes) -> dict[str, list[OpCase]]:
         *_written_states(sizes),
         *_delta_gates(sizes),
         *_attention(sizes),
+        *_branches(sizes),
         *_lact(sizes),
         *_fast_features(sizes),
         *_rotations(sizes),
@@ -323,6 +325,41 @@ def _attention(sizes: Sizes) -> list[OpCase]:
                 inputs,
                 run,
                 partial(run, naive_text_attention),
+                chain=2 * sizes.tokens + sizes.value + _POINTWISE,
+                narrow=_ATTENTION_ROUNDINGS,
+            )
+        )
+    return cases
+
+
+def _branches(sizes: Sizes) -> list[OpCase]:
+    """Three streams of two texts, two query heads to a key head; all of the text or a window."""
+    cases = []
+    for window in (None, sizes.tokens // 3):
+        draw, key_heads = _Draw(17), sizes.heads // 2
+        inputs = {"q": draw.normal(3, 3, sizes.heads, sizes.value)}
+        for name, shape in (("own", (3, 5)), ("text", (2, sizes.tokens))):
+            inputs |= {f"{name} {x}": draw.normal(*shape, key_heads, sizes.value) for x in "kv"}
+        options: dict[str, Any] = {
+            "spans": (Span(0, sizes.tokens, 7),),
+            "rows": (1, 0, 1),
+            "limit": (7 + sizes.tokens, 7 + sizes.tokens // 2, 9),
+            "window": window,
+        }
+
+        def run(
+            operation: Callable[..., Any], x: Tensors, options: dict[str, Any] = options
+        ) -> Tensors:
+            own, text = ((x[f"{name} k"], x[f"{name} v"]) for name in ("own", "text"))
+            return {"o": operation(x["q"], own, [text], **options)}
+
+        cases.append(
+            OpCase(
+                "branch_attention",
+                "" if window is None else "window",
+                inputs,
+                run,
+                partial(run, naive_branch_attention),
                 chain=2 * sizes.tokens + sizes.value + _POINTWISE,
                 narrow=_ATTENTION_ROUNDINGS,
             )
