@@ -50,7 +50,7 @@ OPERATIONS = (
     "vocabulary",
 )
 # Operations on eight branches of a text, whatever its length: streams and tokens of each.
-BRANCHES = {"decode": (8, 1), "score": (8, 5), "read": (8, 64), "branches": (8, 5)}
+BRANCHES = {"decode": (8, 1), "score": (8, 5), "read": (8, 64)}
 _LIMIT = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 # Newton-Schulz multiplies the smallest singular values, and the rounding in them, by hundreds:
 # torch's own bfloat16 comes to 2e-2 at the sizes of LaCT-760M.
@@ -173,7 +173,7 @@ def _attention(architecture: Architecture, tokens: int, *, branches: bool) -> Ca
 
     reach = tokens if window is None else min(window, tokens)
     if branches:
-        streams, length = BRANCHES["branches"]
+        streams, length = BRANCHES["score"]
 
         def of_branches(q: Tensor, *keys_and_values: Tensor) -> Sequence[Tensor]:
             own, text = keys_and_values[:2], keys_and_values[2:]
