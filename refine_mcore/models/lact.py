@@ -50,7 +50,7 @@ from refine_mcore.models.lact_state import (
     FastInputs,
     LaCTState,
     LaCTTape,
-    join_weights,
+    WeightRows,
     open_chunk_length,
     weight_rows,
     weights_index,
@@ -245,7 +245,8 @@ class LaCT(Mixer):
         streams = fq.shape[0]
         initial, norms = self.initial_weights(streams)
         read, chunks = self._chunks(fq, inputs, initial, norms)
-        return read, _WeightsInForce(chunks, chunks[-1], tuple(range(streams)), norms)
+        last = WeightRows.of(chunks[-1:])
+        return read, _WeightsInForce(chunks, last, tuple(range(streams)), norms)
 
     def _read_on(
         self, fq: Tensor, inputs: FastInputs, state: LaCTState
@@ -259,7 +260,7 @@ class LaCT(Mixer):
         if len(staying) == streams:
             read = self._read_shared(fq, state, staying)
             rows = state.weight_rows
-            return read, _WeightsInForce([state.weights], state.weights, rows, state.norms)
+            return read, _WeightsInForce(None, state.weights, rows, state.norms)
         groups = [staying] if staying else []
         crossing = sorted({n for n in opened if n + length > size})
         groups += [[r for r in range(streams) if opened[r] == n] for n in crossing]
@@ -268,14 +269,14 @@ class LaCT(Mixer):
         for group in groups:
             if group is staying:
                 reads.append(self._read_shared(take_streams(fq, group), state, group))
-                ends.append(weight_rows(state.weights, [state.weight_rows[r] for r in group]))
+                ends.append(state.weights.rows([state.weight_rows[r] for r in group]))
             else:
                 part = inputs.map(partial(take_streams, indices=group))
                 read, chunks = self._cross_chunks(take_streams(fq, group), part, state, group)
                 reads.append(read)
                 ends.append(chunks[-1])
         back = inverse([r for group in groups for r in group])
-        in_force = _WeightsInForce(chunks, join_weights(ends), tuple(back), state.norms)
+        in_force = _WeightsInForce(chunks, WeightRows.of(ends), tuple(back), state.norms)
         return take_streams(torch.cat(reads), back), in_force
 
     def _read(self, weights: FastWeights, fq: Tensor) -> Tensor:
@@ -292,8 +293,8 @@ class LaCT(Mixer):
         product."""
         rows = [state.weight_rows[r] for r in streams]
         used = sorted(set(rows))
-        weights = state.weights
-        if len(used) < weights.w1.shape[0]:
+        weights = state.weights.read
+        if len(used) < state.weights.count:
             weights = weight_rows(weights, used)
         groups = StreamGroups([used.index(r) for r in rows], len(used))
         return groups.scatter(self._read(weights, groups.gather(fq)))
@@ -308,7 +309,7 @@ class LaCT(Mixer):
         """
         size = self.options.chunk_size
         opened = open_chunk_length(state.position[streams[0]], size)
-        weights = weight_rows(state.weights, [state.weight_rows[r] for r in streams])
+        weights = state.weights.rows([state.weight_rows[r] for r in streams])
         rest = size - opened
         read = [self._read(weights, fq[:, :rest])]
         begun = [state.pending.last(r, opened) for r in streams]
@@ -340,18 +341,18 @@ class LaCT(Mixer):
             attention,
             pending.own,
             end - pending.own_length,
-            weights.chunks,
+            weights.chunks or [weights.last.rows(weights.rows)],
             weights.norms,
             weights_index(attention.start, self.options.chunk_size),
         )
 
 
 class _WeightsInForce(NamedTuple):
-    """Weights during each chunk of a forward (of one group of streams), at its end the row each
-    stream uses, and the norms of all their rows."""
+    """Weights during each chunk of a forward (of one group of streams; None: the last ones), at its
+    end the row each stream uses, and the norms of all their rows."""
 
-    chunks: list[FastWeights]
-    last: FastWeights
+    chunks: list[FastWeights] | None
+    last: WeightRows
     rows: tuple[int, ...]
     norms: RowNorms
 

@@ -47,6 +47,39 @@ class FastInputs(NamedTuple):
 
 
 @dataclass(frozen=True)
+class WeightRows:
+    """The weights of some streams: in parts as they were made, and joined as the fast network reads
+    them. What updates need beside that is joined once there is one: few rollouts reach it."""
+
+    parts: tuple[FastWeights, ...]
+    read: FastWeights
+
+    @classmethod
+    def of(cls, parts: Sequence[FastWeights]) -> WeightRows:
+        """All rows of all parts."""
+        return cls(tuple(parts), _joined_reading([FastWeights(*part.read()) for part in parts]))
+
+    @classmethod
+    def join(cls, of_slices: Sequence[WeightRows]) -> WeightRows:
+        """All rows of all of them."""
+        if len(of_slices) == 1:
+            return of_slices[0]
+        parts = tuple(part for rows in of_slices for part in rows.parts)
+        return cls(parts, _joined_reading([rows.read for rows in of_slices]))
+
+    @property
+    def count(self) -> int:
+        return self.read.w1.shape[0]
+
+    def rows(self, rows: Sequence[int]) -> FastWeights:
+        """All there is of the chosen rows."""
+        if len(self.parts) == 1:
+            return weight_rows(self.parts[0], rows)
+        places = [(part, i) for part in self.parts for i in range(part.w1.shape[0])]
+        return _join_weights([weight_rows(places[r][0], [places[r][1]]) for r in rows])
+
+
+@dataclass(frozen=True)
 class LaCTState(FastWeightState):
     """Window keys and values, the weights in force, the open chunk.
 
@@ -57,7 +90,7 @@ class LaCTState(FastWeightState):
     """
 
     attention: AttentionState
-    weights: FastWeights
+    weights: WeightRows
     weight_rows: tuple[int, ...]
     norms: RowNorms
     pending: TokenHistory
@@ -82,10 +115,10 @@ class LaCTState(FastWeightState):
 
     @classmethod
     def join(cls, parts: Sequence[LaCTState], *, one_text: bool = True) -> LaCTState:
-        before = accumulate((part.weights.w1.shape[0] for part in parts), initial=0)
+        before = accumulate((part.weights.count for part in parts), initial=0)
         return cls(
             AttentionState.join([part.attention for part in parts], one_text=one_text),
-            join_weights([part.weights for part in parts]),
+            WeightRows.join([part.weights for part in parts]),
             tuple(
                 offset + row
                 for part, offset in zip(parts, before, strict=False)
@@ -132,7 +165,7 @@ class LaCTTape(LayerTape):
             for p, b in zip(position, batch_index, strict=True)
         ]
         distinct = sorted(set(in_force))
-        weights = join_weights([weight_rows(self.chunks[i], [b]) for i, b in distinct])
+        weights = WeightRows.of([weight_rows(self.chunks[i], [b]) for i, b in distinct])
         limit = [p - self.first for p in position]
         return LaCTState(
             attention,
@@ -155,9 +188,18 @@ def weight_rows(weights: FastWeights, rows: Sequence[int]) -> FastWeights:
     return map_tensors(pick, weights)
 
 
-def join_weights(parts: Sequence[FastWeights]) -> FastWeights:
-    """All rows of all parts. Before a stream's first update its momentum buffers are zeros, and its
-    operands the weights."""
+def _joined_reading(parts: Sequence[FastWeights]) -> FastWeights:
+    """All rows of what the fast network reads. A stream's first weights may be in more precision
+    than products take the others in."""
+    if len(parts) == 1:
+        return parts[0]
+    least = min((part.w1.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+    of_w02, of_w1 = zip(*(part.read_in(least).read() for part in parts), strict=True)
+    return FastWeights(torch.cat(of_w02), torch.cat(of_w1))
+
+
+def _join_weights(parts: Sequence[FastWeights]) -> FastWeights:
+    """All rows of all parts. Before a stream's first update its momentum buffers are zeros."""
     if len(parts) == 1:
         return parts[0]
 
@@ -165,15 +207,13 @@ def join_weights(parts: Sequence[FastWeights]) -> FastWeights:
         rows, heads, width, hidden = part.w1.shape
         return part.w1.new_zeros(rows, heads, 3, hidden, width)
 
-    momentum, operands = None, None
+    momentum = None
     if any(part.momentum is not None for part in parts):
         momentum = torch.cat(
             [initial_momentum(p) if p.momentum is None else p.momentum for p in parts]
         )
+    operands = None
+    if any(part.operands is not None for part in parts):
+        operands = _joined_reading([FastWeights(*part.read()) for part in parts])[:2]
     of_w02, of_w1 = zip(*(part[:2] for part in parts), strict=True)
-    made = [part.operands for part in parts if part.operands is not None]
-    if made:
-        read = [part.read_in(made[0][0].dtype).read() for part in parts]
-        used02, used1 = zip(*read, strict=True)
-        operands = torch.cat(used02), torch.cat(used1)
     return FastWeights(torch.cat(of_w02), torch.cat(of_w1), momentum, operands)

@@ -220,7 +220,7 @@ def _visible_keys(state: AttentionState, stream: int, window: int | None) -> tup
 
 
 def _fast_weights(state: LaCTState, stream: int) -> list[Tensor]:
-    weights = state.weights
+    weights = state.weights.rows(range(state.weights.count))
     momentum = weights.momentum
     if momentum is None:
         momentum = torch.zeros_like(torch.stack([weights.w1.mT] * 3, 2))

@@ -20,7 +20,7 @@ from refine_kernels.lact import (
     triton_moved,
     triton_newton_schulz,
 )
-from refine_kernels.lact.fast_weights import FastWeights
+from refine_kernels.lact.fast_weights import FastWeights, RowNorms
 from refine_kernels.lact.forms import Forms
 from refine_kernels.lact.products import Precision, product_in
 from refine_kernels.triton_variant import Variant
@@ -40,12 +40,14 @@ def refusal(
     given = (*arguments, *options.values())
     weights = next(x for x in given if isinstance(x, FastWeights))
     tokens = next(x for x in given if isinstance(x, Tensor))
-    if weights.w1.dtype != torch.float32 or tokens.dtype not in agreement.TOLERANCE:
+    operands = product_in(precision, tokens.dtype, torch.float32).operands
+    updates = any(isinstance(x, RowNorms) for x in given)
+    kinds = {torch.float32} if updates else {torch.float32, operands}
+    if weights.w1.dtype not in kinds or tokens.dtype not in agreement.TOLERANCE:
         return f"tokens are {tokens.dtype} and fast weights {weights.w1.dtype}"
     width = max(weights.w1.shape[-2:])
     if width > _WIDEST:
         return f"the fast network is {width} wide, above {_WIDEST}"
-    operands = product_in(precision, tokens.dtype, torch.float32).operands
     why = _disagreement(width, operands, tokens.device)
     if why is None and muon and muon_dtype in triton_newton_schulz.DTYPES:
         why = _newton_schulz_disagreement(width, muon_dtype, tokens.device)
