@@ -17,6 +17,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy where not everything but its last dimension begins at multiples of 16 bytes, as
+    the libraries' kernels load it: a projection among others may lie anywhere."""
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    if x.stride(-1) == 1 and all(place % 16 == 0 for place in (*steps, x.data_ptr())):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def dense_rows(x: Tensor) -> Tensor:
     """x with its last dimension's numbers side by side, which is how kernels take it."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from refine_kernels import dispatch
+from refine_kernels import dispatch, launch
 from refine_kernels.attention import flash, sdpa
 from refine_kernels.attention.naive import naive_text_attention
 from torch import Tensor
@@ -82,6 +82,20 @@ def test_a_text_attends_as_defined(
     weights = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
     ours, theirs = (torch.autograd.grad((x * weights).sum(), given) for x in (found, expected))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("padding", "begin", "copied"), [(0, 0, False), (8, 0, False), (4, 0, True), (8, 4, True)]
+)
+def test_what_begins_anywhere_is_copied_for_libraries(
+    padding: int, begin: int, copied: bool
+) -> None:
+    """Of bfloat16: rows of 16 numbers among `padding` others."""
+    packed = torch.randn(2, 3, 2, 16 + padding).bfloat16()
+    x = packed[..., begin : begin + 16]
+    found = launch.aligned(x)
+    assert torch.equal(found, x) and (found is not x) == copied
+    assert launch.aligned(found) is found
 
 
 def test_torch_here_has_what_flash_asks_for() -> None:

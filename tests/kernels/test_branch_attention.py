@@ -110,8 +110,8 @@ def test_what_they_do_not_take():
 
     assert refusal() is None
     assert "wide" in str(refusal(dim=136))
-    assert "queries" in str(refusal(tokens=17, own=17))
-    assert "tokens" in str(refusal(own=129))
+    assert "queries" in str(refusal(tokens=9, own=9))
+    assert "tokens" in str(refusal(own=33))
     assert "see 5000 tokens" in str(refusal(length=5000))
     assert refusal(length=5000, window=64) is None
     assert "2 pieces" in str(refusal(pieces=2))

@@ -19,6 +19,7 @@ from refine_kernels.lact.naive import naive_lact
 from refine_kernels.lact.newton_schulz import newton_schulz
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from refine_mcore.benchmark.memory import describe, saved_tensors
 
@@ -312,3 +313,19 @@ def test_the_backward_keeps_inputs_weights_and_newton_schulz(prenorm):
     # goes into their first and what comes out of their last
     allowed = 1024 * token_inputs + 4 * 2 * size + 3 * (5 * 3 + 2) * size + 65_536  # norms
     assert sum(one.bytes for one in saved) <= allowed, describe(saved)
+
+
+def test_the_backward_asks_once_for_what_was_kept():
+    """Which checkpointing hands out once, and selective recomputation makes again each time."""
+    tokens, weights = make_inputs(7, 2, 9, 2, 3, 4, True)
+    leaves = [x for x in (*tokens, *weights[:2]) if x is not None]
+
+    def run(*given: Tensor) -> Tensor:
+        fq, fk, fv, lr, momentum, w02, w1 = given
+        initial = FastWeights(w02, w1)
+        norms = initial.row_norms()
+        o, _ = chunk_lact(fq, fk, fv, lr, momentum, initial, norms, chunk_size=4, muon=True)
+        return o
+
+    found = [run(*leaves), checkpoint(run, *leaves, use_reentrant=False)]
+    assert_close(gradients(found[1:], leaves), gradients(found[:1], leaves))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from refine_kernels import launch
 from refine_kernels.recompute import remade
 
 # Queries per product of windowed attention: bounds the mask and the work outside the window.
@@ -32,6 +33,8 @@ def text_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Te
     total, grouped = k.shape[1], heads != kv_heads
     before = total - length
     if before == 0 and (window is None or window >= total):
+        if q.is_cuda:
+            q, k, v = (remade(launch.aligned, x) for x in (q, k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return out.transpose(1, 2)

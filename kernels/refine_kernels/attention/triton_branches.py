@@ -30,8 +30,8 @@ from refine_kernels.host import to_device
 from refine_kernels.triton_variant import Variant, integers, variant
 
 _WIDEST = 128
-_MOST_ROWS = 64  # queries of a stream that share a key head
-_MOST_OWN = 128  # tokens of a stream since it left
+_MOST_ROWS = 32  # queries of a stream that share a key head
+_MOST_OWN = 32  # tokens of a stream since it left
 _LONGEST = 4096  # tokens of the text that one program goes through
 _PRODUCTS = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 _FAR = 2**30  # no window
@@ -151,22 +151,25 @@ class _BranchAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *given, rows, limit, out, total = ctx.saved_tensors
         run = _Run(given, ctx.span, ctx.window)
-        grads = [launch.empty(x.shape, x.dtype, x.device) for x in given]
+        grads = [launch.empty(x.shape, x.dtype, x.device) for x in given[:3]]
         for_both = (*given, rows, limit, out, total, grad.contiguous())
         launch.run(
             branches_backward,
             run.grid,
-            *(*for_both, *grads[:3], *run.sizes, *run.strides),
+            *(*for_both, *grads, *run.sizes, *run.strides),
             **run.constants,
         )
+        if not any(ctx.needs_input_grad[3:5]):
+            return *grads, None, None, None, None, None, None
+        of_text = [launch.empty(x.shape, x.dtype, x.device) for x in given[3:]]
         texts, tokens, kv_heads = given[3].shape[:3]
         launch.run(
             text_backward,
             (triton.cdiv(tokens, run.constants["BN"]), kv_heads, texts),
-            *(*for_both, *grads[3:], len(rows), *run.sizes, *run.strides),
+            *(*for_both, *of_text, len(rows), *run.sizes, *run.strides),
             **{name: x for name, x in run.constants.items() if name != "BO"},
         )
-        return *grads, None, None, None, None
+        return *grads, *of_text, None, None, None, None
 
 
 class _Run:
@@ -553,16 +556,17 @@ def text_backward(
     tl.store(grad_v + at, of_v.to(grad_v.dtype.element_ty), mask=inside)
 
 
-# Head widths, heads to a key head and tokens of a stream at a time, of the presets with attention.
-_COMPILED = ((64, 1, 5), (64, 1, 1), (128, 1, 5), (128, 4, 5))
+# Head widths, heads to a key head, tokens of a stream at a time and since it left: of the presets
+# with attention, and the most.
+_COMPILED = ((64, 1, 5, 5), (64, 1, 1, 5), (128, 1, 5, 5), (128, 4, 8, _MOST_OWN))
 
 
 def variants() -> Iterator[Variant]:
     """As they are compiled ahead of time: rollouts that are scored, and decoded."""
     types = {"rows": "*i64", "limit": "*i64", "total": "*fp32"}
     types |= integers("start", "stop", "first", "window", "tokens", "own", "length", "streams")
-    for dim, groups, tokens in _COMPILED:
-        constants = _constants(dim, groups, tokens, 5, "bf16")
+    for dim, groups, tokens, own in _COMPILED:
+        constants = _constants(dim, groups, tokens, own, "bf16")
         title = f"d{dim}_{groups * tokens}rows"
         kernels = [branches_forward] + [branches_backward, text_backward] * (tokens > 1)
         for kernel in kernels:

@@ -135,7 +135,8 @@ def _disagreement(
     inputs |= {"v": normal(2 * groups, v_dim), "beta": normal(2 * groups).sigmoid()}
     if gated:
         inputs["g"] = -normal(2 * groups).sigmoid()
-    inputs = {name: x.to(device, dtype) for name, x in inputs.items()}
+    # rates and states come in float32 whatever the tokens are
+    inputs = {name: x.to(device, dtype if name in "qkv" else None) for name, x in inputs.items()}
     inputs["state"] = torch.randn(1, 2 * groups, k_dim, v_dim, generator=gen).to(device)
 
     def of(rule: Any) -> agreement.Form:

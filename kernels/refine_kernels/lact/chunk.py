@@ -90,7 +90,8 @@ def chunk_lact(
     streams, tokens = fq.shape[:2]
     product = product_in(precision, fk.dtype, weights.w1.dtype)
     rule = Rule(chunk_size, product, muon, muon_dtype, prenorm, forms)
-    in_force = updated(rule, -(-tokens // chunk_size) - 1, weights, norms, fk, fv, lr, momentum)
+    count = max(0, -(-tokens // chunk_size) - 1)
+    in_force = updated(rule, count, weights, norms, fk, fv, lr, momentum)
     full = tokens // chunk_size
     outputs = []
     if full:

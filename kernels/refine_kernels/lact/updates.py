@@ -157,8 +157,9 @@ class _Updates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         rule, count = ctx.rule, ctx.count
-        fk, fv, lr, decay, *norms = ctx.saved_tensors[:6]
-        kept = _by_update(ctx.saved_tensors[6:], count)
+        # asked for once: what is made again for a backward is made whenever it is asked for
+        fk, fv, lr, decay, norm02, norm1, *flat = ctx.saved_tensors
+        norms, kept = (norm02, norm1), _by_update(flat, count)
         chunks = _Chunks(rule, fk, fv, lr)
         # of what was there before each update and after the last
         of_states = [_Gradients([None, None], None, [None, None])]
