@@ -60,7 +60,8 @@ def _varlen_attn() -> Callable[..., Any] | None:
 @functools.lru_cache(maxsize=16)
 def _borders(streams: int, tokens: int, device: torch.device) -> Tensor:
     """Where each text begins and the last one ends."""
-    return torch.arange(0, (streams + 1) * tokens, tokens, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # whoever takes it from here may need it for a backward
+        return torch.arange(0, (streams + 1) * tokens, tokens, dtype=torch.int32, device=device)
 
 
 @functools.cache
