@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from refine_mcore.config import (
     TOKENS,
     Config,
+    ModelConfig,
     config_from_dict,
     data_parallel_layout,
     load_config,
@@ -20,7 +21,9 @@ from refine_mcore.config import (
     save_config,
     to_dict,
 )
+from refine_mcore.conversion.description import write_description
 from refine_mcore.errors import UserError
+from refine_mcore.models.presets import preset
 from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.training.setup import check_supported, resolve_architecture, tape_interval
 
@@ -290,6 +293,31 @@ def test_example_configs_can_start(path):
     check_supported(config)
     architecture = resolve_architecture(config)
     transformer_config(architecture, tape_interval=tape_interval(config))
+
+
+def test_a_preset_is_the_checkpoints_with_the_overrides_on_both(tmp_path):
+    """As of one that a run with these overrides has written, or one before; none other."""
+    muon, small = {"mixer.muon_dtype": "bfloat16"}, {"num_layers": 1}
+    stored = preset("tiny-lact")
+    for written, overrides, fits in (
+        ({}, {}, True),
+        ({}, muon, True),
+        (muon, muon, True),
+        (muon, {}, False),
+        (small, muon, False),
+    ):
+        directory = tmp_path / "checkpoint"
+        directory.mkdir(exist_ok=True)
+        write_description(directory, stored.with_overrides(written))
+        model = ModelConfig(preset="tiny-lact", checkpoint=str(directory), overrides=overrides)
+        config = replace(
+            config_from_dict({"model": {"preset": "tiny-lact"}}, "a test"), model=model
+        )
+        if fits:
+            assert resolve_architecture(config) == stored.with_overrides(overrides)
+        else:
+            with pytest.raises(UserError, match="is not the architecture of"):
+                resolve_architecture(config)
 
 
 def test_examples_exist():

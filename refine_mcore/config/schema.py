@@ -39,7 +39,8 @@ class ModelConfig:
     # Name of a preset architecture; without a checkpoint its weights start at random.
     preset: str | None = None
     # Checkpoint (directory) to take the weights from, converted or of a training run; a preset
-    # given as well must agree with it. A run that has checkpoints of its own needs it no more.
+    # given as well must agree with it, the overrides on both. A run that has checkpoints of its own
+    # needs it no more.
     checkpoint: str | None = None
     # Architecture fields set over the preset, by dotted name (`mixer.chunk_size: 512`); nested
     # mappings mean the same.
@@ -296,7 +297,8 @@ class KernelsConfig:
     # Delta rules, over a text and a token at a time. fla: flash-linear-attention over texts whose
     # states nobody reads, triton elsewhere.
     delta_rule: Literal["auto", "torch", "triton", "fla"] = "auto"
-    # What LaCT computes between its products, its fast queries and keys among it.
+    # What LaCT computes between its products, its fast queries and keys and Newton-Schulz in
+    # bfloat16 among it.
     lact: Literal["auto", "torch", "triton"] = "auto"
     # RMS norms, gated or not.
     rms_norm: Literal["auto", "torch", "triton"] = "auto"

@@ -37,7 +37,7 @@ def randn(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 4e-6), (torch.bfloat16, 1.2e-2)], ids=["fp32", "bf16"]
+    ("dtype", "tolerance"), [(torch.float32, 4e-6), (torch.bfloat16, 8e-3)], ids=["fp32", "bf16"]
 )
 @pytest.mark.parametrize("window", [None, 2, 9, 66], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -112,9 +112,11 @@ def test_what_they_do_not_take():
     assert "wide" in str(refusal(dim=136))
     assert "queries" in str(refusal(tokens=9, own=9))
     assert "tokens" in str(refusal(own=33))
-    assert "see 5000 tokens" in str(refusal(length=5000))
+    assert "more than 4096 tokens" in str(refusal(length=5000))
     assert refusal(length=5000, window=64) is None
-    assert "2 pieces" in str(refusal(pieces=2))
+    # said once however many they are: the log has a line for each reason
+    assert refusal(length=5000) == refusal(length=5001)
+    assert "several pieces" in str(refusal(pieces=2))
 
 
 @pytest.mark.parametrize("wrong", ["branches_forward", "branches_backward", "text_backward"])

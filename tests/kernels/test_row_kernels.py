@@ -314,7 +314,7 @@ def test_lact_hidden(texts, heads, tokens, width, dtype):
     found = triton_gates.hidden(actual[..., :-1], dtype)
     expected = forms.hidden(exact[..., :-1], torch.float64)
     assert found.dtype == dtype
-    tolerance = 2e-6 if dtype == torch.float32 else 8e-3
+    tolerance = 2e-6 if dtype == torch.float32 else 4e-3
     assert_near([found], [expected.detach()], tolerance)
     assert_near(gradients([found], [actual]), gradients([expected], [exact]), tolerance)
 
@@ -336,7 +336,7 @@ def test_lact_factors(texts, heads, tokens, width, dtype):
     expected = list(torch.autograd.grad(factors, exact, [g.double().cpu() for g in grads]))
     found = [*form.factors(*given, dtype), *form.factors_gradients(*given, *grads)]
     assert [x.dtype for x in found] == [*[dtype] * 4, of_rates]
-    tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3}[dtype]
+    tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3}[dtype]
     assert_near(found, [*(x.detach() for x in factors), *expected], tolerance)
 
 
@@ -421,7 +421,7 @@ def test_moved_fast_weights(streams, heads, rows, columns, prenorm, form: Any):
     result = form.moved(*given, torch.bfloat16, prenorm=prenorm)
     assert result.operand is not None and result.operand.dtype == torch.bfloat16
     assert_near([result.weight], [expected.detach()], 2e-6)
-    assert_near([result.operand], [scaled.detach()], 6e-3)
+    assert_near([result.operand], [scaled.detach()], 3e-3)
     for of_weight, of_operand in product((False, True), repeat=2):
         chosen = [(expected, grads[0])] * of_weight + [(scaled, grads[1])] * of_operand
         total = r.sum() * 0 + sum((x * g.mT.double()).sum() for x, g in chosen)
@@ -441,11 +441,11 @@ def test_moved_fast_weights(streams, heads, rows, columns, prenorm, form: Any):
         assert_near([of_step], [wanted[1]], 3e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(40, 5, 7), (20, 16, 16), (2, 70, 150), (5, 70, 20)])
-def test_newton_schulz(shape, dtype):
+def test_newton_schulz(shape):
     """The five steps and their backward, of matrices wide and tall: as near to float64 as the
     library's products are."""
+    dtype = torch.bfloat16
     given = [randn(*shape, 1)[..., 0].to(DEVICE, dtype) for _ in range(2)]
     given[1] = given[1].flip(-1) + given[0] / 2
     exact, kept = newton_schulz.steps(given[0].double().cpu(), torch.float64)

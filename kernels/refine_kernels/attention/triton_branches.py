@@ -25,15 +25,14 @@ from torch.autograd.function import once_differentiable
 from refine_kernels import agreement, launch
 from refine_kernels.attention import branches
 from refine_kernels.attention.branches import Span
-from refine_kernels.delta_rule.triton_tiles import product
 from refine_kernels.host import to_device
+from refine_kernels.triton_products import product, products_of
 from refine_kernels.triton_variant import Variant, integers, variant
 
 _WIDEST = 128
 _MOST_ROWS = 32  # queries of a stream that share a key head
 _MOST_OWN = 32  # tokens of a stream since it left
 _LONGEST = 4096  # tokens of the text that one program goes through
-_PRODUCTS = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32x3"}
 _FAR = 2**30  # no window
 
 
@@ -57,9 +56,9 @@ def refusal(
     if groups * q.shape[1] > _MOST_ROWS or own[0].shape[1] > _MOST_OWN:
         return f"branches have more than {_MOST_OWN} tokens or {_MOST_ROWS} queries for a key head"
     if seen > _LONGEST:
-        return f"branches see {seen} tokens of their text, more than {_LONGEST}"
+        return f"branches see more than {_LONGEST} tokens of their text"
     if len(text) > 1:
-        return f"branches see their text in {len(text)} pieces"
+        return "branches see their text in several pieces"
     return agreement.unknown_dtype(q.dtype) or _disagreement(
         q.shape[-1], groups, window is not None, q.dtype, q.device
     )
@@ -183,13 +182,7 @@ class _Run:
         window = _FAR if window is None else window
         self.sizes = (*span, window, tokens, own, text_k.shape[1])
         self.strides = tuple(stride for x in given for stride in x.stride()[:3])
-        self.constants = _constants(dim, heads // kv_heads, tokens, own, _products(q))
-
-
-def _products(q: Tensor) -> str:
-    """The products' operands; the interpreter has none of bfloat16."""
-    products = _PRODUCTS[q.dtype]
-    return "bf16-as-fp32" if products == "bf16" and q.device.type == "cpu" else products
+        self.constants = _constants(dim, heads // kv_heads, tokens, own, products_of(q))
 
 
 def _constants(dim: int, groups: int, tokens: int, own: int, products: str) -> dict[str, Any]:

@@ -23,15 +23,12 @@ from refine_kernels import agreement, launch
 from refine_kernels.delta_rule import chunk, triton_few
 from refine_kernels.delta_rule import triton_kernels as kernels
 from refine_kernels.delta_rule.chunk import ChunkOutput
+from refine_kernels.host import without_waiting
+from refine_kernels.triton_products import products_of
 
-# By input dtype: the products' operands on a GPU, and the most tokens the kernels take at a time.
-# float16 takes TF32, which holds each of its numbers and the range of float32, so that states and
-# gradients cannot overflow.  float32 is for checks; its chunks of 64 would not fit into registers.
-_PRODUCTS = {
-    torch.bfloat16: ("bf16", 64),
-    torch.float16: ("tf32", 64),
-    torch.float32: ("tf32x3", 32),
-}
+# The most tokens the kernels take at a time, by input dtype.  float32 is for checks; its chunks of
+# 64 would not fit into registers.
+_MOST_TOKENS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
 _LEAST_CHUNK = 16
 _LARGEST_KEY = 256
 
@@ -101,7 +98,7 @@ def refusal(
     groups = v.shape[2] // k.shape[2]
     widths = (k.shape[-1], v.shape[-1], groups)
     if _few(q, v, output_writes):
-        products = _products(v)
+        products = products_of(v)
         return triton_few.disagreement(
             widths, g is not None, qk_norm_eps, products, v.dtype, v.device
         )
@@ -112,12 +109,6 @@ def refusal(
 def _few(q: Tensor | None, v: Tensor, output_writes: bool) -> bool:
     """Whether a piece is one for triton_few.py."""
     return q is not None and not output_writes and v.shape[1] <= triton_few.MOST_TOKENS
-
-
-def _products(v: Tensor) -> str:
-    """The products' operands; the interpreter has none of bfloat16."""
-    products, _ = _PRODUCTS[v.dtype]
-    return "bf16-as-fp32" if products == "bf16" and v.device.type == "cpu" else products
 
 
 @functools.cache
@@ -166,7 +157,7 @@ def _disagreement(
 
 def chunk_of(tap_interval: int, dtype: torch.dtype) -> int:
     """Tokens the kernels take at a time where the states between have this distance."""
-    return min(math.gcd(tap_interval, 64), _PRODUCTS[dtype][1])
+    return min(math.gcd(tap_interval, 64), _MOST_TOKENS[dtype])
 
 
 def chunk_rule(
@@ -189,7 +180,7 @@ def chunk_rule(
     scale = k.shape[-1] ** -0.5 if scale is None else scale
     if q is not None and _few(q, v, output_writes):
         o, final_state = triton_few.few_tokens_rule(
-            q, k, v, beta, g, scale, qk_norm_eps, state, _products(v)
+            q, k, v, beta, g, scale, qk_norm_eps, state, products_of(v)
         )
         return ChunkOutput(o, final_state, [state], None)
     options = _Options(scale, qk_norm_eps, chunk_size, output_writes)
@@ -277,7 +268,7 @@ class _Run:
         self.k, self.v = launch.dense_rows(k), launch.dense_rows(v)
         self.beta, self.g = beta.contiguous(), None if g is None else g.contiguous()
         self.batch, self.n, self.heads, v_dim = v.shape
-        products = _products(v)
+        products = products_of(v)
         self.scratch_dtype = v.dtype if products.startswith("bf16") else torch.float32
         self.compiled = Call(
             k_dim=k.shape[-1],
@@ -493,10 +484,8 @@ def _given(
     slots = torch.full((count,), -1, dtype=torch.int32)
     for slot, (number, _) in enumerate(after):
         slots[number] = slot
-    if device.type == "cuda":  # from pinned memory the host does not wait for the copy
-        slots = slots.pin_memory()
     given = _stacked([x for _, x in after]) if after else torch.empty(0, device=device)
-    return slots.to(device, non_blocking=True), given
+    return without_waiting(slots, device), given
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

@@ -34,11 +34,11 @@ from refine_kernels.delta_rule.triton_tiles import (
     load_per_token,
     load_rows,
     load_state,
-    product,
     store_dense,
     store_per_token,
     store_state,
 )
+from refine_kernels.triton_products import product
 from refine_kernels.triton_variant import Variant, integers, variant
 
 MOST_TOKENS = 16

@@ -1,4 +1,4 @@
-"""What the delta rules' kernels share: tiles of tensors in memory, products, norms and decays.
+"""What the delta rules' kernels share: tiles of tensors in memory, norms and decays.
 
 Tensors are laid out as triton_kernels.py says.
 """
@@ -10,22 +10,6 @@ import triton.language as tl
 # decays stay below 64 * 104, so that their differences keep an absolute accuracy of 5e-4 even
 # after decays that erase everything, and -inf does no harm.
 LEAST_LOG_DECAY = tl.constexpr(-104.0)
-
-
-@triton.jit
-def product(a, b, PRODUCTS: tl.constexpr):
-    """a @ b in float32 from operands rounded as PRODUCTS says.
-
-    "bf16": bfloat16, "tf32": TF32, "tf32x3": three TF32 products, nearly float32.
-    "bf16-as-fp32": rounded to bfloat16, multiplied as float32, for the interpreter, which has no
-    bfloat16 product; the products of two bfloat16 numbers are exact either way.
-    """
-    if PRODUCTS == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    elif PRODUCTS == "bf16-as-fp32":
-        return tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32))
-    else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRODUCTS)
 
 
 @triton.jit

@@ -90,13 +90,13 @@ def chunk_lact(
     streams, tokens = fq.shape[:2]
     product = product_in(precision, fk.dtype, weights.w1.dtype)
     rule = Rule(chunk_size, product, muon, muon_dtype, prenorm, forms)
+    weights = weights.read_in(product.operands)  # once for all who read them
     count = max(0, -(-tokens // chunk_size) - 1)
     in_force = updated(rule, count, weights, norms, fk, fv, lr, momentum)
     full = tokens // chunk_size
     outputs = []
     if full:
-        read = [weights.read_in(product.operands).read() for weights in in_force[:full]]
-        of_w02, of_w1 = zip(*read, strict=True)
+        of_w02, of_w1 = zip(*(w.read() for w in in_force[:full]), strict=True)
         used = FastWeights(_by_chunk(of_w02, streams), _by_chunk(of_w1, streams))
         queries = fq[:, : full * chunk_size].reshape(streams * full, chunk_size, *fq.shape[2:])
         o = apply_fast_weights(used, queries, precision=precision, forms=forms)

@@ -49,7 +49,7 @@ def refusal(
     if width > _WIDEST:
         return f"the fast network is {width} wide, above {_WIDEST}"
     why = _disagreement(width, operands, tokens.device)
-    if why is None and muon and muon_dtype in triton_newton_schulz.DTYPES:
+    if why is None and muon and muon_dtype == triton_newton_schulz.DTYPE:
         why = _newton_schulz_disagreement(width, muon_dtype, tokens.device)
     return why
 

@@ -4,7 +4,7 @@ Matrices are small (384 by 384 in LaCT-760M, a dozen a text) and one step waits 
 what counts is how many launches there are: three a step either way, two for the norm.  A symmetric
 result is computed up to its diagonal and written twice: half the multiplications of a library's
 product, and no pass over memory for x + x^T.  Sums are float32; results are rounded once.  Other
-dtypes than bfloat16 and float16 are the library's.
+dtypes than bfloat16 are the library's.
 """
 
 from collections.abc import Iterator
@@ -17,14 +17,15 @@ from torch import Tensor
 
 from refine_kernels import launch
 from refine_kernels.lact import newton_schulz
+from refine_kernels.triton_products import product, products_of
 from refine_kernels.triton_variant import Variant, variant
 
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPE = torch.bfloat16
 
 
 def normalised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As newton_schulz.normalised, the norm in float32."""
-    if dtype not in DTYPES:
+    if dtype != DTYPE:
         return newton_schulz.normalised(x, dtype)
     x = x.contiguous()
     norm = launch.empty((x.shape[0], 1, 1), torch.float32, x.device)
@@ -37,7 +38,7 @@ def normalised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def normalised_gradient(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
     """As newton_schulz.normalised_gradient."""
-    if y.dtype not in DTYPES:
+    if y.dtype != DTYPE:
         return newton_schulz.normalised_gradient(grad, y, norm)
     grad, y = grad.contiguous(), y.contiguous()
     out = launch.empty(grad.shape, grad.dtype, grad.device)
@@ -70,11 +71,11 @@ def symmetric(
     alpha: float = 1.0,
 ) -> Tensor:
     """As newton_schulz.symmetric."""
-    if a.dtype not in DTYPES:
+    if a.dtype != DTYPE:
         return newton_schulz.symmetric(a, b, base=base, beta=beta, alpha=alpha)
     count, rows, columns = a.shape
     out = launch.empty((count, rows, rows), a.dtype, a.device)
-    constants = _constants(rows, columns, interpreted=not a.is_cuda)
+    constants = _constants(rows, columns, products_of(a))
     blocks = triton.cdiv(rows, constants["BLOCK"])
     launch.run(
         symmetric_product,
@@ -91,11 +92,11 @@ def combined(
     x: Tensor, p: Tensor, *, beta: float, s: Tensor | None = None, y: Tensor | None = None
 ) -> Tensor:
     """As newton_schulz.combined."""
-    if x.dtype not in DTYPES:
+    if x.dtype != DTYPE:
         return newton_schulz.combined(x, p, beta=beta, s=s, y=y)
     count, rows, columns = x.shape
     out = launch.empty(x.shape, x.dtype, x.device)
-    constants = _constants(rows, columns, interpreted=not x.is_cuda)
+    constants = _constants(rows, columns, products_of(x))
     block = constants["BLOCK"]
     launch.run(
         combined_product,
@@ -114,9 +115,8 @@ def _dense(*given: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in given]
 
 
-def _constants(rows: int, columns: int, *, interpreted: bool = False) -> dict[str, Any]:
-    """Blocks that leave a GPU enough programs of a dozen matrices.  Triton's interpreter has no
-    product of bfloat16, so there it is one of float32, which is the same."""
+def _constants(rows: int, columns: int, products: str) -> dict[str, Any]:
+    """Blocks that leave a GPU enough programs of a dozen matrices."""
     wide = rows > 512
     block = 128 if wide else max(16, min(64, triton.next_power_of_2(rows)))
     return {
@@ -124,7 +124,7 @@ def _constants(rows: int, columns: int, *, interpreted: bool = False) -> dict[st
         "COLUMNS": columns,
         "BLOCK": block,
         "BK": 32 if wide else block,
-        "WIDEN": interpreted,
+        "PRODUCTS": products,
         "num_warps": 8 if wide else 4,
         "num_stages": 3,
     }
@@ -197,14 +197,11 @@ def divided_by_norm_gradient(
 
 
 @triton.jit
-def _tile(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr):
+def _tile(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Of a matrix, zeros outside."""
     inside = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
     at = x + row[:, None] * COLUMNS + column[None, :]
-    found = tl.load(at, mask=inside, other=0.0)
-    if WIDEN:
-        found = found.to(tl.float32)
-    return found
+    return tl.load(at, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -217,14 +214,14 @@ def _across(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BK: tl.constexpr,
-    WIDEN: tl.constexpr,
+    PRODUCTS: tl.constexpr,
 ):
     """found + rows i of a times rows j of b.  One product a loop: two that add to one sum are more
     than Triton 3.5 compiles for Blackwell."""
     for start in range(0, COLUMNS, BK):
         k = start + tl.arange(0, BK)
-        of_b = _tile(b, j, k, ROWS, COLUMNS, WIDEN)
-        found = tl.dot(_tile(a, i, k, ROWS, COLUMNS, WIDEN), tl.trans(of_b), found)
+        of_b = _tile(b, j, k, ROWS, COLUMNS)
+        found += product(_tile(a, i, k, ROWS, COLUMNS), tl.trans(of_b), PRODUCTS)
     return found
 
 
@@ -238,13 +235,13 @@ def _down(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BK: tl.constexpr,
-    WIDEN: tl.constexpr,
+    PRODUCTS: tl.constexpr,
 ):
     """found + rows i of p [ROWS, ROWS] times columns j of x."""
     for start in range(0, ROWS, BK):
         k = start + tl.arange(0, BK)
-        of_x = _tile(x, k, j, ROWS, COLUMNS, WIDEN)
-        found = tl.dot(_tile(p, i, k, ROWS, ROWS, WIDEN), of_x, found)
+        of_x = _tile(x, k, j, ROWS, COLUMNS)
+        found += product(_tile(p, i, k, ROWS, ROWS), of_x, PRODUCTS)
     return found
 
 
@@ -262,7 +259,7 @@ def symmetric_product(
     BASE: tl.constexpr,
     BLOCK: tl.constexpr,
     BK: tl.constexpr,
-    WIDEN: tl.constexpr,
+    PRODUCTS: tl.constexpr,
 ):
     """A block on or below the diagonal, and the one that mirrors it."""
     if tl.program_id(1) > tl.program_id(0):
@@ -275,14 +272,14 @@ def symmetric_product(
         b += n * ROWS * COLUMNS
     found = tl.zeros((BLOCK, BLOCK), tl.float32)
     if TWO:
-        found = _across(found, a, b, i, j, ROWS, COLUMNS, BK, WIDEN)
-        found = _across(found, b, a, i, j, ROWS, COLUMNS, BK, WIDEN)
+        found = _across(found, a, b, i, j, ROWS, COLUMNS, BK, PRODUCTS)
+        found = _across(found, b, a, i, j, ROWS, COLUMNS, BK, PRODUCTS)
     else:
-        found = _across(found, a, a, i, j, ROWS, COLUMNS, BK, WIDEN)
+        found = _across(found, a, a, i, j, ROWS, COLUMNS, BK, PRODUCTS)
     found *= alpha
     if BASE:
         base += n * ROWS * ROWS
-        found += beta * _tile(base, i, j, ROWS, ROWS, WIDEN).to(tl.float32)
+        found += beta * _tile(base, i, j, ROWS, ROWS).to(tl.float32)
     found = found.to(out.dtype.element_ty)
     out += n * ROWS * ROWS
     inside = (i < ROWS)[:, None] & (j < ROWS)[None, :]
@@ -305,7 +302,7 @@ def combined_product(
     TWO: tl.constexpr,
     BLOCK: tl.constexpr,
     BK: tl.constexpr,
-    WIDEN: tl.constexpr,
+    PRODUCTS: tl.constexpr,
 ):
     """A block of beta x + p x, with TWO + s y."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -316,10 +313,10 @@ def combined_product(
     if TWO:
         s += n * ROWS * ROWS
         y += n * ROWS * COLUMNS
-    found = beta * _tile(x, i, j, ROWS, COLUMNS, WIDEN).to(tl.float32)
-    found = _down(found, p, x, i, j, ROWS, COLUMNS, BK, WIDEN)
+    found = beta * _tile(x, i, j, ROWS, COLUMNS).to(tl.float32)
+    found = _down(found, p, x, i, j, ROWS, COLUMNS, BK, PRODUCTS)
     if TWO:
-        found = _down(found, s, y, i, j, ROWS, COLUMNS, BK, WIDEN)
+        found = _down(found, s, y, i, j, ROWS, COLUMNS, BK, PRODUCTS)
     inside = (i < ROWS)[:, None] & (j < COLUMNS)[None, :]
     at = n * ROWS * COLUMNS + i[:, None] * COLUMNS + j[None, :]
     tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
@@ -333,7 +330,7 @@ def variants(widths: tuple[int, ...]) -> Iterator[Variant]:
         constants = _piece_constants(width * width) | {"EPS": newton_schulz.EPS}
         for kernel in (inner_products, divided_by_norm, divided_by_norm_gradient):
             yield variant(kernel, f"d{width}", constants, of_pieces)
-        constants = _constants(width, width)
+        constants = _constants(width, width, "bf16")
         for kernel, given in (
             (symmetric_product, {"TWO": False, "BASE": True}),
             (symmetric_product, {"TWO": True, "BASE": True}),
