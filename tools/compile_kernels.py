@@ -31,6 +31,7 @@ LISTS = {
     "gates": "delta_gates.triton_gates",
     "lact": "lact.triton_forms",
     "branches": "attention.triton_branches",
+    "branches_decode": "attention.triton_decode",
     "features": "lact.triton_features",
     "rms_norm": "rms_norm.triton_rms_norm",
     "rotary": "rotary.triton_rotary",

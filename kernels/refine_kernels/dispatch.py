@@ -17,6 +17,7 @@ from typing import ParamSpec, TypeVar
 from torch import Tensor
 
 from refine_kernels.attention import branches as _branches
+from refine_kernels.attention import decode as _decode
 from refine_kernels.attention import sdpa as _sdpa
 from refine_kernels.delta_gates import gates as _gates
 from refine_kernels.delta_rule import chunk as _delta_chunk
@@ -27,6 +28,7 @@ from refine_kernels.gated_delta_rule import chunk as _gated_chunk
 from refine_kernels.gated_delta_rule import recurrent as _gated_recurrent
 from refine_kernels.lact import chunk as _lact
 from refine_kernels.lact import features as _features
+from refine_kernels.lact.chunk import ChunkWeights
 from refine_kernels.lact.fast_weights import FastWeights, RowNorms
 from refine_kernels.lact.products import Precision
 from refine_kernels.rms_norm import rms_norm as _rms_norm
@@ -40,6 +42,7 @@ from refine_kernels.vocab.random import combine_keys, counter_uniform
 
 __all__ = [
     "ChunkOutput",
+    "ChunkWeights",
     "FastWeights",
     "Precision",
     "RowNorms",
@@ -51,6 +54,7 @@ __all__ = [
     "chunk_lact",
     "combine_keys",
     "counter_uniform",
+    "decode_attention",
     "fast_features",
     "linear_log_probs_and_entropy",
     "delta_gates",
@@ -127,12 +131,13 @@ def _log_backend(operation: str, device_type: str, backend: str) -> None:
 
 
 def _operation(
-    torch_form: Callable[P, R], name: str | None = None, **modules: str
+    torch_form: Callable[P, R], name: str | None = None, *, or_torch: bool = True, **modules: str
 ) -> Callable[P, R]:
     """Another form where it is wanted and takes the arguments, otherwise torch's.
 
     Each form is in its module under the same name, and beside it `refusal`, which says of the same
-    arguments why it would not take them.
+    arguments why it would not take them. Where none takes them and there is nothing `or_torch`, the
+    call raises RuntimeError.
     """
     operation = torch_form.__name__
 
@@ -151,6 +156,8 @@ def _operation(
                     _record(operation, device, f"{form}{reason}")
                     return getattr(module, operation)(*args, **kwargs)
             reason = f", as {why}"
+        if not or_torch:
+            raise RuntimeError(f"{operation} on {device} is for kernels{reason or ', not wanted'}")
         _record(operation, device, f"torch{reason}")
         return torch_form(*args, **kwargs)
 
@@ -185,6 +192,9 @@ _rows = partial(_operation, name="vocabulary", triton="vocab.triton_rows")
 text_attention = _operation(_sdpa.text_attention, "attention", flash="attention.flash")
 branch_attention = _operation(
     _branches.branch_attention, "branches", triton="attention.triton_branches"
+)
+decode_attention = _operation(
+    _decode.decode_attention, "branches", or_torch=False, triton="attention.triton_decode"
 )
 chunk_delta_rule = _text(_delta_chunk.chunk_delta_rule)
 recurrent_delta_rule = _token(_delta_recurrent.recurrent_delta_rule)

@@ -20,11 +20,18 @@ from megatron.core.tensor_parallel.mappings import (
     all_gather_last_dim_from_tensor_parallel_region,
 )
 from refine_kernels.attention.branches import Span
-from refine_kernels.dispatch import branch_attention, rms_norm, rotate, text_attention
+from refine_kernels.dispatch import (
+    branch_attention,
+    decode_attention,
+    rms_norm,
+    rotate,
+    text_attention,
+)
 from refine_kernels.host import to_device
 from refine_kernels.recompute import recomputed, remade, remaking
 from torch import Tensor
 
+from refine_mcore.models.fixed_state import FixedAttention, FixedHistory
 from refine_mcore.models.mixer import Mixer, MixerOutput, MixerSubmodules
 from refine_mcore.models.parallel_layers import (
     PackedColumnParallelLinear,
@@ -53,6 +60,13 @@ def rotary_table(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [R or 1, length, 1, dim/2] of angle (positions[r] + t) * base^(-2i/dim), at least
     float32; not to be written to."""
+    cos, sin = _cos_and_sin(positions, length, dim, base, like).unbind()
+    return cos, sin
+
+
+def _cos_and_sin(
+    positions: Sequence[int], length: int, dim: int, base: float, like: Tensor
+) -> Tensor:
     dtype = at_least_float32(like.dtype)
     return _rotary_table(tuple(positions), length, dim, base, dtype, like.device)
 
@@ -66,7 +80,7 @@ def _rotary_table(
     base: float,
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     steps = torch.arange(length, device=device)[None]
     if len(set(positions)) == 1:
         steps = steps + positions[0]
@@ -74,10 +88,10 @@ def _rotary_table(
         steps = to_device(positions, device)[:, None] + steps
     exponents = torch.arange(0, dim, 2, device=device, dtype=dtype) / dim
     angles = steps.to(dtype)[:, :, None, None] * base**-exponents
-    return angles.cos(), angles.sin()
+    return torch.stack((angles.cos(), angles.sin()))
 
 
-def attend(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:
+def attend(q: Tensor, history: TokenHistory | FixedHistory, window: int | None) -> Tensor:
     """softmax(q k^T / sqrt(dim)) v over each query's own past.
 
     q [R, T, heads, dim]; `history` holds (keys, values) [R, tokens, kv_heads, dim] in pieces, those
@@ -85,6 +99,8 @@ def attend(q: Tensor, history: TokenHistory, window: int | None) -> Tensor:
     None).
     Returns [R, T, heads, dim].
     """
+    if isinstance(history, FixedHistory):
+        return decode_attention(q, history.own, history.count, history.text, window=window)
     if history.text is not None:
         return _branch_attention(q, history, window)
     with remaking():
@@ -135,9 +151,45 @@ class AttentionState(FastWeightState):
     history: TokenHistory
     position: tuple[int, ...]
 
+    @classmethod
+    def start(cls, streams: int) -> AttentionState:
+        """Of streams before their first token."""
+        return cls(TokenHistory(), (0,) * streams)
+
     @property
     def num_streams(self) -> int:
         return len(self.position)
+
+    def rotary(self, length: int, dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the next tokens: `rotary_table`."""
+        return rotary_table(self.position, length, dim, base, like)
+
+    def after(self, history: TokenHistory, length: int, window: int | None) -> AttentionState:
+        """The state after `length` tokens, the last in `history`: cut to what a window can still
+        see where the stream has no text behind it."""
+        if window is not None and history.text is None:
+            history = history.keep_last(window - 1)
+        return AttentionState(history, tuple(p + length for p in self.position))
+
+    def record(self, history: TokenHistory, length: int, window: int | None) -> AttentionTape:
+        """The tape of a forward over `length` tokens of texts, the last in `history`: all streams
+        at one position, none a branch."""
+        assert len(set(self.position)) == 1 and history.text is None
+        start = self.position[0]
+        first = start + length - history.own_length
+        return AttentionTape(history.own, first, start, window)
+
+    def fixed(self, tokens: int, dim: int, base: float | None) -> FixedAttention | None:
+        """In fixed places for `tokens` more tokens, of which `dim` numbers a head are rotated; None
+        for streams that have none."""
+        history = FixedHistory.of(self.history, tokens)
+        if history is None:
+            return None
+        if not dim:
+            return FixedAttention(history, None)
+        assert base is not None
+        angles = _cos_and_sin(self.position, tokens, dim, base, history.own[0])
+        return FixedAttention(history, angles.expand(-1, self.num_streams, -1, -1, -1))
 
     def select(self, indices: Sequence[int]) -> AttentionState:
         return AttentionState(
@@ -223,25 +275,30 @@ class SelfAttention(Mixer):
     def mix(
         self, tokens: Tensor, state: FastWeightState | None, output_state: bool, record: bool
     ) -> MixerOutput:
-        assert state is None or isinstance(state, AttentionState)
         streams, length = tokens.shape[:2]
+        assert state is None or isinstance(state, AttentionState | FixedAttention)
+        before: Any = AttentionState.start(streams) if state is None else state
         q, k, v, gate = self._heads(self.in_proj.split(tokens))
-        position = state.position if state is not None else (0,) * streams
         if self.rotary_dim:
             assert self.options.rope_theta is not None
-            table = rotary_table(position, length, self.rotary_dim, self.options.rope_theta, q)
+            table = before.rotary(length, self.rotary_dim, self.options.rope_theta, q)
             q, k = remade(rotate, q, *table), rotate(k, *table)
-        past = state.history if state is not None else None
         window = self.options.window_size
-        history = TokenHistory.extend(past, (k, v))
+        history = before.history.append((k, v))
         out = attend(q, history, window)
         if gate is not None:
             out = remade(_gated, out, gate)
         return MixerOutput(
             out.flatten(2),
-            next_attention_state(history, position, length, window) if output_state else None,
-            record_text(history, position, length, window) if record else None,
+            before.after(history, length, window) if output_state else None,
+            before.record(history, length, window) if record else None,
         )
+
+    def fixed_state(
+        self, state: FastWeightState, tokens: int, rollouts: int
+    ) -> FastWeightState | None:
+        assert isinstance(state, AttentionState)
+        return state.fixed(tokens, self.rotary_dim, self.options.rope_theta)
 
     def _heads(self, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v and the gate [R, T, local heads, dim]."""
@@ -283,23 +340,3 @@ def _gated(x: Tensor, gate: Tensor) -> Tensor:
         return (x.to(wide) * gate.to(wide).sigmoid()).to(x.dtype)
 
     return recomputed(product, x, gate)
-
-
-def next_attention_state(
-    history: TokenHistory, position: Sequence[int], length: int, window: int | None
-) -> AttentionState:
-    """The state after `length` tokens, the last in `history`: cut to what a window can still see
-    where the stream has no text behind it."""
-    if window is not None and history.text is None:
-        history = history.keep_last(window - 1)
-    return AttentionState(history, tuple(p + length for p in position))
-
-
-def record_text(
-    history: TokenHistory, position: Sequence[int], length: int, window: int | None
-) -> AttentionTape:
-    """The tape of a forward over `length` tokens of texts, the last in `history`: all streams at
-    one position, none a branch."""
-    assert len(set(position)) == 1 and history.text is None
-    first = position[0] + length - history.own_length
-    return AttentionTape(history.own, first, position[0], window)

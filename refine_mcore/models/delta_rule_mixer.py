@@ -139,6 +139,13 @@ class DeltaRuleMixer(Mixer):
             tape,
         )
 
+    def fixed_state(
+        self, state: FastWeightState, tokens: int, rollouts: int
+    ) -> FastWeightState | None:
+        """Its shapes never change."""
+        assert isinstance(state, DeltaRuleState)
+        return state.unshared()
+
     def split_packed(self, packed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The inputs of the convolution, q, k and v as they lie side by side, and the gates by
         name. One split: its backward is one concatenation."""

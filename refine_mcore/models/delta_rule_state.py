@@ -56,6 +56,7 @@ class DeltaRuleState(FastWeightState):
         return take_streams(self.conv, self.rows), take_streams(self.recurrent, self.rows)
 
     def unshared(self) -> DeltaRuleState:
+        """The same with memory of its own for every stream."""
         return self.of(*self.of_streams())
 
     def select(self, indices: Sequence[int]) -> DeltaRuleState:

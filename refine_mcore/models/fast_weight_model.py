@@ -179,6 +179,17 @@ class FastWeightModel(LanguageModule):
             tape = StateTape(tuple(out.tapes), start, start + tokens.shape[1])
         return ModelOutput(hidden, out.states, tape)
 
+    def fixed_states(
+        self, states: Sequence[FastWeightState], tokens: int, rollouts: int
+    ) -> list[FastWeightState] | None:
+        """Of every layer its `fixed_state`; None if one has none for these streams."""
+        layers: Any = self.decoder.layers
+        fixed = [
+            layer.self_attention.fixed_state(state, tokens, rollouts)
+            for layer, state in zip(layers, states, strict=True)
+        ]
+        return None if None in fixed else fixed
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits [R, T, V / tp] of final hidden states [R, T, h]; columns past the
         vocabulary are padding."""

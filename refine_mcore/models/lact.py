@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from refine_kernels.dispatch import (
+    ChunkWeights,
     FastWeights,
     RowNorms,
     apply_fast_weights,
@@ -42,12 +43,10 @@ from refine_mcore.models.attention import (
     AttentionState,
     AttentionTape,
     attend,
-    next_attention_state,
-    record_text,
-    rotary_table,
 )
 from refine_mcore.models.lact_state import (
     FastInputs,
+    FixedLaCT,
     LaCTState,
     LaCTTape,
     WeightRows,
@@ -138,69 +137,94 @@ class LaCT(Mixer):
     def mix(
         self, tokens: Tensor, state: FastWeightState | None, output_state: bool, record: bool
     ) -> MixerOutput:
-        assert state is None or isinstance(state, LaCTState)
+        assert state is None or isinstance(state, LaCTState | FixedLaCT)
         streams, length = tokens.shape[:2]
-        parts = self.in_proj.split(tokens)
+        before: Any = AttentionState.start(streams) if state is None else state.attention
+        # what weights are written with is made where they are, or whoever goes on may come to it
+        writes = output_state or record or state is None or self._fills_chunk(state, length)
+        writes = writes and not isinstance(state, FixedLaCT)
+        parts = self.in_proj.split(tokens, without=() if writes else self._rates)
         q, k, v = parts["q_proj"], parts["k_proj"], parts["v_proj"]
         if self.options.qk_norm:
             q, k = self._qk_norm(q, self.q_norm_weight), self._qk_norm(k, self.k_norm_weight)
-        position = state.position if state is not None else (0,) * streams
-        table = rotary_table(position, length, self.head_dim, self.options.rope_theta, q)
-        fq, inputs = self._fast_inputs(q, k, v, parts, table)
+        table = before.rotary(length, self.head_dim, self.options.rope_theta, q)
+        of_q, of_k = zip(self.qk_scale.unbind(-1), self.qk_offset.unbind(-1), strict=True)
+        fq = remade(self._features, q, *of_q, *table)
+        inputs = self._fast_inputs(k, v, parts, of_k, table) if writes else None
 
         q, k, v = (y.reshape(streams, length, -1, self.head_dim) for y in (q, k, v))
         q, k = remade(rotate, q, *table), rotate(k, *table)
-        past = state.attention.history if state is not None else None
         window = self.options.window_size
-        history = TokenHistory.extend(past, (k, v))
+        history = before.history.append((k, v))
         attended = attend(q, history, window)
 
-        read, weights = (
-            self._read_text(fq, inputs) if state is None else self._read_on(fq, inputs, state)
-        )
+        read, weights = self._read_next(fq, inputs, state)
         gate = parts["ttt_scale_proj"][..., None] if self.options.learnable_scale else None
         gain = shared_by_heads(self.ttt_norm, self.tp_group)
         out = remade(_add_read, attended, read, gain, gate)
-        # rates are only used once a chunk is full
-        out = with_zero_gradients(out, [self.in_proj.bias(name) for name in self._rates])
+        if isinstance(state, FixedLaCT):
+            return MixerOutput(out, state.after(history), None)
+        if max(weights_index(p + length, self.options.chunk_size) for p in before.position) == 0:
+            # no token is read with weights that were written
+            out = with_zero_gradients(out, [self.in_proj.bias(name) for name in self._rates])
         if not (output_state or record):
             return MixerOutput(out, None, None)
+        assert inputs is not None and weights is not None
         pending = TokenHistory.extend(state.pending if state else None, inputs.tensors())
         new_state = tape = None
         if output_state:
-            attention = next_attention_state(history, position, length, window)
-            new_state = self._next_state(attention, pending, weights)
+            after = before.after(history, length, window)
+            new_state = self._next_state(after, pending, weights)
         if record:
-            attention_tape = record_text(history, position, length, window)
-            tape = self._record(attention_tape, pending, position[0] + length, weights)
+            attention_tape = before.record(history, length, window)
+            tape = self._record(attention_tape, pending, attention_tape.start + length, weights)
         return MixerOutput(out, new_state, tape)
+
+    def fixed_state(
+        self, state: FastWeightState, tokens: int, rollouts: int
+    ) -> FastWeightState | None:
+        """None for streams of which some would reach the end of their chunk."""
+        assert isinstance(state, LaCTState)
+        if self._fills_chunk(state, tokens):
+            return None
+        attention = state.attention.fixed(tokens, self.head_dim, self.options.rope_theta)
+        if attention is None:
+            return None
+        return FixedLaCT(attention, state.weights_of_forks(rollouts))
+
+    def _fills_chunk(self, state: LaCTState | FixedLaCT, tokens: int) -> bool:
+        """Whether a stream goes past its chunk's end with so many tokens more."""
+        if isinstance(state, FixedLaCT):
+            return False
+        size = self.options.chunk_size
+        return any(open_chunk_length(p, size) + tokens > size for p in state.position)
+
+    def _features(
+        self, x: Tensor, scale: Tensor, offset: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """fq or fk [R, T, n, d]."""
+        silu = self.options.qkv_silu
+        y = fast_features(x, scale, offset, head_dim=self.fast_dim, silu=silu)
+        return self._rotate_fast(y, cos, sin) if self.options.fast_rope else y
 
     def _fast_inputs(
         self,
-        q: Tensor,
         k: Tensor,
         v: Tensor,
         parts: dict[str, Tensor],
+        scale_and_offset: tuple[Tensor, Tensor],
         table: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, FastInputs]:
-        """fq [R, T, n, d] and what the weights are written with."""
-        scale, offset = self.qk_scale, self.qk_offset
-
-        def features(x: Tensor, scale: Tensor, offset: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            silu = self.options.qkv_silu
-            y = fast_features(x, scale, offset, head_dim=self.fast_dim, silu=silu)
-            return self._rotate_fast(y, cos, sin) if self.options.fast_rope else y
-
-        fq = remade(features, q, scale[:, 0], offset[:, 0], *table)
-        fk = features(k, scale[:, 1], offset[:, 1], *table)
+    ) -> FastInputs:
+        """What the weights are written with."""
+        fk = self._features(k, *scale_and_offset, *table)
         fv = remade(F.silu, v) if self.options.qkv_silu and self.options.v_silu else v
-        fv = fv.reshape(fq.shape)
-        dtype = at_least_float32(q.dtype)
+        fv = fv.reshape(fk.shape)
+        dtype = at_least_float32(k.dtype)
         rates = F.softplus(parts["lr_proj"].to(dtype) + _RATE_SHIFT)
         mu = None
         if self.options.use_momentum:
             mu = torch.sigmoid(parts["momentum_proj"].to(dtype))
-        return fq, FastInputs(fk, fv, rates.reshape(*rates.shape[:2], -1, 3), mu)
+        return FastInputs(fk, fv, rates.reshape(*rates.shape[:2], -1, 3), mu)
 
     def _rotate_fast(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary positions in the attention's heads, whatever the fast head width."""
@@ -239,17 +263,29 @@ class LaCT(Mixer):
             "precision": self._precision,
         }
 
+    def _read_next(
+        self, fq: Tensor, inputs: FastInputs | None, state: LaCTState | FixedLaCT | None
+    ) -> tuple[Tensor, _WeightsInForce | None]:
+        """Read [R, T, n, d] of all new tokens, and the weights that were in force; `inputs` where
+        some may be written."""
+        if isinstance(state, FixedLaCT):
+            return self._read_rows(state.weights, fq), None
+        if state is not None:
+            return self._read_on(fq, inputs, state)
+        assert inputs is not None
+        return self._read_text(fq, inputs)
+
     def _read_text(self, fq: Tensor, inputs: FastInputs) -> tuple[Tensor, _WeightsInForce]:
         """Read [R, T, n, d] of texts from their first token on, and the weights that were in
         force."""
         streams = fq.shape[0]
         initial, norms = self.initial_weights(streams)
         read, chunks = self._chunks(fq, inputs, initial, norms)
-        last = WeightRows.of(chunks[-1:])
+        last = WeightRows.of([chunks[-1]])
         return read, _WeightsInForce(chunks, last, tuple(range(streams)), norms)
 
     def _read_on(
-        self, fq: Tensor, inputs: FastInputs, state: LaCTState
+        self, fq: Tensor, inputs: FastInputs | None, state: LaCTState
     ) -> tuple[Tensor, _WeightsInForce]:
         """Read [R, T, n, d] of all new tokens behind a state, and the weights that were in
         force."""
@@ -261,11 +297,12 @@ class LaCT(Mixer):
             read = self._read_shared(fq, state, staying)
             rows = state.weight_rows
             return read, _WeightsInForce(None, state.weights, rows, state.norms)
+        assert inputs is not None
         groups = [staying] if staying else []
         crossing = sorted({n for n in opened if n + length > size})
         groups += [[r for r in range(streams) if opened[r] == n] for n in crossing]
         reads, ends = [], []
-        chunks: list[FastWeights] = []
+        chunks = ChunkWeights(())
         for group in groups:
             if group is staying:
                 reads.append(self._read_shared(take_streams(fq, group), state, group))
@@ -282,9 +319,14 @@ class LaCT(Mixer):
     def _read(self, weights: FastWeights, fq: Tensor) -> Tensor:
         return apply_fast_weights(weights, fq, precision=self._precision)
 
+    def _read_rows(self, weights: FastWeights, fq: Tensor) -> Tensor:
+        """Read of streams of which as many share a row, one after the other."""
+        rows = fq.reshape(weights.w1.shape[0], -1, *fq.shape[2:])
+        return self._read(weights, rows).reshape(fq.shape)
+
     def _chunks(
         self, fq: Tensor, inputs: FastInputs, weights: FastWeights, norms: RowNorms
-    ) -> tuple[Tensor, list[FastWeights]]:
+    ) -> tuple[Tensor, ChunkWeights]:
         size = self.options.chunk_size
         return chunk_lact(fq, *inputs, weights, norms, chunk_size=size, **self._update_options)
 
@@ -301,7 +343,7 @@ class LaCT(Mixer):
 
     def _cross_chunks(
         self, fq: Tensor, inputs: FastInputs, state: LaCTState, streams: list[int]
-    ) -> tuple[Tensor, list[FastWeights]]:
+    ) -> tuple[Tensor, ChunkWeights]:
         """Streams equally far in their chunk, and past its end: finish it, write it, go on chunk by
         chunk.
 
@@ -320,7 +362,7 @@ class LaCT(Mixer):
         written = update_fast_weights(weights, state.norms, *chunk, **self._update_options)
         rest_inputs = inputs.map(lambda y: y[:, rest:])
         rest_read, chunks = self._chunks(fq[:, rest:], rest_inputs, written, state.norms)
-        return torch.cat([*read, rest_read], dim=1), [weights, *chunks]
+        return torch.cat([*read, rest_read], dim=1), ChunkWeights((weights, *chunks))
 
     def _next_state(
         self, attention: AttentionState, pending: TokenHistory, weights: _WeightsInForce
@@ -341,7 +383,7 @@ class LaCT(Mixer):
             attention,
             pending.own,
             end - pending.own_length,
-            weights.chunks or [weights.last.rows(weights.rows)],
+            weights.chunks or ChunkWeights((weights.last.rows(weights.rows),)),
             weights.norms,
             weights_index(attention.start, self.options.chunk_size),
         )
@@ -351,7 +393,7 @@ class _WeightsInForce(NamedTuple):
     """Weights during each chunk of a forward (of one group of streams; None: the last ones), at its
     end the row each stream uses, and the norms of all their rows."""
 
-    chunks: list[FastWeights] | None
+    chunks: ChunkWeights | None
     last: WeightRows
     rows: tuple[int, ...]
     norms: RowNorms

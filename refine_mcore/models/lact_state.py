@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from refine_kernels.dispatch import FastWeights, RowNorms
+from refine_kernels.dispatch import ChunkWeights, FastWeights, RowNorms
 from refine_kernels.streams import take_streams
 from torch import Tensor
 
 from refine_mcore.models.attention import AttentionState, AttentionTape
+from refine_mcore.models.fixed_state import FixedAttention, FixedHistory, FixedState
 from refine_mcore.models.state import (
     FastWeightState,
     LayerTape,
@@ -55,9 +56,11 @@ class WeightRows:
     read: FastWeights
 
     @classmethod
-    def of(cls, parts: Sequence[FastWeights]) -> WeightRows:
-        """All rows of all parts."""
-        return cls(tuple(parts), _joined_reading([FastWeights(*part.read()) for part in parts]))
+    def of(cls, parts: Sequence[FastWeights], read: FastWeights | None = None) -> WeightRows:
+        """All rows of all parts, which may have been joined where they are read."""
+        if read is None:
+            read = _joined_reading([FastWeights(*part.read()) for part in parts])
+        return cls(tuple(parts), read)
 
     @classmethod
     def join(cls, of_slices: Sequence[WeightRows]) -> WeightRows:
@@ -104,6 +107,12 @@ class LaCTState(FastWeightState):
     def num_streams(self) -> int:
         return len(self.position)
 
+    def weights_of_forks(self, n: int) -> FastWeights:
+        """What the fast network reads of streams that are forks, n by n: a row for all of them."""
+        rows = self.weight_rows[::n]
+        assert self.weight_rows == tuple(row for row in rows for _ in range(n))
+        return weight_rows(self.weights.read, rows)
+
     def select(self, indices: Sequence[int]) -> LaCTState:
         return LaCTState(
             self.attention.select(indices),
@@ -127,6 +136,23 @@ class LaCTState(FastWeightState):
             parts[0].norms,
             TokenHistory.join([part.pending for part in parts], one_text=one_text),
         )
+
+
+@dataclass(frozen=True)
+class FixedLaCT(FixedState):
+    """Of branches that reach no chunk's end: attention in fixed places, and the weights that they
+    read, each row those of as many streams, one after the other."""
+
+    attention: FixedAttention
+    weights: FastWeights
+
+    @property
+    def num_streams(self) -> int:
+        return self.attention.num_streams
+
+    def after(self, history: FixedHistory) -> FixedLaCT:
+        """The state after the last token in `history`."""
+        return replace(self, attention=self.attention.after(history))
 
 
 def open_chunk_length(position: int, chunk_size: int) -> int:
@@ -153,7 +179,7 @@ class LaCTTape(LayerTape):
     attention: AttentionTape
     inputs: tuple[Piece, ...]
     first: int
-    chunks: list[FastWeights]
+    chunks: ChunkWeights
     norms: RowNorms
     first_chunk: int
 
@@ -165,7 +191,8 @@ class LaCTTape(LayerTape):
             for p, b in zip(position, batch_index, strict=True)
         ]
         distinct = sorted(set(in_force))
-        weights = WeightRows.of([weight_rows(self.chunks[i], [b]) for i, b in distinct])
+        parts = [weight_rows(self.chunks[i], [b]) for i, b in distinct]
+        weights = WeightRows.of(parts, self.chunks.reading(distinct))
         limit = [p - self.first for p in position]
         return LaCTState(
             attention,

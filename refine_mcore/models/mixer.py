@@ -69,6 +69,14 @@ class Mixer(MixerModule):
         """What the family does between its projections: packed inputs [R, T, c] to [R, T, value
         size], on this rank's heads."""
 
+    @abstractmethod
+    def fixed_state(
+        self, state: FastWeightState, tokens: int, rollouts: int
+    ) -> FastWeightState | None:
+        """A state in fixed places (fixed_state.py) to make `tokens` tokens from, one by one, of
+        streams that come in forks of `rollouts`; None for streams that have none. It may refer to
+        what `state` has, which whoever takes it keeps."""
+
     def build_output_projection(self, submodules: MixerSubmodules, size: int) -> Any:
         """The row-parallel projection back to the hidden size."""
         return build_module(

@@ -223,11 +223,16 @@ class PackedColumnParallelLinear(MegatronModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)[0]
 
-    def split(self, packed: Tensor) -> dict[str, Tensor]:
-        """The parts by name, each [..., local size], views of `packed` unless they have a bias."""
+    def split(self, packed: Tensor, without: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The parts by name, but those `without`, each [..., local size], views of `packed` unless
+        they have a bias."""
         parts = torch.split(packed, self.local_sizes, dim=-1)
         named = {p.name: part for p, part in zip(self.projections, parts, strict=True)}
-        return named | {name: named[name] + self.bias(name) for name in self.biases}
+        return {
+            name: part + self.bias(name) if name in self.biases else part
+            for name, part in named.items()
+            if name not in without
+        }
 
     def bias(self, name: str) -> Tensor:
         """This rank's rows of the bias of a part."""

@@ -70,10 +70,6 @@ class FastWeightState(ABC):
         """Every stream n times in a row: R streams become R * n, [r0, r0, …, r1, r1, …]."""
         return self.select([stream for stream in range(self.num_streams) for _ in range(n)])
 
-    def unshared(self) -> Self:
-        """The same with memory of its own for every stream, where streams share some."""
-        return self
-
     @classmethod
     @abstractmethod
     def join(cls, parts: Sequence[Self], *, one_text: bool = True) -> Self:

@@ -85,7 +85,8 @@ class BranchPasses:
         hidden = self._take(message)
         tokens = self._tokens[-1][:, None] if self._model.pre_process else self._unread(1)
         if self._decoding is None:
-            self._decoding = self._decoder.start(self._states)
+            shape = self._shape
+            self._decoding = self._decoder.start(self._states, shape.decode_passes, shape.rollouts)
         out = self._decoding.step(tokens, hidden)
         return out if self._head is None else self._draw(out[:, 0])
 

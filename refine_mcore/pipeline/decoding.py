@@ -2,11 +2,11 @@
 run.
 
 A pass is some hundred launches of little work each, which take a GPU's host longer than the GPU,
-and nothing else is there to run meanwhile. Where all states keep their shapes (delta rules without
-attention) a pass is therefore captured as a CUDA graph: fixed memory for tokens and states, the
-states after the pass in the place of those before. The first rollouts of a kind run as they are,
-which also has every kernel compiled and checked; the graph is made for the second, and compared
-with the operations one by one before it is trusted.
+and nothing else is there to run meanwhile. A pass is therefore captured as a CUDA graph: fixed
+places for tokens and states (models/fixed_state.py), the states after the pass in the place of
+those before. The first rollouts of a kind run as they are, which also has every kernel compiled and
+checked; the graph is made for the second, and compared with the operations one by one before it is
+trusted.
 """
 
 from __future__ import annotations
@@ -52,36 +52,32 @@ class Decoder:
         """Kinds of rollouts whose passes are graphs."""
         return sum(graph is not None for graph in self._graphs.values())
 
-    def start(self, states: Sequence[FastWeightState]) -> Decoding:
-        """From these states on."""
+    def start(self, states: Sequence[FastWeightState], passes: int, rollouts: int) -> Decoding:
+        """So many passes from these states on, forks of `rollouts`; whoever starts them keeps the
+        states until the last."""
+        by_operation = _Passes(self._model, states)
         if self._capture is None:
-            return _Passes(self._model, states)
-        states = [state.unshared() for state in states]
-        kind = _kind(states)
+            return by_operation
+        fixed = self._model.fixed_states(states, passes, rollouts)
+        if fixed is None:
+            return by_operation
+        kind = _kind(fixed)
         if kind not in self._graphs:
-            return _Passes(self._model, states, lambda after: self._judge(kind, after))
-        graph = self._graphs[kind] or self._captured(states)
+            self._graphs[kind] = None
+            return by_operation
+        graph = self._graphs[kind] or self._captured(fixed, passes)
         if graph is None:
-            return _Passes(self._model, states)
-        graph.load(states)
+            return by_operation
+        graph.load(fixed)
         self._graphs[kind] = graph
         return graph
 
-    def _judge(self, kind: str, states: Sequence[FastWeightState]) -> None:
-        """Whether rollouts of this model can be graphs: a pass leaves states as they were but for
-        their contents."""
-        if _kind(states) == kind:
-            self._graphs[kind] = None
-        else:
-            logger.info("decode passes: no CUDA graph, the states of some layers grow")
-            self._capture = None
-
-    def _captured(self, states: Sequence[FastWeightState]) -> _Graph | None:
+    def _captured(self, states: Sequence[FastWeightState], passes: int) -> _Graph | None:
         assert self._capture is not None
         capture, self._capture = self._capture, None
         try:
             graph = _Graph(self._model, states, capture)
-            difference = _difference(graph, _Passes(self._model, states), states)
+            difference = _difference(graph, _Passes(self._model, states), states, passes)
         except RuntimeError as error:
             logger.warning("decode passes: no CUDA graph, capturing one failed: %s", error)
             return None
@@ -100,22 +96,14 @@ class Decoder:
 class _Passes:
     """Operation by operation."""
 
-    def __init__(
-        self,
-        model: FastWeightModel,
-        states: Sequence[FastWeightState],
-        after_first: Callable[[Sequence[FastWeightState]], None] | None = None,
-    ) -> None:
-        self._model, self._states, self._after_first = model, states, after_first
+    def __init__(self, model: FastWeightModel, states: Sequence[FastWeightState]) -> None:
+        self._model, self._states = model, states
 
     def step(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         self._model.set_input_tensor(hidden)
         out = self._model(tokens, self._states, output_states=True)
         assert out.states is not None
         self._states = out.states
-        if self._after_first is not None:
-            self._after_first(self._states)
-            self._after_first = None
         return out.hidden
 
 
@@ -137,12 +125,11 @@ class _Graph:
         self._model.set_input_tensor(None)
         out = self._model(self.tokens, self._states, output_states=True)
         assert out.states is not None
-        for memory, after in zip(self._memory, _tensors(out.states), strict=True):
-            memory.copy_(after)
+        _copy(self._memory, _tensors(out.states))
         self._hidden = out.hidden
 
     def load(self, states: Sequence[FastWeightState]) -> None:
-        torch._foreach_copy_(self._memory, _tensors(states))
+        _copy(self._memory, _tensors(states))
 
     def step(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         assert hidden is None
@@ -152,12 +139,24 @@ class _Graph:
         return self._hidden
 
 
-def _difference(graph: _Graph, passes: _Passes, states: Sequence[FastWeightState]) -> float:
+def _copy(places: Sequence[Tensor], contents: Sequence[Tensor]) -> None:
+    """Together those of one dtype, as one launch takes them; what is in its place stays."""
+    by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for place, x in zip(places, contents, strict=True):
+        if x is not place:
+            by_dtype.setdefault(x.dtype, []).append((place, x))
+    for pairs in by_dtype.values():
+        torch._foreach_copy_([place for place, _ in pairs], [x for _, x in pairs])
+
+
+def _difference(
+    graph: _Graph, by_operation: _Passes, states: Sequence[FastWeightState], passes: int
+) -> float:
     """Of two passes on any tokens, the second from the states that the first left: relative."""
     graph.load(states)
-    tokens = torch.zeros_like(graph.tokens)
-    expected = torch.stack([passes.step(tokens, None) for _ in range(2)]).float()
-    found = torch.stack([graph.step(tokens, None).clone() for _ in range(2)]).float()
+    tokens, steps = torch.zeros_like(graph.tokens), range(min(2, passes))
+    expected = torch.stack([by_operation.step(tokens, None) for _ in steps]).float()
+    found = torch.stack([graph.step(tokens, None).clone() for _ in steps]).float()
     return ((found - expected).norm() / expected.norm()).item()
 
 

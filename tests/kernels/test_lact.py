@@ -100,8 +100,16 @@ def test_chunks_equal_the_definition(muon, momentum, prenorm, seed, b, t, n, d, 
     assert_close(o, o_n)
     assert_close(flat(boundaries), flat(boundaries_n))
     if momentum:
-        for ours, theirs in zip(boundaries[1:], boundaries_n[1:], strict=True):
+        for ours, theirs in zip([*boundaries][1:], boundaries_n[1:], strict=True):
             assert_close(ours.momentum, theirs.momentum)
+    full = t // chunk_size
+    assert boundaries.reading([(full, 0)]) is None
+    if full > 1:
+        places = [(i, stream) for i in reversed(range(full)) for stream in range(b)]
+        of_w02, of_w1 = zip(*(boundaries[i].read() for i in reversed(range(full))), strict=True)
+        reading = boundaries.reading(places)
+        assert reading is not None
+        assert_close(reading[:2], [torch.cat(of_w02), torch.cat(of_w1)])
     leaves = [x for x in (*tokens, *weights[:2]) if x is not None]
     ours = gradients([o, *flat(boundaries)], leaves)
     theirs = gradients([o_n, *flat(boundaries_n)], leaves)
@@ -279,15 +287,16 @@ def test_tf32_is_on_around_both_passes_and_off_elsewhere(monkeypatch):
             return func(*args, **(kwargs or {}))
 
     before = torch.backends.cuda.matmul.fp32_precision
-    a = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(1, 3, 5, 6, dtype=torch.float64, requires_grad=True)
+    a, c = (torch.randn(2, 3, 4, 5, dtype=torch.float64) for _ in range(2))
+    b = torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    product = products.Product(torch.float64, torch.float64, tf32=True)
     with Seen():
-        ours = gradients([products._TF32Product.apply(a, b) + 1], [a, b])
+        ours = [product(a, b) + 1, product.added(c, a, b.expand(2, -1, -1, -1))]
     assert {name for name, value in settings if value == "tf32"} >= {"bmm"}
     assert all(value == "tf32" for name, value in settings if name == "bmm")
     assert all(value == before for name, value in settings if name == "add")
     assert torch.backends.cuda.matmul.fp32_precision == before
-    assert_close(ours, gradients([a @ b + 1], [a, b]))
+    assert_close(ours, [a @ b + 1, c + a @ b])
 
 
 def test_where_there_is_no_tf32_the_log_says_so_once(caplog):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from refine_kernels import dispatch, launch
-from refine_kernels.attention import flash, triton_branches
+from refine_kernels.attention import flash, triton_branches, triton_decode
 from refine_kernels.delta_gates import triton_gates
 from refine_kernels.delta_rule import triton_chunk, triton_few, triton_read, triton_recurrent
 from refine_kernels.lact import triton_features, triton_forms
@@ -45,6 +45,7 @@ _KERNELS: tuple[Any, ...] = (
     triton_recurrent,
     triton_gates,
     triton_branches,
+    triton_decode,
     triton_features,
     triton_forms,
     triton_rms_norm,

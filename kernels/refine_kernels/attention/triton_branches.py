@@ -203,7 +203,7 @@ def _constants(dim: int, groups: int, tokens: int, own: int, products: str) -> d
 
 
 @triton.jit
-def _rows(x, stride_t, stride_h, head, tokens, G: tl.constexpr, BM: tl.constexpr, BD, D):
+def queries_of(x, stride_t, stride_h, head, tokens, G: tl.constexpr, BM: tl.constexpr, BD, D):
     """A stream's rows [BM, BD] of a key head, head by head, each of all tokens."""
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     at = x + (m % tokens) * stride_t + (head * G + m // tokens) * stride_h
@@ -212,11 +212,23 @@ def _rows(x, stride_t, stride_h, head, tokens, G: tl.constexpr, BM: tl.constexpr
 
 
 @triton.jit
-def _keys(x, first, last, stride, BLOCK: tl.constexpr, BD, D):
+def keys_of(x, first, last, stride, BLOCK: tl.constexpr, BD, D):
     """Tokens first to `last` of one head, [BLOCK, BD]."""
     n, d = first + tl.arange(0, BLOCK), tl.arange(0, BD)
     at = x + n.to(tl.int64)[:, None] * stride + d[None, :]
     return tl.load(at, mask=(n < last)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def add_keys(of_q, k, v, seen, scale, peak, mass, found, PRODUCTS: tl.constexpr):
+    """Of rows [BM]: the largest score, the sum of exp(s - largest) and that of the values by it,
+    with more keys."""
+    s = tl.where(seen, product(of_q, tl.trans(k), PRODUCTS) * scale, -1e30)
+    higher = tl.maximum(peak, tl.max(s, 1))
+    p = tl.where(seen, tl.exp(s - higher[:, None]), 0.0)
+    shrink = tl.exp(peak - higher)
+    found = found * shrink[:, None] + product(p.to(v.dtype), v, PRODUCTS)
+    return higher, mass * shrink + tl.sum(p, 1), found
 
 
 @triton.jit
@@ -286,7 +298,7 @@ def branches_forward(
     stream, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     scale = 1 / tl.sqrt(D * 1.0)
     row, end = tl.load(rows + stream), tl.load(limit + stream).to(tl.int32)
-    of_q = _rows(q + stream * stride_qr, stride_qt, stride_qh, head, tokens, G, BM, BD, D)
+    of_q = queries_of(q + stream * stride_qr, stride_qt, stride_qh, head, tokens, G, BM, BD, D)
     text_k += row * stride_xr + head * stride_xh
     text_v += row * stride_yr + head * stride_yh
     peak = tl.full((BM,), -1e30, tl.float32)
@@ -294,26 +306,15 @@ def branches_forward(
     found = tl.zeros((BM, BD), tl.float32)
     low, high = _reach(end, start, stop, first, window, own, tokens)
     for at in range(low, high, BN):
-        k = _keys(text_k, at, high, stride_xt, BN, BD, D)
+        k = keys_of(text_k, at, high, stride_xt, BN, BD, D)
+        v = keys_of(text_v, at, high, stride_yt, BN, BD, D)
         seen = _sees_text(at + tl.arange(0, BN) + first, end, own, tokens, window, BM)
         seen = seen & (at + tl.arange(0, BN) < high)[None, :]
-        s = tl.where(seen, product(of_q, tl.trans(k), PRODUCTS) * scale, -1e30)
-        higher = tl.maximum(peak, tl.max(s, 1))
-        p = tl.where(seen, tl.exp(s - higher[:, None]), 0.0)
-        shrink = tl.exp(peak - higher)
-        mass = mass * shrink + tl.sum(p, 1)
-        v = _keys(text_v, at, high, stride_yt, BN, BD, D)
-        found = found * shrink[:, None] + product(p.to(v.dtype), v, PRODUCTS)
-        peak = higher
-    k = _keys(own_k + stream * stride_kr + head * stride_kh, 0, own, stride_kt, BO, BD, D)
+        peak, mass, found = add_keys(of_q, k, v, seen, scale, peak, mass, found, PRODUCTS)
+    k = keys_of(own_k + stream * stride_kr + head * stride_kh, 0, own, stride_kt, BO, BD, D)
+    v = keys_of(own_v + stream * stride_vr + head * stride_vh, 0, own, stride_vt, BO, BD, D)
     seen = _sees_own(own, tokens, window, BM, BO)
-    s = tl.where(seen, product(of_q, tl.trans(k), PRODUCTS) * scale, -1e30)
-    higher = tl.maximum(peak, tl.max(s, 1))
-    p = tl.where(seen, tl.exp(s - higher[:, None]), 0.0)
-    shrink = tl.exp(peak - higher)
-    mass = mass * shrink + tl.sum(p, 1)
-    v = _keys(own_v + stream * stride_vr + head * stride_vh, 0, own, stride_vt, BO, BD, D)
-    found = found * shrink[:, None] + product(p.to(v.dtype), v, PRODUCTS)
+    peak, mass, found = add_keys(of_q, k, v, seen, scale, peak, mass, found, PRODUCTS)
     found /= mass[:, None]
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     heads = tl.num_programs(1) * G
@@ -321,7 +322,7 @@ def branches_forward(
     known = m < G * tokens
     at = out + place[:, None] * D + d[None, :]
     tl.store(at, found.to(out.dtype.element_ty), mask=known[:, None] & (d < D)[None, :])
-    tl.store(total + place, higher + tl.log(mass), mask=known)
+    tl.store(total + place, peak + tl.log(mass), mask=known)
 
 
 @triton.jit
@@ -343,10 +344,10 @@ def _of_rows(
     D,
 ):
     """What the backward needs of the rows: q, do, z and e."""
-    of_q = _rows(q + stream * stride_qr, stride_qt, stride_qh, head, tokens, G, BM, BD, D)
+    of_q = queries_of(q + stream * stride_qr, stride_qt, stride_qh, head, tokens, G, BM, BD, D)
     begin = stream * tokens * heads * D
-    of_o = _rows(grad + begin, heads * D, D, head, tokens, G, BM, BD, D)
-    o = _rows(out + begin, heads * D, D, head, tokens, G, BM, BD, D)
+    of_o = queries_of(grad + begin, heads * D, D, head, tokens, G, BM, BD, D)
+    o = queries_of(out + begin, heads * D, D, head, tokens, G, BM, BD, D)
     m = tl.arange(0, BM)
     place = (stream * tokens + m % tokens) * heads + head * G + m // tokens
     z = tl.load(total + place, mask=m < G * tokens, other=0.0)
@@ -435,14 +436,14 @@ def branches_backward(
     found = tl.zeros((BM, BD), tl.float32)
     low, high = _reach(end, start, stop, first, window, own, tokens)
     for at in range(low, high, BN):
-        k = _keys(text_k, at, high, stride_xt, BN, BD, D)
-        v = _keys(text_v, at, high, stride_yt, BN, BD, D)
+        k = keys_of(text_k, at, high, stride_xt, BN, BD, D)
+        v = keys_of(text_v, at, high, stride_yt, BN, BD, D)
         seen = _sees_text(at + tl.arange(0, BN) + first, end, own, tokens, window, BM)
         seen = seen & (at + tl.arange(0, BN) < high)[None, :]
         p, ds = _of_scores(of_q, of_o, z, e, k, v, seen, scale, PRODUCTS)
         found += product(ds.to(k.dtype), k, PRODUCTS)
-    k = _keys(own_k + stream * stride_kr + head * stride_kh, 0, own, stride_kt, BO, BD, D)
-    v = _keys(own_v + stream * stride_vr + head * stride_vh, 0, own, stride_vt, BO, BD, D)
+    k = keys_of(own_k + stream * stride_kr + head * stride_kh, 0, own, stride_kt, BO, BD, D)
+    v = keys_of(own_v + stream * stride_vr + head * stride_vh, 0, own, stride_vt, BO, BD, D)
     p, ds = _of_scores(
         of_q, of_o, z, e, k, v, _sees_own(own, tokens, window, BM, BO), scale, PRODUCTS
     )
@@ -510,8 +511,8 @@ def text_backward(
     begin, head, text = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2).to(tl.int64)
     scale = 1 / tl.sqrt(D * 1.0)
     kv_heads = tl.num_programs(1)
-    k = _keys(text_k + text * stride_xr + head * stride_xh, begin, length, stride_xt, BN, BD, D)
-    v = _keys(text_v + text * stride_yr + head * stride_yh, begin, length, stride_yt, BN, BD, D)
+    k = keys_of(text_k + text * stride_xr + head * stride_xh, begin, length, stride_xt, BN, BD, D)
+    v = keys_of(text_v + text * stride_yr + head * stride_yh, begin, length, stride_yt, BN, BD, D)
     of_k = tl.zeros((BN, BD), tl.float32)
     of_v = tl.zeros((BN, BD), tl.float32)
     n, m = begin + tl.arange(0, BN), tl.arange(0, BM)

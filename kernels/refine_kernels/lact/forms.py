@@ -25,10 +25,13 @@ class Moved(NamedTuple):
     operand: Tensor | None
 
 
+Hidden = Callable[[Tensor, torch.dtype], Tensor]
+
+
 class Forms(NamedTuple):
     """All of them; a ``dtype`` is what the products round to."""
 
-    hidden: Callable[[Tensor, torch.dtype], Tensor]
+    hidden: Hidden
     factors: Callable[[Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
     factors_gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
     accumulated: Callable[..., Tensor]

@@ -7,7 +7,7 @@ The published code runs them under autocast, in the dtype of the tokens; what it
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,28 +22,31 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Product:
     """a [..., i, j], b [..., j, k] -> a b [..., i, k]: all three in ``operands``, to which it
-    rounds; what adds up over chunks is in ``states``."""
+    rounds; what adds up over chunks is in ``states``.  Gradients are written out by those who
+    multiply: autograd's own products would run after the setting of TF32 has gone back."""
 
     operands: torch.dtype
     states: torch.dtype
     tf32: bool = False
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        a, b = a.to(self.operands), b.to(self.operands)
-        if self.tf32:
-            if a.is_cuda and self.operands == torch.float32:
-                return _TF32Product.apply(a, b)
-            _log_no_tf32(a.device.type, self.operands)
-        return a @ b
+        with self._setting(a.device):
+            return a.to(self.operands) @ b.to(self.operands)
 
     def added(self, base: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-        """base + a b, of batches [B,n,...]; no base is zeros.  Without gradients of its own."""
+        """base + a b, of batches [B,n,...]; no base is zeros."""
         if base is None:
             return self(a, b)
-        a, b = a.to(self.operands), b.to(self.operands)
-        with _tf32() if self.tf32 else nullcontext():
-            out = torch.baddbmm(*(x.flatten(0, 1) for x in (base.to(self.operands), a, b)))
+        with self._setting(a.device):
+            out = torch.baddbmm(*(x.to(self.operands).flatten(0, 1) for x in (base, a, b)))
         return out.view(base.shape)
+
+    def _setting(self, device: torch.device) -> AbstractContextManager[None]:
+        if not self.tf32:
+            return nullcontext()
+        if device.type != "cuda" or self.operands != torch.float32:
+            _log_no_tf32(device.type, self.operands)
+        return _tf32()
 
 
 def product_in(precision: Precision | None, tokens: torch.dtype, states: torch.dtype) -> Product:
@@ -73,21 +76,3 @@ def _tf32() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = before
-
-
-class _TF32Product(torch.autograd.Function):
-    """a b, and both gradients, in tf32: autograd's own products would run after the setting has
-    gone back."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        with _tf32():
-            return a @ b
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        with _tf32():
-            grad_a, grad_b = grad @ b.transpose(-1, -2), a.transpose(-1, -2) @ grad
-        return grad_a.sum_to_size(a.shape), grad_b.sum_to_size(b.shape)

@@ -215,7 +215,7 @@ class _Chunks:
 
     def __init__(self, rule: Rule, fk: Tensor, fv: Tensor, lr: Tensor) -> None:
         self._rule, self._fk, self._fv, self._lr = rule, fk, fv, lr
-        self._k, self._v = _by_head(fk), _by_head(fv)
+        self._k, self._v = by_head(fk), by_head(fv)
         self._found: list[tuple[Tensor, ...]] = []
 
     def products(self, i: int, w02: Tensor, w1: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,7 +271,7 @@ class _Chunks:
         return k, v, gates, self._rule.forms.factors(*gates, product.operands)
 
 
-def _by_head(x: Tensor) -> Tensor:
+def by_head(x: Tensor) -> Tensor:
     """[B,T,n,d] -> [B,n,T,d]; of several streams a copy, in which products find every chunk of each
     head as one batch."""
     return x.transpose(1, 2).flatten(0, 1).unflatten(0, (x.shape[0], x.shape[2]))
