@@ -259,8 +259,8 @@ class TrainingConfig:
     # norms, gates, short convolutions, rotations and activations, and LaCT's Newton-Schulz; about
     # half of the memory is left. full: each slice's whole forward runs again before its backward.
     recompute: Literal["selective", "full"] | None = None
-    # On CUDA replay the decode passes of rollouts as CUDA graphs, where layers are delta rules and
-    # one rank has the whole model; elsewhere they run operation by operation.
+    # On CUDA replay the decode passes of rollouts as CUDA graphs, where one rank has the whole
+    # model. Rollouts of LaCT that reach the end of a chunk are run operation by operation.
     decode_graphs: bool = True
 
 

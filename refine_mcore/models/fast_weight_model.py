@@ -184,11 +184,13 @@ class FastWeightModel(LanguageModule):
     ) -> list[FastWeightState] | None:
         """Of every layer its `fixed_state`; None if one has none for these streams."""
         layers: Any = self.decoder.layers
-        fixed = [
-            layer.self_attention.fixed_state(state, tokens, rollouts)
-            for layer, state in zip(layers, states, strict=True)
-        ]
-        return None if None in fixed else fixed
+        fixed = []
+        for layer, state in zip(layers, states, strict=True):
+            found = layer.self_attention.fixed_state(state, tokens, rollouts)
+            if found is None:
+                return None
+            fixed.append(found)
+        return fixed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits [R, T, V / tp] of final hidden states [R, T, h]; columns past the

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import torch
 from refine_kernels.attention.decode import TextPlaces
+from refine_kernels.host import to_device
 from torch import Tensor
 
 from refine_mcore.models.state import FastWeightState, Piece, TokenHistory
@@ -51,9 +51,12 @@ class FixedHistory:
             return None
         streams = len(history.rows)
         own = tuple(x.new_empty(streams, tokens, *x.shape[2:]) for x in text)
-        count = torch.zeros(1, dtype=torch.long, device=text[0].device)
         keys, values = text
-        return cls(own, count, TextPlaces.of(keys, values, history.rows, history.limit))
+        return cls(
+            own,
+            to_device((0,), keys.device),
+            TextPlaces.of(keys, values, history.rows, history.limit),
+        )
 
     def append(self, new: Piece) -> FixedHistory:
         """With one token `new` [R, 1, ...] more, which is written into the room for it."""

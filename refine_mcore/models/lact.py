@@ -163,6 +163,7 @@ class LaCT(Mixer):
         gain = shared_by_heads(self.ttt_norm, self.tp_group)
         out = remade(_add_read, attended, read, gain, gate)
         if isinstance(state, FixedLaCT):
+            assert not record, "states in fixed places are branches"
             return MixerOutput(out, state.after(history), None)
         if max(weights_index(p + length, self.options.chunk_size) for p in before.position) == 0:
             # no token is read with weights that were written
@@ -383,7 +384,9 @@ class LaCT(Mixer):
             attention,
             pending.own,
             end - pending.own_length,
-            weights.chunks or ChunkWeights((weights.last.rows(weights.rows),)),
+            weights.chunks
+            if weights.chunks is not None
+            else ChunkWeights((weights.last.rows(weights.rows),)),
             weights.norms,
             weights_index(attention.start, self.options.chunk_size),
         )

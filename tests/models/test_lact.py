@@ -119,3 +119,17 @@ def test_prenorm_reads_the_first_chunk_as_published(process_groups, monkeypatch)
     monkeypatch.setattr("refine_mcore.models.lact.chunk_lact", by_definition)
     expected = model.logits(model(tokens).hidden)
     assert (logits - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 9])
+@pytest.mark.parametrize("name", ["lact", "lact-muon-plain"])
+def test_every_weight_has_a_gradient(name: str, length: int, process_groups) -> None:
+    """Which overlapped gradient reduction waits for; before a chunk of 4 is full nothing uses the
+    rates."""
+    model = make_model(name, process_groups)
+    tokens = random_tokens(2, length)
+    model.logits(model(tokens).hidden).square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not without
+    rates = [p.grad for name, p in model.named_parameters() if "lr_proj" in name]
+    assert rates and all(bool(grad.any()) == (length > 4) for grad in rates)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from refine_mcore import platform
 from refine_mcore.models import attention
+from refine_mcore.models.state import map_tensors
 from refine_mcore.pipeline import decoding
 from tests.models.zoo import ARCHITECTURES
 from tests.pipeline.test_engine import CONFIG, Bench, assert_same_outcome, make_batches
@@ -167,9 +168,9 @@ def test_a_graph_makes_the_same_rollouts(
         if "lact" not in name:
             assert graphs == len(batches)
         # the first micro-batch of all runs operation by operation, the second is captured
-        # and compared over two passes
+        # and compared over two passes and one
         assert graphs >= 2
-        assert captures.replays == (graphs if step else graphs - 1) * passes + (0 if step else 2)
+        assert captures.replays == (graphs if step else graphs - 1) * passes + (0 if step else 3)
         assert len(captures.operations) == 1 and captures.operations[0] > 20
         assert step == 0 or captures.operations == before
         assert_same_outcome(found, bench.step("fused", batches, decode_graphs=False))
@@ -185,7 +186,7 @@ def test_rollouts_that_reach_the_end_of_a_chunk_are_no_graph(
     assert_same_outcome(found, bench.step("fused", batches, decode_graphs=False))
 
 
-@pytest.mark.parametrize("wrong", ["refused", "different", "states not written"])
+@pytest.mark.parametrize("wrong", ["refused", "different", "states not written", "other states"])
 def test_a_graph_that_fails_is_not_used(
     wrong: str,
     process_groups: Any,
@@ -205,15 +206,22 @@ def test_a_graph_that_fails_is_not_used(
             replay()
             if wrong == "different":
                 graph._hidden.mul_(1.2)
-            else:
+            elif wrong == "states not written":
                 torch._foreach_copy_(graph._memory, before)
 
         return off
 
     monkeypatch.setattr(platform, "graph_capture", lambda: capture)
     bench, batches = Bench("delta_net", process_groups), make_batches(1, 1, 1)
+    if wrong == "other states":
+        fixed_states = bench.model.fixed_states
+        monkeypatch.setattr(
+            bench.model,
+            "fixed_states",
+            lambda *args: map_tensors(lambda x: x * 1.5, fixed_states(*args)),
+        )
     found = bench.step("fused", batches)
     (warning,) = [r.getMessage() for r in caplog.records if r.name == decoding.__name__]
-    said = {"refused": "not permitted", "different": "differs by 2.0e-01"}
-    assert said.get(wrong, "its result differs") in warning
+    said = {"refused": "not permitted", "different": "by 2.0e-01"}
+    assert said.get(wrong, "differs from operations one by one") in warning
     assert_same_outcome(found, bench.step("fused", batches, decode_graphs=False))

@@ -3,13 +3,13 @@ that is replayed for other texts than the one it was captured with."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from refine_kernels import launch
 from refine_kernels.host import without_waiting
 
 
@@ -19,8 +19,7 @@ class TextPlaces:
 
     table [R, 3], int64: the addresses of the first token's key and value, and how many tokens the
     stream has behind it.  ``strides``: of keys a token and a head, then of values, in elements;
-    ``alignment``: bytes that all addresses of keys divide by, at most 16, and of values.  Whoever
-    has the table keeps the text.
+    ``alignment``: of keys and of values (launch.alignment).  Whoever has the table keeps the text.
     """
 
     table: Tensor
@@ -34,16 +33,13 @@ class TextPlaces:
         """Stream r has left row rows[r] of the text [B,S,kv_heads,dim] after limit[r] tokens; each
         head's numbers are side by side."""
         assert keys.stride(-1) == values.stride(-1) == 1
-        places = [[_address(x, row) for row in rows] for x in (keys, values)]
-        table = torch.tensor([*places, limit], dtype=torch.long).T.contiguous()
-        steps = [x.stride(1) * x.element_size() for x in (keys, values)]
-        alignment = [
-            math.gcd(16, step, *of_rows) for step, of_rows in zip(steps, places, strict=True)
-        ]
+        assert (keys.dtype, keys.shape, keys.device) == (values.dtype, values.shape, values.device)
+        of_keys, of_values = _addresses(keys, rows), _addresses(values, rows)
+        table = torch.tensor([of_keys, of_values, limit], dtype=torch.long).T.contiguous()
         return cls(
             without_waiting(table, keys.device),
             (keys.stride(1), keys.stride(2), values.stride(1), values.stride(2)),
-            (alignment[0], alignment[1]),
+            (launch.alignment(keys), launch.alignment(values)),
         )
 
 
@@ -59,5 +55,6 @@ def decode_attention(
     raise NotImplementedError
 
 
-def _address(x: Tensor, row: int) -> int:
-    return x.data_ptr() + row * x.stride(0) * x.element_size()
+def _addresses(x: Tensor, rows: Sequence[int]) -> list[int]:
+    first, step = x.data_ptr(), x.stride(0) * x.element_size()
+    return [first + row * step for row in rows]

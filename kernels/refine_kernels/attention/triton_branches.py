@@ -13,6 +13,7 @@ float32.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -175,14 +176,25 @@ class _Run:
     """What the kernels are told of the tensors."""
 
     def __init__(self, given: list[Tensor], span: Span, window: int | None) -> None:
-        q, own_k, _, text_k, _ = given
+        q, own_k, _, text_k, text_v = given
         streams, tokens, heads, dim = q.shape
         own, kv_heads = own_k.shape[1:3]
         self.grid = (streams, kv_heads)
         window = _FAR if window is None else window
         self.sizes = (*span, window, tokens, own, text_k.shape[1])
-        self.strides = tuple(stride for x in given for stride in x.stride()[:3])
+        self.strides = tuple(stride for x in given[:3] for stride in x.stride()[:3])
+        self.strides += (text_k.stride(0), text_v.stride(0))
         self.constants = _constants(dim, heads // kv_heads, tokens, own, products_of(q))
+        strides = (*text_k.stride()[1:3], *text_v.stride()[1:3])
+        alignment = launch.alignment(text_k), launch.alignment(text_v)
+        self.constants |= text_constants(strides, alignment)
+
+
+def text_constants(strides: Sequence[int], alignment: Sequence[int]) -> dict[str, int]:
+    """Of a token and a head of keys, then of values, which lie among other projections: what their
+    places divide by says how much is loaded at once."""
+    names = ("STRIDE_XT", "STRIDE_XH", "STRIDE_YT", "STRIDE_YH", "ALIGNED_K", "ALIGNED_V")
+    return dict(zip(names, (*strides, *alignment), strict=True))
 
 
 def _constants(dim: int, groups: int, tokens: int, own: int, products: str) -> dict[str, Any]:
@@ -281,11 +293,13 @@ def branches_forward(
     stride_vt,
     stride_vh,
     stride_xr,
-    stride_xt,
-    stride_xh,
     stride_yr,
-    stride_yt,
-    stride_yh,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_XH: tl.constexpr,
+    STRIDE_YT: tl.constexpr,
+    STRIDE_YH: tl.constexpr,
+    ALIGNED_K: tl.constexpr,
+    ALIGNED_V: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     G: tl.constexpr,
@@ -299,15 +313,15 @@ def branches_forward(
     scale = 1 / tl.sqrt(D * 1.0)
     row, end = tl.load(rows + stream), tl.load(limit + stream).to(tl.int32)
     of_q = queries_of(q + stream * stride_qr, stride_qt, stride_qh, head, tokens, G, BM, BD, D)
-    text_k += row * stride_xr + head * stride_xh
-    text_v += row * stride_yr + head * stride_yh
+    text_k = tl.multiple_of(text_k + row * stride_xr, ALIGNED_K) + head * STRIDE_XH
+    text_v = tl.multiple_of(text_v + row * stride_yr, ALIGNED_V) + head * STRIDE_YH
     peak = tl.full((BM,), -1e30, tl.float32)
     mass = tl.zeros((BM,), tl.float32)
     found = tl.zeros((BM, BD), tl.float32)
     low, high = _reach(end, start, stop, first, window, own, tokens)
     for at in range(low, high, BN):
-        k = keys_of(text_k, at, high, stride_xt, BN, BD, D)
-        v = keys_of(text_v, at, high, stride_yt, BN, BD, D)
+        k = keys_of(text_k, at, high, STRIDE_XT, BN, BD, D)
+        v = keys_of(text_v, at, high, STRIDE_YT, BN, BD, D)
         seen = _sees_text(at + tl.arange(0, BN) + first, end, own, tokens, window, BM)
         seen = seen & (at + tl.arange(0, BN) < high)[None, :]
         peak, mass, found = add_keys(of_q, k, v, seen, scale, peak, mass, found, PRODUCTS)
@@ -396,11 +410,13 @@ def branches_backward(
     stride_vt,
     stride_vh,
     stride_xr,
-    stride_xt,
-    stride_xh,
     stride_yr,
-    stride_yt,
-    stride_yh,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_XH: tl.constexpr,
+    STRIDE_YT: tl.constexpr,
+    STRIDE_YH: tl.constexpr,
+    ALIGNED_K: tl.constexpr,
+    ALIGNED_V: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     G: tl.constexpr,
@@ -431,13 +447,13 @@ def branches_backward(
         BD,
         D,
     )
-    text_k += row * stride_xr + head * stride_xh
-    text_v += row * stride_yr + head * stride_yh
+    text_k = tl.multiple_of(text_k + row * stride_xr, ALIGNED_K) + head * STRIDE_XH
+    text_v = tl.multiple_of(text_v + row * stride_yr, ALIGNED_V) + head * STRIDE_YH
     found = tl.zeros((BM, BD), tl.float32)
     low, high = _reach(end, start, stop, first, window, own, tokens)
     for at in range(low, high, BN):
-        k = keys_of(text_k, at, high, stride_xt, BN, BD, D)
-        v = keys_of(text_v, at, high, stride_yt, BN, BD, D)
+        k = keys_of(text_k, at, high, STRIDE_XT, BN, BD, D)
+        v = keys_of(text_v, at, high, STRIDE_YT, BN, BD, D)
         seen = _sees_text(at + tl.arange(0, BN) + first, end, own, tokens, window, BM)
         seen = seen & (at + tl.arange(0, BN) < high)[None, :]
         p, ds = _of_scores(of_q, of_o, z, e, k, v, seen, scale, PRODUCTS)
@@ -495,11 +511,13 @@ def text_backward(
     stride_vt,
     stride_vh,
     stride_xr,
-    stride_xt,
-    stride_xh,
     stride_yr,
-    stride_yt,
-    stride_yh,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_XH: tl.constexpr,
+    STRIDE_YT: tl.constexpr,
+    STRIDE_YH: tl.constexpr,
+    ALIGNED_K: tl.constexpr,
+    ALIGNED_V: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     G: tl.constexpr,
@@ -511,8 +529,10 @@ def text_backward(
     begin, head, text = tl.program_id(0) * BN, tl.program_id(1), tl.program_id(2).to(tl.int64)
     scale = 1 / tl.sqrt(D * 1.0)
     kv_heads = tl.num_programs(1)
-    k = keys_of(text_k + text * stride_xr + head * stride_xh, begin, length, stride_xt, BN, BD, D)
-    v = keys_of(text_v + text * stride_yr + head * stride_yh, begin, length, stride_yt, BN, BD, D)
+    text_k = tl.multiple_of(text_k + text * stride_xr, ALIGNED_K) + head * STRIDE_XH
+    text_v = tl.multiple_of(text_v + text * stride_yr, ALIGNED_V) + head * STRIDE_YH
+    k = keys_of(text_k, begin, length, STRIDE_XT, BN, BD, D)
+    v = keys_of(text_v, begin, length, STRIDE_YT, BN, BD, D)
     of_k = tl.zeros((BN, BD), tl.float32)
     of_v = tl.zeros((BN, BD), tl.float32)
     n, m = begin + tl.arange(0, BN), tl.arange(0, BM)
@@ -550,18 +570,28 @@ def text_backward(
     tl.store(grad_v + at, of_v.to(grad_v.dtype.element_ty), mask=inside)
 
 
-# Head widths, heads to a key head, tokens of a stream at a time and since it left: of the presets
-# with attention, and the most.
-_COMPILED = ((64, 1, 5, 5), (64, 1, 1, 5), (128, 1, 5, 5), (128, 4, 8, _MOST_OWN))
+# Head widths, key heads, heads to each, what lies beside a token's values, tokens of a stream at a
+# time and since it left: of the presets with attention (LaCT-760M first), and the most.
+_COMPILED = (
+    *((64, 24, 1, 3092, 5, 5), (64, 24, 1, 3092, 1, 5), (128, 20, 1, 0, 5, 5)),
+    (128, 4, 4, 0, 8, _MOST_OWN),
+)
 
 
 def variants() -> Iterator[Variant]:
     """As they are compiled ahead of time: rollouts that are scored, and decoded."""
     types = {"rows": "*i64", "limit": "*i64", "total": "*fp32"}
     types |= integers("start", "stop", "first", "window", "tokens", "own", "length", "streams")
-    for dim, groups, tokens, own in _COMPILED:
+    for dim, heads, groups, beside, tokens, own in _COMPILED:
         constants = _constants(dim, groups, tokens, own, "bf16")
+        constants |= constants_of_text(dim, heads, beside)
         title = f"d{dim}_{groups * tokens}rows"
         kernels = [branches_forward] + [branches_backward, text_backward] * (tokens > 1)
         for kernel in kernels:
             yield variant(kernel, title, constants, types, products=True, few_rows=True)
+
+
+def constants_of_text(dim: int, heads: int, beside: int) -> dict[str, int]:
+    """Of keys side by side, and of values with so many other numbers a token, in bfloat16."""
+    token = heads * dim + beside
+    return text_constants((heads * dim, dim, token, dim), (16, math.gcd(16, 2 * token)))

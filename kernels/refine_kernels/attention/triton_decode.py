@@ -22,7 +22,13 @@ from refine_kernels import agreement, launch
 from refine_kernels.attention import branches
 from refine_kernels.attention.branches import Span
 from refine_kernels.attention.decode import TextPlaces
-from refine_kernels.attention.triton_branches import add_keys, keys_of, queries_of
+from refine_kernels.attention.triton_branches import (
+    add_keys,
+    constants_of_text,
+    keys_of,
+    queries_of,
+    text_constants,
+)
 from refine_kernels.triton_products import products_of
 from refine_kernels.triton_variant import Variant, variant
 
@@ -55,7 +61,7 @@ def decode_attention(
     q = launch.dense_rows(q)
     streams, _, heads, dim = q.shape
     kv_heads = own_k.shape[2]
-    constants = _constants(dim, heads // kv_heads, own_k.shape[1], products_of(q))
+    constants = _constants(dim, heads // kv_heads, own_k.shape[1], q.dtype, products_of(q))
     parts = launch.empty((streams, heads, _PARTS, dim), torch.float32, q.device)
     scales = launch.empty((2, streams, heads, _PARTS), torch.float32, q.device)
     peaks, masses = scales.unbind()
@@ -66,9 +72,7 @@ def decode_attention(
         _FAR if window is None else window,
         *(q.stride(0), q.stride(2)),
         *(stride for x in own for stride in x.stride()[:3]),
-        *text.strides,
-        ALIGNED_K=text.alignment[0],
-        ALIGNED_V=text.alignment[1],
+        **text_constants(text.strides, text.alignment),
         **constants,
     )
     out = launch.empty(q.shape, q.dtype, q.device)
@@ -115,7 +119,9 @@ def _disagreement(
     )
 
 
-def _constants(dim: int, groups: int, own: int, products: str) -> dict[str, Any]:
+def _constants(
+    dim: int, groups: int, own: int, dtype: torch.dtype, products: str
+) -> dict[str, Any]:
     def padded(size: int) -> int:
         return max(16, triton.next_power_of_2(size))
 
@@ -125,7 +131,7 @@ def _constants(dim: int, groups: int, own: int, products: str) -> dict[str, Any]
         "G": groups,
         "BM": padded(groups),
         "BO": padded(own),
-        "BN": 64 if dim <= 128 else 32,
+        "BN": max(16, min(64, 2**14 // (dim * dtype.itemsize))),
         "PARTS": _PARTS,
         "PRODUCTS": products,
         "num_warps": 4,
@@ -152,10 +158,10 @@ def decode_parts(
     stride_vr,
     stride_vt,
     stride_vh,
-    stride_xt,
-    stride_xh,
-    stride_yt,
-    stride_yh,
+    STRIDE_XT: tl.constexpr,
+    STRIDE_XH: tl.constexpr,
+    STRIDE_YT: tl.constexpr,
+    STRIDE_YH: tl.constexpr,
     ALIGNED_K: tl.constexpr,
     ALIGNED_V: tl.constexpr,
     D: tl.constexpr,
@@ -170,9 +176,10 @@ def decode_parts(
     """o, not yet divided by m, and p and m, of a stream and key head over a part of its text."""
     stream, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     scale = 1 / tl.sqrt(D * 1.0)
-    kind: tl.constexpr = tl.pointer_type(own_k.dtype.element_ty)
-    text_k = tl.multiple_of(tl.load(table + stream * 3).to(kind), ALIGNED_K) + head * stride_xh
-    text_v = tl.multiple_of(tl.load(table + stream * 3 + 1).to(kind), ALIGNED_V) + head * stride_yh
+    text_k = tl.load(table + stream * 3).to(tl.pointer_type(own_k.dtype.element_ty))
+    text_v = tl.load(table + stream * 3 + 1).to(tl.pointer_type(own_v.dtype.element_ty))
+    text_k = tl.multiple_of(text_k, ALIGNED_K) + head * STRIDE_XH
+    text_v = tl.multiple_of(text_v, ALIGNED_V) + head * STRIDE_YH
     end, own = tl.load(table + stream * 3 + 2).to(tl.int32), tl.load(count).to(tl.int32)
     of_q = queries_of(q + stream * stride_qr, 0, stride_qh, head, 1, G, BM, BD, D)
     peak = tl.full((BM,), -1e30, tl.float32)
@@ -184,8 +191,8 @@ def decode_parts(
     high = tl.minimum(low + size, end)
     n = tl.arange(0, BN)
     for at in range(low, high, BN):
-        k = keys_of(text_k, at, high, stride_xt, BN, BD, D)
-        v = keys_of(text_v, at, high, stride_yt, BN, BD, D)
+        k = keys_of(text_k, at, high, STRIDE_XT, BN, BD, D)
+        v = keys_of(text_v, at, high, STRIDE_YT, BN, BD, D)
         seen = (at + n < high)[None, :]
         peak, mass, found = add_keys(of_q, k, v, seen, scale, peak, mass, found, PRODUCTS)
     if part == PARTS - 1:
@@ -217,16 +224,21 @@ def decode_join(parts, peaks, masses, out, D: tl.constexpr, BD: tl.constexpr, PA
     tl.store(out + row * D + d, o.to(out.dtype.element_ty), mask=d < D)
 
 
-# Head widths, heads to a key head, tokens of a stream: of the presets with attention, and the most.
-_COMPILED = ((64, 1, 4), (128, 1, 4), (256, 4, 4), (256, 8, _MOST_OWN))
+# Head widths, key heads, heads to each, what lies beside a token's values, and tokens of a stream:
+# of the presets with attention (LaCT-760M first), and the most.
+_COMPILED = (
+    *((64, 24, 1, 3092, 4), (128, 20, 1, 0, 4), (256, 2, 4, 0, 4)),
+    (256, 4, 8, 0, _MOST_OWN),
+)
 
 
 def variants() -> Iterator[Variant]:
     """As they are compiled ahead of time."""
     types = {"table": "*i64", "count": "*i64", "window": "i32"}
     scratch = dict.fromkeys(("peaks", "masses", "parts"), "*fp32")
-    for dim, groups, own in _COMPILED:
-        constants = _constants(dim, groups, own, "bf16") | {"ALIGNED_K": 16, "ALIGNED_V": 8}
+    for dim, heads, groups, beside, own in _COMPILED:
+        constants = _constants(dim, groups, own, torch.bfloat16, "bf16")
+        constants |= constants_of_text(dim, heads, beside)
         title = f"d{dim}_{groups}rows"
         yield variant(
             decode_parts,

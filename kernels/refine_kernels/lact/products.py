@@ -46,7 +46,7 @@ class Product:
             return nullcontext()
         if device.type != "cuda" or self.operands != torch.float32:
             _log_no_tf32(device.type, self.operands)
-        return _tf32()
+        return _tf32()  # of which others take no notice
 
 
 def product_in(precision: Precision | None, tokens: torch.dtype, states: torch.dtype) -> Product:

@@ -45,7 +45,7 @@ _HOST_TENSORS = ("torch/optim/optimizer.py", "_get_value")
 
 
 def check_host_waits(texts: Texts) -> Iterator[Result]:
-    """A fused step of each family, the second one of its model."""
+    """A fused step of each family, after one that has set everything up."""
     for family in FAMILIES:
         step, micro_batches = watched_step(texts, family, "fused")
         with host_waits() as waits:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from refine_kernels.attention.branches import Span
+from refine_kernels.attention.decode import TextPlaces
 from refine_kernels.attention.naive import naive_branch_attention, naive_text_attention
 from refine_kernels.delta_rule.naive import naive_delta_rule, naive_gated_delta_rule
-from refine_kernels.dispatch import state_from_writes
+from refine_kernels.dispatch import backend, branch_attention, state_from_writes
 from refine_kernels.lact.fast_weights import FastWeights
 from refine_kernels.lact.naive import naive_fast_features, naive_lact
 from refine_kernels.rms_norm.naive import naive_rms_norm
@@ -73,6 +74,7 @@ def op_cases(sizes: Sizes) -> dict[str, list[OpCase]]:
         *_delta_gates(sizes),
         *_attention(sizes),
         *_branches(sizes),
+        *_decoded_branches(sizes),
         *_lact(sizes),
         *_fast_features(sizes),
         *_rotations(sizes),
@@ -362,6 +364,48 @@ def _branches(sizes: Sizes) -> list[OpCase]:
                 partial(run, naive_branch_attention),
                 chain=2 * sizes.tokens + sizes.value + _POINTWISE,
                 narrow=_ATTENTION_ROUNDINGS,
+            )
+        )
+    return cases
+
+
+def _decoded_branches(sizes: Sizes) -> list[OpCase]:
+    """A token of each of those streams, the third since it left. Texts are found by address in
+    kernels alone; without them branches decode as they are scored."""
+    cases, count = [], 3
+    rows, limit = (1, 0, 1), (sizes.tokens, sizes.tokens // 2, 2)
+    for window in (None, sizes.tokens // 3):
+        draw, key_heads = _Draw(18), sizes.heads // 2
+        inputs = {"q": draw.normal(3, 1, sizes.heads, sizes.value)}
+        for name, shape in (("own", (3, count + 2)), ("text", (2, sizes.tokens))):
+            inputs |= {f"{name} {x}": draw.normal(*shape, key_heads, sizes.value) for x in "kv"}
+
+        def behind_text(
+            operation: Callable[..., Any], x: Tensors, window: int | None = window
+        ) -> Tensors:
+            text, own = (x["text k"], x["text v"]), (x["own k"][:, :count], x["own v"][:, :count])
+            spans = (Span(0, sizes.tokens, 0),)
+            options: dict[str, Any] = {"spans": spans, "rows": rows, "limit": limit}
+            return {"o": operation(x["q"], own, [text], window=window, **options)}
+
+        def run(operation: Callable[..., Any], x: Tensors, window: int | None = window) -> Tensors:
+            device = x["q"].device
+            if backend("branches", device.type) == "torch":
+                return behind_text(branch_attention, x, window)
+            places = TextPlaces.of(x["text k"], x["text v"], rows, limit)
+            own, made = (x["own k"], x["own v"]), torch.full((1,), count, device=device)
+            return {"o": operation(x["q"], own, made, places, window=window)}
+
+        cases.append(
+            OpCase(
+                "decode_attention",
+                "" if window is None else "window",
+                inputs,
+                run,
+                partial(behind_text, naive_branch_attention),
+                chain=2 * sizes.tokens + sizes.value + _POINTWISE,
+                narrow=_ATTENTION_ROUNDINGS,
+                without_gradient=frozenset({"o"}),
             )
         )
     return cases

@@ -14,11 +14,11 @@ from refine_mcore.benchmark.gpu_check.jobs import (
     FAMILIES,
     LAYOUTS,
     Texts,
-    decode_graphs,
+    decoded_as_graphs,
     step_results,
     tiny_job,
 )
-from refine_mcore.benchmark.gpu_check.results import ABSENT, FAIL, PASS, Result, compared
+from refine_mcore.benchmark.gpu_check.results import ABSENT, FAIL, Result, compared
 from refine_mcore.benchmark.gpu_check.worker import Workers
 from refine_mcore.evaluation.differences import Difference, relative, unequal
 
@@ -63,13 +63,17 @@ def check_steps(texts: Texts, fused: FusedSteps) -> Iterator[Result]:
         for family in FAMILIES:
             expected = reference.results("one rank", family)
             yield compared(family, step_differences(family, here[family], expected))
-    # the second of a step's texts is decoded as a graph, which the steps above compare
-    name = "decode passes as a CUDA graph"
+    name = "decode passes as CUDA graphs"
     if platform.graph_capture() is None:
         yield Result(name, ABSENT, "takes a GPU")
-    else:
-        made = decode_graphs(texts) == 1
-        yield Result(name, PASS if made else FAIL, "captured" if made else "refused: see the log")
+        return
+    for family in FAMILIES:
+        # the second of a step's texts is decoded as one
+        graphs, found, by_operation = decoded_as_graphs(texts, family)
+        if graphs == 1:
+            yield compared(f"{name}, {family}", step_differences(family, found, by_operation))
+        else:
+            yield Result(f"{name}, {family}", FAIL, "refused: see the log")
 
 
 def check_branching(texts: Texts, fused: FusedSteps) -> Iterator[Result]:
