@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from refine_kernels import dispatch
 from refine_kernels.attention.branches import Span
+from refine_kernels.attention.decode import TextPlaces
 from refine_kernels.delta_rule import fla_chunk
 from refine_kernels.lact.fast_weights import FastWeights
 from torch import Tensor
@@ -38,6 +39,7 @@ OPERATIONS = (
     "rotary",
     "attention",
     "branches",
+    "branch_decode",
     "short_conv",
     "swiglu",
     "delta_rule",
@@ -128,8 +130,8 @@ def case_of(name: str, architecture: Architecture, tokens: int) -> Case | None:
         )
     if name == "rotary":
         return _rotary(architecture, tokens)
-    if name in ("attention", "branches"):
-        return _attention(architecture, tokens, branches=name == "branches")
+    if name in ("attention", "branches", "branch_decode"):
+        return _attention(name, architecture, tokens)
     if name in ("lact", "features"):
         if not isinstance(mixer, LaCTOptions):
             return None
@@ -158,8 +160,9 @@ def _rotary(architecture: Architecture, tokens: int) -> Case | None:
     return Case({"x": (1, tokens, heads, dim)}, run, 0.0)
 
 
-def _attention(architecture: Architecture, tokens: int, *, branches: bool) -> Case | None:
-    """Of a text from its first token on, or of rollouts from all over it."""
+def _attention(name: str, architecture: Architecture, tokens: int) -> Case | None:
+    """Of a text from its first token on, or of rollouts from all over it, all their tokens or the
+    last."""
     hidden, mixer, attention = architecture.hidden_size, architecture.mixer, architecture.attention
     window: int | None
     if isinstance(mixer, LaCTOptions):
@@ -172,13 +175,23 @@ def _attention(architecture: Architecture, tokens: int, *, branches: bool) -> Ca
         return None
 
     reach = tokens if window is None else min(window, tokens)
-    if branches:
+    if name != "attention":
         streams, length = BRANCHES["score"]
+        queries = length if name == "branches" else 1
+        # made once for all passes of a text
+        places: dict[tuple[int, ...], tuple[Tensor, TextPlaces]] = {}
 
         def of_branches(q: Tensor, *keys_and_values: Tensor) -> Sequence[Tensor]:
             own, text = keys_and_values[:2], keys_and_values[2:]
             size = text[0].shape[1]
             limit = [(i + 1) * size // streams for i in range(streams)]
+            if queries == 1 and dispatch.backend("branches", q.device.type) == "triton":
+                key = text[0].data_ptr(), text[1].data_ptr(), size
+                if key not in places:
+                    count = torch.full((1,), own[0].shape[1], device=q.device)
+                    placed = TextPlaces.of(text[0], text[1], (0,) * streams, limit)
+                    places[key] = count, placed
+                return [dispatch.decode_attention(q, own, *places[key], window=window)]
             return [
                 dispatch.branch_attention(
                     *(q, own, [text]),
@@ -189,11 +202,12 @@ def _attention(architecture: Architecture, tokens: int, *, branches: bool) -> Ca
                 )
             ]
 
-        shapes = {"q": (streams, length, heads, dim)}
+        shapes = {"q": (streams, queries, heads, dim)}
         shapes |= dict.fromkeys(("own k", "own v"), (streams, length, kv_heads, dim))
         shapes |= dict.fromkeys(("text k", "text v"), (1, tokens, kv_heads, dim))
-        seen = streams * length * (reach if window else tokens / 2)
-        return Case(shapes, of_branches, 4.0 * seen * heads * dim)
+        seen = streams * queries * (reach if window else tokens / 2)
+        gradients = name == "branches"
+        return Case(shapes, of_branches, 4.0 * seen * heads * dim, gradients=gradients)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
         return [dispatch.text_attention(q, k, v, window=window)]

@@ -140,9 +140,7 @@ class LaCT(Mixer):
         assert state is None or isinstance(state, LaCTState | FixedLaCT)
         streams, length = tokens.shape[:2]
         before: Any = AttentionState.start(streams) if state is None else state.attention
-        # what weights are written with is made where they are, or whoever goes on may come to it
-        writes = output_state or record or state is None or self._fills_chunk(state, length)
-        writes = writes and not isinstance(state, FixedLaCT)
+        writes = self._writes(state, length, kept=output_state or record)
         parts = self.in_proj.split(tokens, without=() if writes else self._rates)
         q, k, v = parts["q_proj"], parts["k_proj"], parts["v_proj"]
         if self.options.qk_norm:
@@ -193,10 +191,15 @@ class LaCT(Mixer):
             return None
         return FixedLaCT(attention, state.weights_of_forks(rollouts))
 
-    def _fills_chunk(self, state: LaCTState | FixedLaCT, tokens: int) -> bool:
-        """Whether a stream goes past its chunk's end with so many tokens more."""
+    def _writes(self, state: LaCTState | FixedLaCT | None, tokens: int, *, kept: bool) -> bool:
+        """Whether weights are written with some of the next tokens, now or, as the streams' states
+        are kept, maybe later."""
         if isinstance(state, FixedLaCT):
             return False
+        return kept or state is None or self._fills_chunk(state, tokens)
+
+    def _fills_chunk(self, state: LaCTState, tokens: int) -> bool:
+        """Whether a stream goes past its chunk's end with so many tokens more."""
         size = self.options.chunk_size
         return any(open_chunk_length(p, size) + tokens > size for p in state.position)
 

@@ -58,19 +58,16 @@ class Decoder:
     def start(self, states: Sequence[FastWeightState], passes: int, rollouts: int) -> Decoding:
         """So many passes from these states on, forks of `rollouts`; whoever starts them keeps the
         states until the last."""
+        graph = None
         if self._capture is not None:
-            capture, self._capture = self._capture, None
             try:
-                graph = self._graph(capture, states, passes, rollouts)
+                graph = self._graph(self._capture, states, passes, rollouts)
             # out of memory, a kernel that does not fit the chip, what a stream may not capture
             except Exception as error:
                 logger.warning("decode passes: no CUDA graph, as %s", error)
+                self._capture = None
                 self._graphs.clear()
-                return _Passes(self._model, states)
-            self._capture = capture
-            if graph is not None:
-                return graph
-        return _Passes(self._model, states)
+        return graph or _Passes(self._model, states)
 
     def _graph(
         self, capture: Capture, states: Sequence[FastWeightState], passes: int, rollouts: int

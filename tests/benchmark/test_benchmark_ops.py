@@ -24,7 +24,7 @@ def test_every_operation_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {row["operation"] for row in report["rows"]} == set(ops.OPERATIONS)
     for row in report["rows"]:
         assert row["why"] is None and row["error"] == 0.0 and row["forward"] > 0
-        assert (row["both"] is None) == (row["operation"] == "decode")
+        assert (row["both"] is None) == (row["operation"] in ("decode", "branch_decode"))
     assert report["copy_bytes_per_second"] > 0 and "torch" in report["versions"]
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(table) == 1 + len(report["rows"])
