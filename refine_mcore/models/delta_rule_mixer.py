@@ -149,10 +149,10 @@ class DeltaRuleMixer(Mixer):
     def split_packed(self, packed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The inputs of the convolution, q, k and v as they lie side by side, and the gates by
         name. One split: its backward is one concatenation."""
-        sizes = [sum(self.conv_sizes), *self.in_proj.local_sizes[3:]]
+        sizes = [sum(self.conv_sizes), *self.in_proj.widths[3:]]
         names = [projection.name for projection in self.in_proj.projections[3:]]
         raw, *gates = packed.split(sizes, dim=-1)
-        return raw, dict(zip(names, gates, strict=True))
+        return raw, dict(zip(names, gates, strict=False))  # behind them may be padding
 
     def convolve(self, raw: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """SiLU of the short convolution of q, k, v [R, T, channels] that follow the inputs `past`,

@@ -28,6 +28,8 @@ def initialize(model: FastWeightModel, seed: int) -> None:
     """Fill every parameter of this rank from its reference distribution; padding is zero."""
     arch = model.config.arch
     with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
         for tensor in sharded_tensors(model):
             shape = tensor.global_shape
             if tensor.key in _VOCABULARY_KEYS:  # a padded shape would change the draw
@@ -35,7 +37,7 @@ def initialize(model: FastWeightModel, seed: int) -> None:
             generator = torch.Generator().manual_seed(_key_seed(seed, tensor.key))
             whole = _distribution(tensor.key, arch)(generator, shape)
             part = whole[tensor.global_slice()]
-            tensor.data.zero_()[: len(part)].copy_(part)
+            tensor.data[: len(part)].copy_(part)
 
 
 def _key_seed(seed: int, key: str) -> int:

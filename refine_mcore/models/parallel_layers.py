@@ -177,12 +177,19 @@ def _bias_name(projection: str) -> str:
     return f"{projection}_bias"
 
 
+# Columns that a packed product's are padded to a multiple of: a few heads' gates beside the rest
+# leave rows that begin anywhere, which a GPU's library multiplies with slower kernels and of which
+# others load a number at a time.
+_COLUMNS = 16
+
+
 class PackedColumnParallelLinear(MegatronModule):
     """y_i = x W_i^T (+ b_i) for several parts i, as one column-parallel product; rows of each part
     are sharded.
 
-    forward: [s, b, h] (s / tp under sequence parallelism) -> [s, b, sum of local part sizes],
-    without biases. `split` cuts that into the parts and adds the biases.
+    forward: [s, b, h] (s / tp under sequence parallelism) -> [s, b, sum of `widths`], without
+    biases: the local sizes of the parts, and padding that nobody reads and no checkpoint has.
+    `split` cuts that into the parts and adds the biases.
     """
 
     def __init__(
@@ -197,10 +204,11 @@ class PackedColumnParallelLinear(MegatronModule):
         self.projections = projections
         ranks = tp_group.size()
         self.local_sizes = [projection.size // ranks for projection in projections]
+        self.padding = -sum(self.local_sizes) % _COLUMNS
         self.linear = build_module(
             linear,
             config.hidden_size,
-            sum(projection.size for projection in projections),
+            sum(self.widths) * ranks,
             config=config,
             init_method=config.init_method,
             gather_output=False,
@@ -210,6 +218,8 @@ class PackedColumnParallelLinear(MegatronModule):
             tp_comm_buffer_name="fc1",
             tp_group=tp_group,
         )
+        with torch.no_grad():
+            self.linear.weight[sum(self.local_sizes) :].zero_()
         self.biases: list[str] = []
         for projection, size in zip(projections, self.local_sizes, strict=True):
             if projection.bias:  # held directly: overlapped parameter gathers go by module
@@ -220,14 +230,19 @@ class PackedColumnParallelLinear(MegatronModule):
                 bias = row_sharded_parameter((size,), config, dtype)
                 self.register_parameter(_bias_name(projection.name), bias)
 
+    @property
+    def widths(self) -> list[int]:
+        """Columns of the parts and of the padding, if there is some."""
+        return self.local_sizes + [self.padding] * (self.padding > 0)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)[0]
 
     def split(self, packed: Tensor, without: Sequence[str] = ()) -> dict[str, Tensor]:
         """The parts by name, but those `without`, each [..., local size], views of `packed` unless
         they have a bias."""
-        parts = torch.split(packed, self.local_sizes, dim=-1)
-        named = {p.name: part for p, part in zip(self.projections, parts, strict=True)}
+        parts = torch.split(packed, self.widths, dim=-1)
+        named = {p.name: part for p, part in zip(self.projections, parts, strict=False)}
         return {
             name: part + self.bias(name) if name in self.biases else part
             for name, part in named.items()
@@ -310,15 +325,17 @@ def _sharded_parts(
     sharded_offsets: tuple,
     groups: tuple[torch.distributed.ProcessGroup, torch.distributed.ProcessGroup],
 ) -> ShardedStateDict:
-    """The parameter at `path` in the module of this prefix, whose rows are those of several parts:
-    each under its own name beside the module. `groups` are of tensor and of data parallelism."""
+    """The parameter at `path` in the module of this prefix, whose rows are those of several parts
+    and maybe padding, zeros: each part under its own name beside the module. `groups` are of tensor
+    and of data parallelism."""
     tp_group, dp_group = groups
     key, depth = f"{prefix}{path}", path.count(".") + 2
+    rows = sum(local_sizes)
 
     def build(key: str, packed: Tensor, replica_id: Any, flattened_range: Any) -> list[Any]:
         assert flattened_range is None, "packed parameters are saved whole"
         start = key.rsplit(".", depth)[0]  # an optimizer's key begins with a name of its own
-        parts = torch.split(packed.detach(), list(local_sizes), dim=0)
+        parts = torch.split(packed.detach()[:rows], list(local_sizes), dim=0)
         return [
             make_tp_sharded_tensor_for_checkpoint(
                 part,
@@ -332,8 +349,10 @@ def _sharded_parts(
             for name, part in zip(names, parts, strict=True)
         ]
 
-    factory = ShardedTensorFactory(key, packed, build, torch.cat, (0, 0, dp_group.rank()))
-    return {key: factory}
+    def merge(parts: list[Tensor]) -> Tensor:
+        return torch.cat([*parts, packed.new_zeros(packed.shape[0] - rows, *packed.shape[1:])])
+
+    return {key: ShardedTensorFactory(key, packed, build, merge, (0, 0, dp_group.rank()))}
 
 
 class MixerModule(MegatronModule):

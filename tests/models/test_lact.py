@@ -42,7 +42,7 @@ def mixers(process_groups) -> Callable[..., LaCT]:
 
 def packed_tokens(mixer: LaCT, dtype: torch.dtype, tokens: int = TOKENS) -> Tensor:
     """Packed projections of one text."""
-    width = sum(mixer.in_proj.local_sizes)
+    width = sum(mixer.in_proj.widths)
     return torch.randn(1, tokens, width, dtype=dtype, requires_grad=True)
 
 

@@ -573,7 +573,7 @@ def text_backward(
 # Head widths, key heads, heads to each, what lies beside a token's values, tokens of a stream at a
 # time and since it left: of the presets with attention (LaCT-760M first), and the most.
 _COMPILED = (
-    *((64, 24, 1, 3092, 5, 5), (64, 24, 1, 3092, 1, 5), (128, 20, 1, 0, 5, 5)),
+    *((64, 24, 1, 3104, 5, 5), (64, 24, 1, 3104, 1, 5), (128, 20, 1, 0, 5, 5)),
     (128, 4, 4, 0, 8, _MOST_OWN),
 )
 

@@ -227,7 +227,7 @@ def decode_join(parts, peaks, masses, out, D: tl.constexpr, BD: tl.constexpr, PA
 # Head widths, key heads, heads to each, what lies beside a token's values, and tokens of a stream:
 # of the presets with attention (LaCT-760M first), and the most.
 _COMPILED = (
-    *((64, 24, 1, 3092, 4), (128, 20, 1, 0, 4), (256, 2, 4, 0, 4)),
+    *((64, 24, 1, 3104, 4), (128, 20, 1, 0, 4), (256, 2, 4, 0, 4)),
     (256, 4, 8, 0, _MOST_OWN),
 )
 
