@@ -11,6 +11,7 @@ operations one by one, and with those on the states as they are.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -28,8 +29,8 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 # Kernels give the same bits; what may differ is what a library chooses for a product.
 _TOLERANCE = 1e-2
-# Of states in fixed places to those as they are, whose attention sums in another order: in bfloat16
-# what rounding makes of that, layer after layer.
+# Of states in fixed places to those as they are, whose attention sums in another order. A bound and
+# no measurement: rounding to bfloat16 layer after layer is below it, another text or place above.
 _OTHER_SUMS = 0.1
 
 
@@ -75,6 +76,7 @@ class Decoder:
         """One for these states, loaded with them; None where there is none yet."""
         fixed = self._model.fixed_states(states, passes, rollouts)
         if fixed is None:
+            _log_by_operation()
             return None
         kind = _kind(fixed)
         if kind not in self._graphs:
@@ -140,6 +142,14 @@ class _Graph:
         self._replay()
         assert self._hidden is not None
         return self._hidden
+
+
+@functools.cache
+def _log_by_operation() -> None:
+    logger.info(
+        "decode passes of some rollouts: no CUDA graph, they reach the end of a chunk of LaCT or "
+        "see their text in several pieces"
+    )
 
 
 def _copy(places: Sequence[Tensor], contents: Sequence[Tensor]) -> None:

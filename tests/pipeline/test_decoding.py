@@ -177,12 +177,16 @@ def test_a_graph_makes_the_same_rollouts(
 
 
 def test_rollouts_that_reach_the_end_of_a_chunk_are_no_graph(
-    process_groups: Any, captures: Captures
+    process_groups: Any, captures: Captures, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of LaCT, whose weights change there."""
+    """Of LaCT, whose weights change there; the log says so once."""
+    decoding._log_by_operation.cache_clear()
+    caplog.set_level("INFO", logger=decoding.__name__)
     bench, batches = Bench("lact", process_groups), make_batches(1, 1, 1)
     found = bench.step("fused", batches)
     assert not captures.operations
+    (said,) = [r.getMessage() for r in caplog.records if r.name == decoding.__name__]
+    assert "reach the end of a chunk" in said
     assert_same_outcome(found, bench.step("fused", batches, decode_graphs=False))
 
 

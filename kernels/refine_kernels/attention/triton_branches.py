@@ -31,10 +31,10 @@ from refine_kernels.triton_products import product, products_of
 from refine_kernels.triton_variant import Variant, integers, variant
 
 _WIDEST = 128
-_MOST_ROWS = 32  # queries of a stream that share a key head
-_MOST_OWN = 32  # tokens of a stream since it left
+MOST_ROWS = 32  # queries of a stream that share a key head
+MOST_OWN = 32  # tokens of a stream since it left
 _LONGEST = 4096  # tokens of the text that one program goes through
-_FAR = 2**30  # no window
+FAR = 2**30  # no window
 
 
 def refusal(
@@ -54,8 +54,8 @@ def refusal(
         seen = min(seen, window)
     if q.shape[-1] > _WIDEST:
         return f"heads are {q.shape[-1]} wide, above {_WIDEST}"
-    if groups * q.shape[1] > _MOST_ROWS or own[0].shape[1] > _MOST_OWN:
-        return f"branches have more than {_MOST_OWN} tokens or {_MOST_ROWS} queries for a key head"
+    if groups * q.shape[1] > MOST_ROWS or own[0].shape[1] > MOST_OWN:
+        return f"branches have more than {MOST_OWN} tokens or {MOST_ROWS} queries for a key head"
     if seen > _LONGEST:
         return f"branches see more than {_LONGEST} tokens of their text"
     if len(text) > 1:
@@ -180,7 +180,7 @@ class _Run:
         streams, tokens, heads, dim = q.shape
         own, kv_heads = own_k.shape[1:3]
         self.grid = (streams, kv_heads)
-        window = _FAR if window is None else window
+        window = FAR if window is None else window
         self.sizes = (*span, window, tokens, own, text_k.shape[1])
         self.strides = tuple(stride for x in given[:3] for stride in x.stride()[:3])
         self.strides += (text_k.stride(0), text_v.stride(0))
@@ -197,10 +197,12 @@ def text_constants(strides: Sequence[int], alignment: Sequence[int]) -> dict[str
     return dict(zip(names, (*strides, *alignment), strict=True))
 
 
-def _constants(dim: int, groups: int, tokens: int, own: int, products: str) -> dict[str, Any]:
-    def padded(size: int) -> int:
-        return max(16, triton.next_power_of_2(size))
+def padded(size: int) -> int:
+    """To what products take."""
+    return max(16, triton.next_power_of_2(size))
 
+
+def _constants(dim: int, groups: int, tokens: int, own: int, products: str) -> dict[str, Any]:
     return {
         "D": dim,
         "BD": padded(dim),
@@ -574,7 +576,7 @@ def text_backward(
 # time and since it left: of the presets with attention (LaCT-760M first), and the most.
 _COMPILED = (
     *((64, 24, 1, 3104, 5, 5), (64, 24, 1, 3104, 1, 5), (128, 20, 1, 0, 5, 5)),
-    (128, 4, 4, 0, 8, _MOST_OWN),
+    (128, 4, 4, 0, 8, MOST_OWN),
 )
 
 

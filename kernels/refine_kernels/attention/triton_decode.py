@@ -23,9 +23,13 @@ from refine_kernels.attention import branches
 from refine_kernels.attention.branches import Span
 from refine_kernels.attention.decode import TextPlaces
 from refine_kernels.attention.triton_branches import (
+    FAR,
+    MOST_OWN,
+    MOST_ROWS,
     add_keys,
     constants_of_text,
     keys_of,
+    padded,
     queries_of,
     text_constants,
 )
@@ -33,10 +37,7 @@ from refine_kernels.triton_products import products_of
 from refine_kernels.triton_variant import Variant, variant
 
 _WIDEST = 256
-_MOST_ROWS = 32  # queries of a stream that share a key head
-_MOST_OWN = 32  # tokens of a stream since it left
 _PARTS = 16  # of the text that a stream sees
-_FAR = 2**30  # no window
 
 
 def refusal(
@@ -46,8 +47,8 @@ def refusal(
     groups = q.shape[2] // own[0].shape[2]
     if q.shape[-1] > _WIDEST:
         return f"heads are {q.shape[-1]} wide, above {_WIDEST}"
-    if groups > _MOST_ROWS or own[0].shape[1] > _MOST_OWN:
-        return f"branches have more than {_MOST_OWN} tokens or {_MOST_ROWS} queries for a key head"
+    if groups > MOST_ROWS or own[0].shape[1] > MOST_OWN:
+        return f"branches have more than {MOST_OWN} tokens or {MOST_ROWS} queries for a key head"
     return agreement.unknown_dtype(q.dtype) or _disagreement(
         q.shape[-1], groups, window is not None, q.dtype, q.device
     )
@@ -69,7 +70,7 @@ def decode_attention(
         decode_parts,
         (streams, kv_heads, _PARTS),
         *(q, own_k, own_v, text.table, count, parts, peaks, masses),
-        _FAR if window is None else window,
+        FAR if window is None else window,
         *(q.stride(0), q.stride(2)),
         *(stride for x in own for stride in x.stride()[:3]),
         **text_constants(text.strides, text.alignment),
@@ -122,9 +123,6 @@ def _disagreement(
 def _constants(
     dim: int, groups: int, own: int, dtype: torch.dtype, products: str
 ) -> dict[str, Any]:
-    def padded(size: int) -> int:
-        return max(16, triton.next_power_of_2(size))
-
     return {
         "D": dim,
         "BD": padded(dim),
@@ -217,8 +215,8 @@ def decode_join(parts, peaks, masses, out, D: tl.constexpr, BD: tl.constexpr, PA
     place = row * PARTS + i
     peak = tl.load(peaks + place)
     weight = tl.exp(peak - tl.max(peak, 0))
-    known = (d < D)[None, :] & (i < PARTS)[:, None]
-    found = tl.load(parts + place[:, None] * D + d[None, :], mask=known, other=0.0)
+    at = parts + place[:, None] * D + d[None, :]
+    found = tl.load(at, mask=(d < D)[None, :], other=0.0)
     total = tl.sum(weight * tl.load(masses + place), 0)
     o = tl.sum(weight[:, None] * found, 0) / total
     tl.store(out + row * D + d, o.to(out.dtype.element_ty), mask=d < D)
@@ -228,7 +226,7 @@ def decode_join(parts, peaks, masses, out, D: tl.constexpr, BD: tl.constexpr, PA
 # of the presets with attention (LaCT-760M first), and the most.
 _COMPILED = (
     *((64, 24, 1, 3104, 4), (128, 20, 1, 0, 4), (256, 2, 4, 0, 4)),
-    (256, 4, 8, 0, _MOST_OWN),
+    (256, 4, 8, 0, MOST_OWN),
 )
 
 
