@@ -11,10 +11,16 @@ _ON_A_GPU = {torch.bfloat16: "bf16", torch.float16: "tf32", torch.float32: "tf32
 
 
 def products_of(x: Tensor) -> str:
-    """PRODUCTS of kernels whose inputs are as x.  Triton's interpreter has no product of bfloat16;
-    those of two bfloat16 numbers are exact in float32."""
-    products = _ON_A_GPU[x.dtype]
-    return "bf16-as-fp32" if products == "bf16" and not x.is_cuda else products
+    """PRODUCTS of kernels whose inputs are as x."""
+    return products_in(x.dtype, x.device)
+
+
+def products_in(operands: torch.dtype, device: torch.device, *, tf32: bool = False) -> str:
+    """PRODUCTS of kernels that round to ``operands``, float32 to TF32 if that is asked for.
+    Triton's interpreter has no product of bfloat16; those of two bfloat16 numbers are exact in
+    float32."""
+    products = "tf32" if tf32 and operands == torch.float32 else _ON_A_GPU[operands]
+    return "bf16-as-fp32" if products == "bf16" and device.type != "cuda" else products
 
 
 @triton.jit

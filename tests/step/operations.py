@@ -15,6 +15,7 @@ from refine_kernels.attention import flash, triton_branches, triton_decode
 from refine_kernels.delta_gates import triton_gates
 from refine_kernels.delta_rule import triton_chunk, triton_few, triton_read, triton_recurrent
 from refine_kernels.lact import triton_features, triton_forms
+from refine_kernels.lact import triton_read as lact_read
 from refine_kernels.rms_norm import triton_rms_norm
 from refine_kernels.rotary import triton_rotary
 from refine_kernels.short_conv import triton_conv
@@ -48,6 +49,7 @@ _KERNELS: tuple[Any, ...] = (
     triton_decode,
     triton_features,
     triton_forms,
+    lact_read,
     triton_rms_norm,
     triton_rotary,
     triton_conv,

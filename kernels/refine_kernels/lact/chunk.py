@@ -68,7 +68,12 @@ def apply_fast_weights(
     float32.  Returned in the dtype of fq.  ``forms`` are the kernels between the products.
     """
     product = product_in(precision, fq.dtype, weights.w1.dtype)
-    return _Read.apply(product, forms.hidden, fq, *weights.read())
+    return read(product, forms.hidden, fq, *weights.read())
+
+
+def read(product: Product, hidden: Hidden, fq: Tensor, w02: Tensor, w1: Tensor) -> Tensor:
+    """As apply_fast_weights, of the weights that products take."""
+    return _Read.apply(product, hidden, fq, w02, w1)
 
 
 def update_fast_weights(

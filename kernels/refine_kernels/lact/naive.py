@@ -22,6 +22,12 @@ def _normalised(w: Tensor, norm: Tensor) -> Tensor:
     return w / (w.square().sum(-1, keepdim=True).sqrt() + 1e-5) * norm
 
 
+def naive_read(weights: FastWeights, fq: Tensor) -> Tensor:
+    """Same arguments and result as apply_fast_weights."""
+    w = weights.w0, weights.w1, weights.w2
+    return torch.stack([_f(w, x) for x in fq.unbind(1)], 1)
+
+
 def naive_lact(
     fq: Tensor,
     fk: Tensor,

@@ -1,5 +1,6 @@
 """LaCT with what stands between its products in Triton, and Newton-Schulz: see forms.py.  The
-products with a chunk's tokens are the libraries', as elsewhere.
+products with a chunk's tokens are the libraries', as elsewhere; those with a few tokens are not
+(triton_read.py).
 """
 
 import functools
@@ -19,6 +20,7 @@ from refine_kernels.lact import (
     triton_momentum,
     triton_moved,
     triton_newton_schulz,
+    triton_read,
 )
 from refine_kernels.lact.fast_weights import FastWeights, RowNorms
 from refine_kernels.lact.forms import Forms
@@ -40,7 +42,8 @@ def refusal(
     given = (*arguments, *options.values())
     weights = next(x for x in given if isinstance(x, FastWeights))
     tokens = next(x for x in given if isinstance(x, Tensor))
-    operands = product_in(precision, tokens.dtype, torch.float32).operands
+    product = product_in(precision, tokens.dtype, torch.float32)
+    operands = product.operands
     updates = any(isinstance(x, RowNorms) for x in given)
     kinds = {torch.float32} if updates else {torch.float32, operands}
     if weights.w1.dtype not in kinds or tokens.dtype not in agreement.TOLERANCE:
@@ -51,6 +54,8 @@ def refusal(
     why = _disagreement(width, operands, tokens.device)
     if why is None and muon and muon_dtype == triton_newton_schulz.DTYPE:
         why = _newton_schulz_disagreement(width, muon_dtype, tokens.device)
+    if why is None and not updates and triton_read.takes(weights, tokens):
+        why = triton_read.refusal(product, weights, tokens)
     return why
 
 
@@ -175,9 +180,19 @@ FORMS = Forms(
     triton_moved.moved_gradients,
     triton_newton_schulz.BY_KERNELS,
 )
-apply_fast_weights = functools.partial(chunk.apply_fast_weights, forms=FORMS)
 update_fast_weights = functools.partial(chunk.update_fast_weights, forms=FORMS)
 chunk_lact = functools.partial(chunk.chunk_lact, forms=FORMS)
+
+
+def apply_fast_weights(
+    weights: FastWeights, fq: Tensor, *, precision: Precision | None = None
+) -> Tensor:
+    """As chunk.apply_fast_weights."""
+    if triton_read.takes(weights, fq):
+        product = product_in(precision, fq.dtype, weights.w1.dtype)
+        return triton_read.read(product, fq, *weights.read())
+    return chunk.apply_fast_weights(weights, fq, precision=precision, forms=FORMS)
+
 
 # Widths of a fast head in the published models.
 _COMPILED = (384, 768)
@@ -189,3 +204,4 @@ def variants() -> Iterator[Variant]:
     yield from triton_momentum.variants(_COMPILED)
     yield from triton_moved.variants(_COMPILED)
     yield from triton_newton_schulz.variants(_COMPILED)
+    yield from triton_read.variants(_COMPILED)

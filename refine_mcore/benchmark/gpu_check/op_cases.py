@@ -411,6 +411,8 @@ def _decoded_branches(sizes: Sizes) -> list[OpCase]:
     return cases
 
 
+_FEW = 5  # tokens, as rollouts have
+
 _LACT_OPTIONS: dict[str, dict[str, Any]] = {
     "": {"muon": False},
     "prenorm": {"muon": False, "prenorm": True},
@@ -428,14 +430,15 @@ def _lact(sizes: Sizes) -> list[OpCase]:
         momentum = variant != "prenorm"
         gain = _MUON_GAIN if options["muon"] else 1.0
         tf32 = variant == "tf32"
-        for operation in ("apply_fast_weights", "update_fast_weights", "chunk_lact"):
-            if operation == "apply_fast_weights" and options["muon"]:
-                continue
-            tokens = sizes.fast_tokens if operation == "chunk_lact" else sizes.fast_chunk
+        runs = [("update_fast_weights", sizes.fast_chunk), ("chunk_lact", sizes.fast_tokens)]
+        if not options["muon"]:
+            runs += [("apply_fast_weights", sizes.fast_chunk), ("apply_fast_weights", _FEW)]
+        for operation, tokens in runs:
+            few = "few tokens" if tokens == _FEW else ""
             cases.append(
                 OpCase(
                     operation,
-                    variant,
+                    ", ".join(filter(None, (variant, few))),
                     _lact_inputs(sizes, tokens, momentum, 10 + number),
                     _LACT_RUNS[operation](options, sizes.fast_chunk),
                     _lact_expected(operation, options, sizes.fast_chunk),
