@@ -47,6 +47,7 @@ __all__ = [
     "Precision",
     "RowNorms",
     "apply_fast_weights",
+    "attention_and_fast_features",
     "branch_attention",
     "causal_conv1d",
     "chunk_delta_rule",
@@ -55,7 +56,6 @@ __all__ = [
     "combine_keys",
     "counter_uniform",
     "decode_attention",
-    "fast_features",
     "linear_log_probs_and_entropy",
     "delta_gates",
     "log_probs_and_entropy",
@@ -207,7 +207,9 @@ delta_gates = _operation(_gates.delta_gates, "delta_rule", triton="delta_gates.t
 apply_fast_weights = _lact_chunk(_lact.apply_fast_weights)
 update_fast_weights = _lact_chunk(_lact.update_fast_weights)
 chunk_lact = _lact_chunk(_lact.chunk_lact)
-fast_features = _operation(_features.fast_features, "lact", triton="lact.triton_features")
+attention_and_fast_features = _operation(
+    _features.attention_and_fast_features, "lact", triton="lact.triton_features"
+)
 causal_conv1d = _operation(_conv.causal_conv1d, "short_conv", triton="short_conv.triton_conv")
 rms_norm = _operation(_rms_norm.rms_norm, "rms_norm", triton="rms_norm.triton_rms_norm")
 rotate = _operation(_rotary.rotate, "rotary", triton="rotary.triton_rotary")

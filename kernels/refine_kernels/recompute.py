@@ -72,9 +72,10 @@ def remade(function: Callable[..., Made], *args: Any) -> Made:
     """``function(*args)``, made again for the backward of what reads it inside the innermost
     `remaking`; kept like any other tensor where there is none.
 
-    The function returns a tensor or a tuple of tensors, and gives the same bits again, without
-    communication between ranks.  Its own backward is not touched: it should not keep the output.
-    An output that shares memory with an argument is that argument, and kept.
+    The function returns a tensor or a tuple of tensors, which are made again together, and gives
+    the same bits again, without communication between ranks.  Its own backward is not touched: it
+    should not keep the output.  An output that shares memory with an argument is that argument, and
+    kept.
     """
     out = function(*args)
     if _ACTIVE.region is not None and torch.is_grad_enabled():
@@ -90,20 +91,21 @@ _ACTIVE = _Active()
 
 
 class _Recipe:
-    """How a tensor is made, and the tensor itself while some of its readers wait for it."""
+    """How tensors are made together, and they themselves while some of their readers wait for
+    them."""
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
+    def __init__(self, make: Callable[[], tuple[Tensor, ...]]) -> None:
         self._make = make
-        self._made: Tensor | None = None
+        self._made: tuple[Tensor, ...] | None = None
         self.readers = 0
         self._waiting = 0
 
-    def made(self) -> Tensor:
+    def made(self) -> tuple[Tensor, ...]:
         """Made again for one who does not count as a reader."""
         with torch.no_grad():
             return self._make()
 
-    def read(self) -> Tensor:
+    def read(self) -> tuple[Tensor, ...]:
         if self._made is None:
             self._waiting = self.readers
             self._made = self.made()
@@ -115,15 +117,16 @@ class _Recipe:
 
 
 class _View(NamedTuple):
-    """What a reader keeps: a view of the tensor that `recipe` makes."""
+    """What a reader keeps: a view of one of the tensors that `recipe` makes."""
 
     recipe: _Recipe
+    output: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: int | torch.SymInt
 
     def tensor(self) -> Tensor:
-        return self.recipe.read().as_strided(self.size, self.stride, self.offset)
+        return self.recipe.read()[self.output].as_strided(self.size, self.stride, self.offset)
 
 
 class _Region:
@@ -133,7 +136,7 @@ class _Region:
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         self._pack, self._unpack = hooks or (Tensor.detach, lambda x: x)
         # a weak reference keeps the key from being given out again, and not the memory alive
-        self.recipes: dict[int, tuple[StorageWeakRef, _Recipe]] = {}
+        self.recipes: dict[int, tuple[StorageWeakRef, _Recipe, int]] = {}
 
     def remember(
         self, outputs: tuple[Tensor, ...], function: Callable[..., Any], args: tuple[Any, ...]
@@ -142,31 +145,34 @@ class _Region:
         is_tensor = [isinstance(arg, Tensor) for arg in args]
         kept = [self.pack(a.detach()) if t else a for a, t in zip(args, is_tensor, strict=True)]
 
-        def make(index: int) -> Tensor:
+        def make() -> tuple[Tensor, ...]:
             found = function(
                 *(self.unpack(k) if t else k for k, t in zip(kept, is_tensor, strict=True))
             )
-            return found if isinstance(found, Tensor) else found[index]
+            return (found,) if isinstance(found, Tensor) else found
 
+        recipe = _Recipe(make)
         for index, out in enumerate(outputs):
             storage = out.untyped_storage()
             if storage._cdata not in given:
-                recipe = _Recipe(partial(make, index))
-                self.recipes[storage._cdata] = StorageWeakRef(storage), recipe
+                self.recipes[storage._cdata] = StorageWeakRef(storage), recipe, index
 
     def later(self, x: Tensor) -> Callable[[], Tensor]:
-        _, recipe = self.recipes.get(x.untyped_storage()._cdata, (None, None))
+        _, recipe, index = self._recipe_of(x)
         if recipe is None:
             return lambda: x
         size, stride, offset = x.size(), x.stride(), x.storage_offset()
-        return lambda: recipe.made().as_strided(size, stride, offset)
+        return lambda: recipe.made()[index].as_strided(size, stride, offset)
 
     def pack(self, x: Tensor) -> Any:
-        _, recipe = self.recipes.get(x.untyped_storage()._cdata, (None, None))
+        _, recipe, index = self._recipe_of(x)
         if recipe is None:
             return self._pack(x)
         recipe.readers += 1
-        return _View(recipe, x.size(), x.stride(), x.storage_offset())
+        return _View(recipe, index, x.size(), x.stride(), x.storage_offset())
+
+    def _recipe_of(self, x: Tensor) -> tuple[StorageWeakRef | None, _Recipe | None, int]:
+        return self.recipes.get(x.untyped_storage()._cdata, (None, None, 0))
 
     def unpack(self, kept: Any) -> Tensor:
         return kept.tensor() if isinstance(kept, _View) else self._unpack(kept)

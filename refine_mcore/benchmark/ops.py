@@ -218,10 +218,21 @@ def _attention(name: str, architecture: Architecture, tokens: int) -> Case | Non
 
 
 def _features(mixer: LaCTOptions, hidden: int, tokens: int) -> Case:
-    options: dict[str, Any] = {"head_dim": mixer.fast_head_dim(hidden), "silu": mixer.qkv_silu}
+    head_dim = hidden // mixer.num_attention_heads
+    options: dict[str, Any] = {
+        "column": 0,
+        "head_dim": mixer.fast_head_dim(hidden),
+        "silu": mixer.qkv_silu,
+        "fast_rope": mixer.fast_rope,
+    }
+
+    def run(x: Tensor, scale: Tensor, offset: Tensor) -> Sequence[Tensor]:
+        table = rotary_table((0,), x.shape[1], head_dim, mixer.rope_theta, x)
+        return dispatch.attention_and_fast_features(x, scale, offset, *table, **options)
+
     return Case(
-        {"x": (1, tokens, hidden), "scale": (hidden,), "offset": (hidden,)},
-        lambda x, scale, offset: [dispatch.fast_features(x, scale, offset, **options)],
+        {"x": (1, tokens, hidden), "scale": (hidden, 2), "offset": (hidden, 2)},
+        run,
         0.0,
         fixed=frozenset({"scale", "offset"}),
     )

@@ -29,8 +29,8 @@ from refine_kernels.dispatch import (
     FastWeights,
     RowNorms,
     apply_fast_weights,
+    attention_and_fast_features,
     chunk_lact,
-    fast_features,
     rms_norm,
     rotate,
     update_fast_weights,
@@ -73,6 +73,7 @@ from refine_mcore.models.state import (
 )
 from refine_mcore.models.transformer_config import FastWeightConfig
 
+_QUERIES, _KEYS = 0, 1  # columns of qk_scale and qk_offset
 _NORM_EPS = 1e-5  # of the output norm and the qk norm
 _BASE_RATE = 0.001
 _RATE_SHIFT = _BASE_RATE + math.log(-math.expm1(-_BASE_RATE))  # softplus(_RATE_SHIFT) = _BASE_RATE
@@ -128,7 +129,7 @@ class LaCT(Mixer):
         self.row_sharded = frozenset(self.raw_parameters)
         for attribute, name in self.raw_parameters.items():
             dtype = config.params_dtype
-            if name.endswith("norm.weight"):
+            if name.startswith("qk_") or name.endswith("norm.weight"):  # numbers around 1
                 dtype = at_least_float32(dtype)
             self.register_parameter(attribute, row_sharded_parameter(shapes[name], config, dtype))
         self.raw_parameters["ttt_norm"] = "ttt_norm.weight"
@@ -146,12 +147,14 @@ class LaCT(Mixer):
         if self.options.qk_norm:
             q, k = self._qk_norm(q, self.q_norm_weight), self._qk_norm(k, self.k_norm_weight)
         table = before.rotary(length, self.head_dim, self.options.rope_theta, q)
-        of_q, of_k = zip(self.qk_scale.unbind(-1), self.qk_offset.unbind(-1), strict=True)
-        fq = remade(self._features, q, *of_q, *table)
-        inputs = self._fast_inputs(k, v, parts, of_k, table) if writes else None
-
-        q, k, v = (y.reshape(streams, length, -1, self.head_dim) for y in (q, k, v))
-        q, k = remade(rotate, q, *table), rotate(k, *table)
+        q, fq = remade(self._features, _QUERIES, q, self.qk_scale, self.qk_offset, *table)
+        inputs = None
+        if writes:
+            k, fk = self._features(_KEYS, k, self.qk_scale, self.qk_offset, *table)
+            inputs = self._fast_inputs(fk, v, parts)
+        else:
+            k = rotate(k.unflatten(-1, (-1, self.head_dim)), *table)
+        v = v.unflatten(-1, (-1, self.head_dim))
         window = self.options.window_size
         history = before.history.append((k, v))
         attended = attend(q, history, window)
@@ -204,36 +207,27 @@ class LaCT(Mixer):
         return any(open_chunk_length(p, size) + tokens > size for p in state.position)
 
     def _features(
-        self, x: Tensor, scale: Tensor, offset: Tensor, cos: Tensor, sin: Tensor
-    ) -> Tensor:
-        """fq or fk [R, T, n, d]."""
-        silu = self.options.qkv_silu
-        y = fast_features(x, scale, offset, head_dim=self.fast_dim, silu=silu)
-        return self._rotate_fast(y, cos, sin) if self.options.fast_rope else y
+        self, column: int, x: Tensor, scale: Tensor, offset: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """q or k [R, T, heads, dim], and fq or fk [R, T, n, d]."""
+        return attention_and_fast_features(
+            *(x, scale, offset, cos, sin),
+            column=column,
+            head_dim=self.fast_dim,
+            silu=self.options.qkv_silu,
+            fast_rope=self.options.fast_rope,
+        )
 
-    def _fast_inputs(
-        self,
-        k: Tensor,
-        v: Tensor,
-        parts: dict[str, Tensor],
-        scale_and_offset: tuple[Tensor, Tensor],
-        table: tuple[Tensor, Tensor],
-    ) -> FastInputs:
+    def _fast_inputs(self, fk: Tensor, v: Tensor, parts: dict[str, Tensor]) -> FastInputs:
         """What the weights are written with."""
-        fk = self._features(k, *scale_and_offset, *table)
         fv = remade(F.silu, v) if self.options.qkv_silu and self.options.v_silu else v
         fv = fv.reshape(fk.shape)
-        dtype = at_least_float32(k.dtype)
+        dtype = at_least_float32(v.dtype)
         rates = F.softplus(parts["lr_proj"].to(dtype) + _RATE_SHIFT)
         mu = None
         if self.options.use_momentum:
             mu = torch.sigmoid(parts["momentum_proj"].to(dtype))
         return FastInputs(fk, fv, rates.reshape(*rates.shape[:2], -1, 3), mu)
-
-    def _rotate_fast(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary positions in the attention's heads, whatever the fast head width."""
-        by_attention_head = x.reshape(*x.shape[:2], -1, self.head_dim)
-        return rotate(by_attention_head, cos, sin).reshape(x.shape)
 
     def _qk_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         gain = norm_gain(weight, self.config.layernorm_zero_centered_gamma)
@@ -414,4 +408,4 @@ def _half_identity(rows: int, columns: int, dtype: torch.dtype, device: torch.de
 
 def _add_read(attended: Tensor, read: Tensor, gain: Tensor, gate: Tensor | None) -> Tensor:
     """Both branches [R, T, width]: attended, and what the fast weights read, normed and gated."""
-    return attended.flatten(2) + rms_norm(read, gain, _NORM_EPS, gate).flatten(2)
+    return rms_norm(read, gain, _NORM_EPS, gate, attended.reshape(read.shape)).flatten(2)

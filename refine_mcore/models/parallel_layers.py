@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -241,7 +242,7 @@ class PackedColumnParallelLinear(MegatronModule):
     def split(self, packed: Tensor, without: Sequence[str] = ()) -> dict[str, Tensor]:
         """The parts by name, but those `without`, each [..., local size], views of `packed` unless
         they have a bias."""
-        parts = torch.split(packed, self.widths, dim=-1)
+        parts = _Split.apply(packed, self.widths)
         named = {p.name: part for p, part in zip(self.projections, parts, strict=False)}
         return {
             name: part + self.bias(name) if name in self.biases else part
@@ -280,6 +281,32 @@ class PackedColumnParallelLinear(MegatronModule):
                 dp_cp_group=dp_group,
             )
         return sharded
+
+
+class _Split(torch.autograd.Function):
+    """torch.split over the last dimension, whose backward makes no zeros anew for parts that nobody
+    used, as there are in every layer."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        parts = torch.split(packed, widths, dim=-1)
+        ctx.shapes = [part.shape for part in parts]
+        ctx.like = packed.dtype, packed.device
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:
+        pairs = zip(grads, ctx.shapes, strict=True)
+        parts = [_zeros(shape, *ctx.like) if grad is None else grad for grad, shape in pairs]
+        return torch.cat(parts, -1), None
+
+
+@lru_cache(maxsize=8)
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Not to be written to."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class PackedConvolution(MegatronModule):

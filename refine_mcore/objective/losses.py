@@ -75,18 +75,18 @@ def clipped_policy_loss(
     log_ratio = drift.masked_fill(~valid, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
 
-    plain = -advantage * ratio
-    clipped = -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
-    bound = -advantage * dual_clip
-    loss = torch.maximum(plain, clipped)
+    # the maximum and the minimum, as the bounds that they set to the ratio
     negative = advantage < 0
-    lower = negative & (loss > bound)
-    loss = torch.where(negative, torch.minimum(loss, bound), loss)
+    least = torch.where(negative, 1 - clip_low, torch.zeros_like(advantage))
+    most = torch.where(negative, dual_clip, torch.full_like(advantage, 1 + clip_high))
+    loss = -advantage * ratio.clamp(least, most)
 
     tokens = valid.sum().clamp(min=1)
+    above = ratio > most
+    clipped = torch.where(negative, ratio < least, above & (advantage > 0))
     metrics = {
-        "clip_fraction": (clipped > plain).sum(dtype=dtype) / tokens,
-        "clip_fraction_lower": lower.sum(dtype=dtype) / tokens,
+        "clip_fraction": clipped.sum(dtype=dtype) / tokens,
+        "clip_fraction_lower": (negative & above).sum(dtype=dtype) / tokens,
         "approx_kl": -log_ratio.detach().sum() / tokens,
     }
     return _aggregate(loss, valid, aggregation, denominator), metrics

@@ -1,6 +1,7 @@
 """What LaCT reads for a few tokens by kernels, against the fast network's definition in float64."""
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -53,13 +54,14 @@ def test_read(monkeypatch, shape, dtype, tolerance):
     """Outputs and gradients, in two launches each way."""
     launched: list[str] = []
     run = launch.run
+
+    def seen(kernel: Any, *given: Any, **constants: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        run(kernel, *given, **constants)
+
     given = problem(*shape)
     read(*(x.to(DEVICE, dtype) for x in given))  # what checks the kernels is done
-    monkeypatch.setattr(
-        launch,
-        "run",
-        lambda kernel, *a, **k: (launched.append(kernel.fn.__name__), run(kernel, *a, **k)),
-    )
+    monkeypatch.setattr(launch, "run", seen)
     compare(read, by_definition, given, dtype, tolerance)
     assert launched == ["read_hidden", "multiply_rows", "read_gradients", "multiply_rows"]
 

@@ -9,10 +9,13 @@ from refine_kernels.rms_norm.naive import naive_rms_norm
 from torch import Tensor
 
 
-def make_inputs(seed: int, shape: tuple[int, ...], gate: int | None) -> list[Tensor]:
-    """x, weight[, gate] in float64; the last dimension of the gate is `gate`."""
+def make_inputs(
+    seed: int, shape: tuple[int, ...], gate: int | None, added: bool = False
+) -> list[Tensor]:
+    """x, weight[, gate[, base]] in float64; the last dimension of the gate is `gate`."""
     gen = torch.Generator().manual_seed(seed)
     shapes = [shape, shape[-1:], *([] if gate is None else [(*shape[:-1], gate)])]
+    shapes += [shape] * added
     return [torch.randn(s, dtype=torch.float64, generator=gen).requires_grad_() for s in shapes]
 
 
@@ -28,10 +31,11 @@ def run(function, inputs: list[Tensor], eps: float) -> list[Tensor]:
     seed=st.integers(0, 2**31),
     lead=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     dim=st.integers(1, 7),
-    gate=st.sampled_from(["none", "whole", "one"]),
+    gate=st.sampled_from(["none", "whole", "one", "one, added"]),
 )
 def test_equals_the_definition(seed, lead, dim, gate):
-    inputs = make_inputs(seed, (*lead, dim), {"none": None, "whole": dim, "one": 1}[gate])
+    width = {"none": None, "whole": dim}.get(gate, 1)
+    inputs = make_inputs(seed, (*lead, dim), width, gate == "one, added")
     expected = run(naive_rms_norm, inputs, 0.1)
     torch.testing.assert_close(run(rms_norm, inputs, 0.1), expected, rtol=1e-10, atol=1e-10)
 

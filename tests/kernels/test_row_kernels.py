@@ -14,7 +14,7 @@ from refine_kernels.gated_delta_rule.naive import naive_gated_delta_rule
 from refine_kernels.lact import chunk as lact_chunk
 from refine_kernels.lact import forms
 from refine_kernels.lact.fast_weights import FastWeights
-from refine_kernels.lact.naive import naive_fast_features
+from refine_kernels.lact.naive import naive_attention_and_fast_features
 from refine_kernels.rms_norm.naive import naive_rms_norm
 from refine_kernels.rotary.naive import naive_rotate
 from refine_kernels.short_conv.naive import naive_causal_conv1d
@@ -67,14 +67,21 @@ def randn(*shape: int) -> Tensor:
 @precision
 @pytest.mark.parametrize("shape", [(1, 16), (2, 3, 20), (1, 37, 3, 128), (5, 5000)])
 @pytest.mark.parametrize("gate", ["none", "full", "row"])
-def test_rms_norm(monkeypatch, shape, gate, dtype, tolerance):
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "added"])
+def test_rms_norm(monkeypatch, shape, gate, added, dtype, tolerance):
     monkeypatch.setattr(triton_rms_norm, "_PROGRAMS", 3)  # several blocks of rows a program
     inputs = [randn(*shape), 1 + randn(shape[-1]) / 2]
+    names = [*(["gate"] if gate != "none" else []), *(["base"] if added else [])]
     if gate != "none":
         inputs.append(randn(*shape[:-1], shape[-1] if gate == "full" else 1))
+    if added:
+        inputs.append(randn(*shape) / 3)
 
     def of(form: Any) -> Any:
-        return lambda x, weight, gate=None: [form(x, weight, 1e-5, gate)]
+        def run(x: Tensor, weight: Tensor, *others: Tensor) -> list[Tensor]:
+            return [form(x, weight, 1e-5, **dict(zip(names, others, strict=True)))]
+
+        return run
 
     compare(of(triton_rms_norm.rms_norm), of(naive_rms_norm), inputs, dtype, tolerance)
 
@@ -341,27 +348,41 @@ def test_lact_factors(texts, heads, tokens, width, dtype):
 
 
 @precision
+@pytest.mark.parametrize("rope", [False, True], ids=["still", "turned"])
 @pytest.mark.parametrize("silu", [False, True], ids=["linear", "silu"])
 @pytest.mark.parametrize(
-    ("texts", "tokens", "heads", "head_dim"), [(1, 1, 1, 16), (2, 5, 3, 40), (1, 300, 2, 70)]
+    ("texts", "tokens", "heads", "head_dim", "turned", "shared"),
+    [(1, 1, 1, 16, 16, True), (2, 5, 3, 40, 10, False), (2, 150, 2, 72, 24, True)],
 )
-def test_fast_features(monkeypatch, texts, tokens, heads, head_dim, silu, dtype, tolerance):
-    """Of a text's projections where they lie among others, scales and offsets side by side."""
+def test_features(
+    monkeypatch, texts, tokens, heads, head_dim, turned, shared, silu, rope, dtype, tolerance
+):
+    """Of a text's projections where they lie among others, with each of three columns of scales
+    and offsets; texts at one position or each at its own."""
     monkeypatch.setattr(triton_features, "_PROGRAMS", 2)
     width = heads * head_dim
-    packed, channels = randn(texts, tokens, 2 * width + 2), 1 + randn(width, 4) / 2
+    packed, scales = randn(texts, tokens, 2 * width + 2), 1 + randn(width, 3) / 2
+    angles = randn(1 if shared else texts, tokens, 1, turned // 2)
 
-    def of(form: Any) -> Any:
-        def run(packed: Tensor, channels: Tensor) -> list[Tensor]:
+    def of(form: Any, kind: torch.dtype) -> Any:
+        table = (angles.cos().to(kind), angles.sin().to(kind))
+
+        def run(packed: Tensor, scales: Tensor, offsets: Tensor) -> list[Tensor]:
             x = packed[..., 2 : width + 2]
-            return [form(x, channels[:, 1], channels[:, 2], head_dim=head_dim, silu=silu)]
+            angles = [t.to(packed.device) for t in table]
+            options = {"head_dim": head_dim, "silu": silu, "fast_rope": rope}
+            return [
+                y
+                for column in (0, 2)
+                for y in form(x, scales, offsets, *angles, column=column, **options)
+            ]
 
         return run
 
     compare(
-        of(triton_features.fast_features),
-        of(naive_fast_features),
-        [packed, channels],
+        of(triton_features.attention_and_fast_features, torch.float32),
+        of(naive_attention_and_fast_features, torch.float64),
+        [packed, scales, randn(width, 3) / 3],
         dtype,
         tolerance,
     )
@@ -649,7 +670,10 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
     "linear_log_probs_and_entropy": ("hidden", "weight", "targets", "with_entropy"),
     "sample_tokens": ("logits", "keys"),
     "apply_fast_weights": ("weights", "fq"),
-    "fast_features": ("x", "scale", "offset", "head_dim", "silu"),
+    "attention_and_fast_features": (
+        *("x", "scale", "offset", "cos", "sin"),
+        *("column", "head_dim", "silu", "fast_rope"),
+    ),
     "rotate": ("x", "cos", "sin"),
     "recurrent_delta_rule": ("q", "k", "v", "beta"),
     "chunk_delta_rule": ("q", "k", "v", "beta"),
@@ -682,9 +706,10 @@ def test_arguments_by_name_reach_the_kernels(name):
     dispatch.use(**dispatch.ON_A_GPU)
     dispatch._log_backend.cache_clear()
     if name == "rotate":
-        values |= {"x": heads, "cos": torch.rand(1, 3, 1, 8, device=DEVICE)}
-        values["sin"] = values["cos"]
-    values |= {"scale": x[0, 0], "offset": x[0, 1], "head_dim": 8, "silu": True}
+        values |= {"x": heads}
+    half = 8 if name == "rotate" else 2
+    values |= dict.fromkeys(("cos", "sin"), torch.rand(1, 3, 1, half, device=DEVICE))
+    values |= {"scale": x[0, :1].mT, "offset": x[0, 1:].mT} | FEATURES
     operation(**{x: values[x] for x in KEYWORDS[name]})
     assert dispatch.ran()[f"{name} on {DEVICE}"] == "triton"
     dispatch.use(**dict.fromkeys(dispatch.CHOICES, "torch"))
@@ -693,13 +718,17 @@ def test_arguments_by_name_reach_the_kernels(name):
     assert dispatch.ran()[f"{name} on {DEVICE}"] == "torch"
 
 
+FEATURES = {"column": 0, "head_dim": 8, "silu": True, "fast_rope": True}
 CALLS: dict[str, tuple[Any, Any]] = {
     "rms_norm": (triton_rms_norm, lambda x: (x, x[0, 0], 1e-5)),
     "swiglu": (triton_swiglu, lambda x: (x,)),
     "short_conv": (triton_conv, lambda x: (x, x[0, 0, :, None, None].expand(-1, 1, 2))),
     "vocabulary": (triton_rows, lambda x: (x,)),
     "lact": (triton_forms, lambda x: (FastWeights.of(*[x[None]] * 3), x)),
-    "features": (triton_features, lambda x: (x, x[0, 0], x[0, 0])),
+    "features": (
+        triton_features,
+        lambda x: (x, *[x[0].mT] * 2, *[x[:, :, None, :4]] * 2),
+    ),
     "rotary": (triton_rotary, lambda x: (x[:, :, None], x[:, :, None, :8], x[:, :, None, :8])),
     "read": (triton_read, lambda x: (x[:, :, :, None], x[:, :, None], x[:, :, None, :1])),
     "gates": (delta_gates, lambda x: (x,)),
@@ -730,7 +759,7 @@ def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, name, wrong):
             part.copy_(part * 1.2 + 1)
 
     module._disagreement.cache_clear()
-    options = {"head_dim": 8, "silu": True} if name == "features" else {}
+    options: dict[str, Any] = FEATURES if name == "features" else {}
     with torch.inference_mode():  # as where text is generated
         assert module.refusal(*arguments(x), **options) is None
     module._disagreement.cache_clear()

@@ -60,7 +60,7 @@ def test_weights_in_another_dtype_are_the_same_rounded(process_groups, name: str
     rounded = weights(process_groups, name, dtype=torch.bfloat16)
     assert all(torch.equal(exact[key].to(rounded[key].dtype), rounded[key]) for key in exact)
     kept = {key for key, weight in rounded.items() if weight.dtype != torch.bfloat16}
-    precise = ("A_log", "dt_bias", "norm.weight", ".bias")
+    precise = ("A_log", "dt_bias", "norm.weight", ".bias", "qk_scale", "qk_offset")
     assert kept == {key for key in exact if key.endswith(precise)}
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from refine_kernels.lact.fast_weights import FastWeights, RowNorms
 from refine_kernels.lact.newton_schulz import newton_schulz
+from refine_kernels.rotary.naive import naive_rotate
 
 
 def _f(weights: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -83,10 +84,24 @@ def naive_lact(
     return torch.stack(outputs, 1), boundary_weights
 
 
-def naive_fast_features(
-    x: Tensor, scale: Tensor, offset: Tensor, *, head_dim: int, silu: bool
-) -> Tensor:
-    """Same arguments and result as fast_features."""
-    y = F.silu(x * scale + offset) if silu else x * scale + offset
-    heads = y.split(head_dim, dim=-1)
-    return torch.stack([h / (h.square().sum(-1, keepdim=True).sqrt() + 1e-5) for h in heads], -2)
+def naive_attention_and_fast_features(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    column: int,
+    head_dim: int,
+    silu: bool,
+    fast_rope: bool,
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and result as attention_and_fast_features."""
+
+    def turned(y: Tensor) -> Tensor:
+        return naive_rotate(y.flatten(2).unflatten(-1, (-1, 2 * cos.shape[-1])), cos, sin)
+
+    y = x * scale[:, column] + offset[:, column]
+    heads = (F.silu(y) if silu else y).split(head_dim, dim=-1)
+    fast = torch.stack([h / (h.square().sum(-1, keepdim=True).sqrt() + 1e-5) for h in heads], -2)
+    return turned(x), turned(fast).reshape(fast.shape) if fast_rope else fast

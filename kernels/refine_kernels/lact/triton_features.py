@@ -1,14 +1,15 @@
-"""LaCT's fast queries and keys as one pass over memory each way: what features.py computes, in
-Triton.
+"""What LaCT makes of its queries or keys as one pass over memory each way: what features.py
+computes, in Triton.
 
 With z = x scale + offset, y = silu(z) or z, n = |y| and q = n + eps, the gradient g of y / q is
-g / q - <g, y> / (q^2 n) y of y.  Computed in float32 and rounded once.  The gradients of scale and
-offset are sums over all tokens: each program sums its own, and torch adds those sums up.
+g / q - <g, y> / (q^2 n) y of y.  A program has some tokens of a fast head, and reads each channel
+beside the one that it is turned with.  Computed in float32 and rounded once.  The gradients of
+scale and offset are sums over all tokens: each program sums its own, and torch adds those sums up.
 """
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,101 +22,174 @@ from refine_kernels.lact import features as by_torch
 from refine_kernels.lact.features import FEATURE_EPS
 from refine_kernels.triton_variant import Variant, integers, variant
 
-_TILE = 2048  # numbers a program holds at a time
+_TILE = 1024  # numbers a program holds at a time
 _WIDEST = 8192
 _PROGRAMS = 512  # of a head in the backward, at most
 
 
-def fast_features(x: Tensor, scale: Tensor, offset: Tensor, *, head_dim: int, silu: bool) -> Tensor:
-    """As features.fast_features."""
-    return _Features.apply(x, scale, offset, head_dim, silu)
+class _Kind(NamedTuple):
+    """What the features are beside the tensors."""
+
+    column: int
+    head_dim: int
+    silu: bool
+    fast_rope: bool
 
 
-def refusal(x: Tensor, scale: Tensor, offset: Tensor, *, head_dim: int, silu: bool) -> str | None:
+def attention_and_fast_features(
+    x: Tensor, scale: Tensor, offset: Tensor, cos: Tensor, sin: Tensor, **kind: Any
+) -> tuple[Tensor, Tensor]:
+    """As features.attention_and_fast_features."""
+    return _Features.apply(x, scale, offset, cos, sin, _Kind(**kind))
+
+
+def refusal(
+    x: Tensor, scale: Tensor, offset: Tensor, cos: Tensor, sin: Tensor, **kind: Any
+) -> str | None:
     """Why the kernels are not for these arguments here, None if they are."""
-    if head_dim > _WIDEST:
-        return f"fast heads are {head_dim} wide, above {_WIDEST}"
-    return agreement.unknown_dtype(x.dtype) or _disagreement(head_dim, silu, x.dtype, x.device)
+    dim, turned = kind["head_dim"], 2 * cos.shape[-1]
+    if cos.dtype != torch.float32:
+        return f"the angles are {cos.dtype}"
+    if dim > _WIDEST:
+        return f"fast heads are {dim} wide, above {_WIDEST}"
+    if dim % turned:
+        return f"fast heads are {dim} wide, no multiple of the attention's {turned}"
+    columns = scale.shape[1]
+    return agreement.unknown_dtype(x.dtype) or _disagreement(
+        _Kind(**kind), turned // 2, columns, (x.dtype, scale.dtype), x.device
+    )
 
 
 @functools.cache
-def _disagreement(dim: int, silu: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+def _disagreement(
+    kind: _Kind,
+    half: int,
+    columns: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+) -> str | None:
     gen = torch.Generator().manual_seed(0)
+    width = 2 * kind.head_dim
     inputs = {
-        "x": torch.randn(2, 5, 2 * dim, generator=gen),
-        "scale": 1 + torch.rand(2 * dim, generator=gen),
-        "offset": torch.rand(2 * dim, generator=gen),
+        "x": torch.randn(2, 5, width, generator=gen).to(device, dtypes[0]),
+        "scale": (1 + torch.rand(width, columns, generator=gen)).to(device, dtypes[1]),
+        "offset": torch.rand(width, columns, generator=gen).to(device, dtypes[1]),
     }
+    angles = 6 * torch.rand(2, 5, 1, half, generator=gen).to(device)
 
     def of(form: Any) -> agreement.Form:
-        return lambda *given: [form(*given, head_dim=dim, silu=silu)]
+        return lambda *given: form(*given, angles.cos(), angles.sin(), **kind._asdict())
 
     return agreement.disagreement(
-        of(fast_features),
-        of(by_torch.fast_features),
-        {name: x.to(device, dtype) for name, x in inputs.items()},
-        ["output"],
-        tolerance=agreement.TOLERANCE[dtype],
+        of(attention_and_fast_features),
+        of(by_torch.attention_and_fast_features),
+        inputs,
+        ["heads of the attention", "fast features"],
+        tolerance=agreement.TOLERANCE[dtypes[0]],
     )
 
 
 class _Features(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, head_dim: int, silu: bool
-    ) -> Tensor:
-        ctx.save_for_backward(x, scale, offset)
-        ctx.head_dim, ctx.silu = head_dim, silu
-        run = _Run(x, scale, offset, head_dim, silu)
-        out = launch.empty((*x.shape[:2], run.heads, head_dim), x.dtype, x.device)
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        offset: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kind: _Kind,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, scale, offset, cos, sin)
+        ctx.kind = kind
+        run = _Run(x, scale, offset, cos, sin, kind)
+        sizes = (x.shape[-1] // run.turned, run.turned), (run.heads, kind.head_dim)
+        out, fast = (launch.empty((*x.shape[:2], *size), x.dtype, x.device) for size in sizes)
         grid = (triton.cdiv(run.tokens, run.block), run.heads)
-        launch.run(features_forward, grid, *run.tensors, out, *run.sizes, **run.constants)
-        return out
+        launch.run(features_forward, grid, *run.tensors, out, fast, *run.sizes, **run.constants)
+        return out, fast
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, offset = ctx.saved_tensors
-        run = _Run(x, scale, offset, ctx.head_dim, ctx.silu)
+    def backward(ctx: Any, grad: Tensor, grad_fast: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, offset, cos, sin = ctx.saved_tensors
+        run = _Run(x, scale, offset, cos, sin, ctx.kind)
         steps = triton.cdiv(run.tokens, run.block * _PROGRAMS)
         programs = triton.cdiv(run.tokens, run.block * steps)
-        grad_x = launch.empty(x.shape, x.dtype, x.device)
-        sums = launch.empty((programs, 2, x.shape[-1]), torch.float32, x.device)
+        of_x = launch.empty(x.shape, x.dtype, x.device)
+        sums = launch.empty((programs, 2, *scale.shape), torch.float32, x.device)
         launch.run(
             features_backward,
             (programs, run.heads),
-            *(*run.tensors, grad.contiguous(), grad_x, sums, *run.sizes, steps),
+            *(*run.tensors, grad.contiguous(), grad_fast.contiguous(), of_x, sums),
+            *(*run.sizes, steps),
             **run.constants,
         )
         of_scale, of_offset = sums.sum(0).to(scale.dtype)
-        return grad_x, of_scale, of_offset, None, None
+        return of_x, of_scale, of_offset, None, None, None
 
 
 class _Run:
     """The arguments as the kernels take them: tokens one behind the other, wherever they lie."""
 
-    def __init__(self, x: Tensor, scale: Tensor, offset: Tensor, head_dim: int, silu: bool) -> None:
-        x = launch.dense_rows(x.reshape(-1, x.shape[-1]))
-        self.tensors = x, scale, offset
-        self.tokens, self.heads = x.shape[0], x.shape[-1] // head_dim
-        self.sizes = self.tokens, self.heads, x.stride(0), scale.stride(0), offset.stride(0)
-        self.constants = _constants(head_dim, silu)
+    def __init__(
+        self, x: Tensor, scale: Tensor, offset: Tensor, cos: Tensor, sin: Tensor, kind: _Kind
+    ) -> None:
+        streams, length, width = x.shape
+        x = launch.dense_rows(x.reshape(-1, width))
+        cos, sin, scale, offset = (y.contiguous() for y in (cos, sin, scale, offset))
+        self.tensors = x, scale, offset, cos, sin
+        self.tokens, self.heads = streams * length, width // kind.head_dim
+        self.turned = 2 * cos.shape[-1]
+        of_stream = cos.stride(0) if cos.shape[0] > 1 else 0
+        self.sizes = self.tokens, length, self.heads, x.stride(0), of_stream
+        self.constants = _constants(kind, self.turned // 2, scale.shape[1])
 
     @property
     def block(self) -> int:
         return self.constants["ROWS"]
 
 
-def _constants(head_dim: int, silu: bool) -> dict[str, Any]:
-    columns = triton.next_power_of_2(head_dim)
+def _constants(kind: _Kind, half: int, all_columns: int) -> dict[str, Any]:
+    columns = triton.next_power_of_2(kind.head_dim)
     return {
-        "D": head_dim,
+        "D": kind.head_dim,
+        "HALF": half,
+        "COLUMN": kind.column,
+        "COLUMNS": all_columns,
+        "SILU": kind.silu,
+        "ROPE": kind.fast_rope,
+        "EPS": FEATURE_EPS,
         "BD": columns,
         "ROWS": max(1, _TILE // columns),
-        "SILU": silu,
-        "EPS": FEATURE_EPS,
         "num_warps": 8 if columns > _TILE else 4,
     }
+
+
+@triton.jit
+def _activated(x, a, b, SILU: tl.constexpr):
+    """silu(a x + b), or without SiLU."""
+    y = x * a[None, :] + b[None, :]
+    if SILU:
+        y *= tl.sigmoid(y)
+    return y
+
+
+@triton.jit
+def _of_channels(x, channel, known, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):
+    """x [width, COLUMNS] in one column."""
+    return tl.load(x + channel * COLUMNS + COLUMN, mask=known, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _angles(cos, sin, token, column, inside, length, stride_table, HALF: tl.constexpr):
+    """cos, and sin with the sign that the other channel of the pair has in a turn."""
+    stream, t = token // length, token % length
+    at = stream.to(tl.int64) * stride_table + t.to(tl.int64) * HALF
+    at = at[:, None] + (column % HALF)[None, :]
+    c = tl.load(cos + at, mask=inside, other=0.0)
+    s = tl.load(sin + at, mask=inside, other=0.0)
+    return c, tl.where((column % (2 * HALF) < HALF)[None, :], -s, s)
 
 
 @triton.jit
@@ -123,31 +197,46 @@ def features_forward(
     x,
     scale,
     offset,
+    cos,
+    sin,
     out,
+    fast,
     tokens,
+    length,
     heads,
     stride_t,
-    stride_scale,
-    stride_offset,
+    stride_table,
     D: tl.constexpr,
+    HALF: tl.constexpr,
+    COLUMN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SILU: tl.constexpr,
+    ROPE: tl.constexpr,
+    EPS: tl.constexpr,
     BD: tl.constexpr,
     ROWS: tl.constexpr,
-    SILU: tl.constexpr,
-    EPS: tl.constexpr,
 ):
-    """y / (|y| + eps) of some tokens of a head."""
+    """x turned, and y / (|y| + eps), of some tokens of a head."""
     token, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
-    inside = (token < tokens)[:, None] & (column < D)[None, :]
-    channel = tl.program_id(1) * D + column
-    a = tl.load(scale + channel * stride_scale, mask=column < D, other=0.0).to(tl.float32)
-    b = tl.load(offset + channel * stride_offset, mask=column < D, other=0.0).to(tl.float32)
-    at = token.to(tl.int64)[:, None] * stride_t + channel[None, :]
-    y = tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * a[None, :] + b[None, :]
-    if SILU:
-        y *= tl.sigmoid(y)
-    y /= (tl.sqrt(tl.sum(y * y, 1)) + EPS)[:, None]
-    at = token.to(tl.int64)[:, None] * (heads * D) + channel[None, :]
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+    known = column < D
+    inside = (token < tokens)[:, None] & known[None, :]
+    first = tl.program_id(1) * D
+    other = column + tl.where(column % (2 * HALF) < HALF, HALF, -HALF)
+    a = _of_channels(scale, first + column, known, COLUMN, COLUMNS)
+    b = _of_channels(offset, first + column, known, COLUMN, COLUMNS)
+    at = token.to(tl.int64)[:, None] * stride_t + first
+    own = tl.load(x + at + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    paired = tl.load(x + at + other[None, :], mask=inside, other=0.0).to(tl.float32)
+    c, s = _angles(cos, sin, token, column, inside, length, stride_table, HALF)
+    at = token.to(tl.int64)[:, None] * (heads * D) + first + column[None, :]
+    tl.store(out + at, (own * c + paired * s).to(out.dtype.element_ty), mask=inside)
+    y = _activated(own, a, b, SILU)
+    inverse = 1 / (tl.sqrt(tl.sum(y * y, 1)) + EPS)
+    if ROPE:
+        a = _of_channels(scale, first + other, known, COLUMN, COLUMNS)
+        b = _of_channels(offset, first + other, known, COLUMN, COLUMNS)
+        y = y * c + _activated(paired, a, b, SILU) * s
+    tl.store(fast + at, (y * inverse[:, None]).to(fast.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -155,31 +244,40 @@ def features_backward(
     x,
     scale,
     offset,
+    cos,
+    sin,
     grad,
-    grad_x,
+    grad_fast,
+    of_x,
     sums,
     tokens,
+    length,
     heads,
     stride_t,
-    stride_scale,
-    stride_offset,
+    stride_table,
     steps,
     D: tl.constexpr,
+    HALF: tl.constexpr,
+    COLUMN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SILU: tl.constexpr,
+    ROPE: tl.constexpr,
+    EPS: tl.constexpr,
     BD: tl.constexpr,
     ROWS: tl.constexpr,
-    SILU: tl.constexpr,
-    EPS: tl.constexpr,
 ):
     """The gradients of x, and this program's share of those of scale and offset."""
     column = tl.arange(0, BD)
-    channel = tl.program_id(1) * D + column
-    a = tl.load(scale + channel * stride_scale, mask=column < D, other=0.0).to(tl.float32)
-    b = tl.load(offset + channel * stride_offset, mask=column < D, other=0.0).to(tl.float32)
+    known = column < D
+    first = tl.program_id(1) * D
+    other = column + tl.where(column % (2 * HALF) < HALF, HALF, -HALF)
+    a = _of_channels(scale, first + column, known, COLUMN, COLUMNS)
+    b = _of_channels(offset, first + column, known, COLUMN, COLUMNS)
     of_scale, of_offset = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     for step in range(steps):
         token = (tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)
-        inside = (token < tokens)[:, None] & (column < D)[None, :]
-        at = token.to(tl.int64)[:, None] * stride_t + channel[None, :]
+        inside = (token < tokens)[:, None] & known[None, :]
+        at = token.to(tl.int64)[:, None] * stride_t + first + column[None, :]
         given = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         z = given * a[None, :] + b[None, :]
         slope = tl.full((ROWS, BD), 1.0, tl.float32)
@@ -188,28 +286,41 @@ def features_backward(
             sigma = tl.sigmoid(z)
             y = z * sigma
             slope = sigma * (1 + z * (1 - sigma))
-        at = token.to(tl.int64)[:, None] * (heads * D) + channel[None, :]
-        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
-        length = tl.sqrt(tl.sum(y * y, 1))
-        inverse = 1 / (length + EPS)
-        direction = tl.where(length > 0, 1 / tl.where(length > 0, length, 1.0), 0.0)
+        c, s = _angles(cos, sin, token, column, inside, length, stride_table, HALF)
+        at = token.to(tl.int64)[:, None] * (heads * D) + first
+        own, paired = at + column[None, :], at + other[None, :]
+        g = tl.load(grad_fast + own, mask=inside, other=0.0).to(tl.float32)
+        if ROPE:
+            g = g * c - tl.load(grad_fast + paired, mask=inside, other=0.0).to(tl.float32) * s
+        norm = tl.sqrt(tl.sum(y * y, 1))
+        inverse = 1 / (norm + EPS)
+        direction = tl.where(norm > 0, 1 / tl.where(norm > 0, norm, 1.0), 0.0)
         along = tl.sum(g * y, 1) * inverse * inverse * direction
         of_z = (g * inverse[:, None] - y * along[:, None]) * slope
         of_scale += tl.sum(of_z * given, 0)
         of_offset += tl.sum(of_z, 0)
-        tl.store(grad_x + at, (of_z * a[None, :]).to(grad_x.dtype.element_ty), mask=inside)
-    at = sums + tl.program_id(0).to(tl.int64) * 2 * heads * D + channel
-    tl.store(at, of_scale, mask=column < D)
-    tl.store(at + heads * D, of_offset, mask=column < D)
+        g = tl.load(grad + own, mask=inside, other=0.0).to(tl.float32) * c
+        g -= tl.load(grad + paired, mask=inside, other=0.0).to(tl.float32) * s
+        tl.store(of_x + own, (g + of_z * a[None, :]).to(of_x.dtype.element_ty), mask=inside)
+    width = heads * D
+    at = sums + tl.program_id(0).to(tl.int64) * 2 * width * COLUMNS
+    at += (first + column) * COLUMNS
+    for i in tl.static_range(COLUMNS):
+        used = 1.0 if i == COLUMN else 0.0
+        tl.store(at + i, of_scale * used, mask=known)
+        tl.store(at + i + width * COLUMNS, of_offset * used, mask=known)
 
 
-# Widths of a fast head in the published models.
-_COMPILED = (384, 768)
+# Widths of a fast head and of the attention's in the published models.
+_COMPILED = ((384, 64), (768, 64))
 
 
 def variants() -> Iterator[Variant]:
-    """As they are compiled ahead of time."""
-    types = {"sums": "*fp32"} | integers("tokens", "heads", "steps")
-    for width in _COMPILED:
+    """As they are compiled ahead of time, queries and keys side by side."""
+    types = {"sums": "*fp32", "cos": "*fp32", "sin": "*fp32"}
+    types |= {"scale": "*fp32", "offset": "*fp32"}
+    types |= integers("tokens", "length", "heads", "steps")
+    for width, dim in _COMPILED:
+        constants = _constants(_Kind(0, width, silu=True, fast_rope=True), dim // 2, 2)
         for kernel in (features_forward, features_backward):
-            yield variant(kernel, f"d{width}", _constants(width, True), types)
+            yield variant(kernel, f"d{width}", constants, types)

@@ -5,11 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def naive_rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
+def naive_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate: Tensor | None = None,
+    base: Tensor | None = None,
+) -> Tensor:
     """Same arguments and result as rms_norm."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(dtype)
     y = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.to(dtype)
     if gate is not None:
         y = y * F.silu(gate.to(dtype))
-    return y.to(x.dtype)
+    return (y if base is None else y + base).to(x.dtype)

@@ -12,24 +12,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, times silu(gate) if given.
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate: Tensor | None = None,
+    base: Tensor | None = None,
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, times silu(gate) if given, plus
+    ``base`` if given.
 
-    x [..., D]; weight [D]; gate of the shape of x, or with a last dimension of 1.  Computed in at
-    least float32, returned in the dtype of x.  Differentiable once.
+    x [..., D]; weight [D]; gate of the shape of x, or with a last dimension of 1; base of the shape
+    and dtype of x.  Computed in at least float32, returned in the dtype of x.  Differentiable once.
     """
-    return _RMSNorm.apply(x, weight, gate, eps)
+    return _RMSNorm.apply(x, weight, gate, base, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, base: Tensor | None, eps: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, gate)
         ctx.eps = eps
         dtype = torch.promote_types(x.dtype, torch.float32)
         y = F.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), eps)
         if gate is not None:
             y = y * F.silu(gate.to(dtype))
+        if base is not None:
+            y = y + base
         return y.to(x.dtype)
 
     @staticmethod
@@ -37,6 +48,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """With u = x / rms(x) and d the gradient of u: dx = (d - u mean(d u)) / rms(x)."""
         x, weight, gate = ctx.saved_tensors
+        of_base = grad if ctx.needs_input_grad[3] else None
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide, gain, grad = x.to(dtype), weight.to(dtype), grad.to(dtype)
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(ctx.eps))
@@ -51,4 +63,4 @@ class _RMSNorm(torch.autograd.Function):
         grad_unit = grad * gain
         along = (grad_unit * unit).mean(-1, keepdim=True)
         grad_x = grad_unit.sub_(unit.mul_(along)).mul_(scale)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_gate, None
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_gate, of_base, None

@@ -1,4 +1,5 @@
-"""RMS norm, gated or not, as one pass over memory each way: what rms_norm.py computes, in Triton.
+"""RMS norm, maybe gated and added to something, as one pass over memory each way: what rms_norm.py
+computes, in Triton.
 
 A program takes some rows whole.  The gradient of the gain is a sum over all rows: each program
 sums its own, and torch adds those sums up.
@@ -23,22 +24,36 @@ _BLOCK = 4096  # elements a program holds at a time
 _PROGRAMS = 1024  # of the backward, at most
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate: Tensor | None = None,
+    base: Tensor | None = None,
+) -> Tensor:
     """As rms_norm.rms_norm."""
-    return _RMSNorm.apply(x, weight, gate, eps)
+    return _RMSNorm.apply(x, weight, gate, base, eps)
 
 
-def refusal(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> str | None:
+def refusal(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    gate: Tensor | None = None,
+    base: Tensor | None = None,
+) -> str | None:
     """Why the kernels are not for these arguments here, None if they are."""
     if x.shape[-1] > _WIDEST:
         return f"rows are {x.shape[-1]} wide, above {_WIDEST}"
     return agreement.unknown_dtype(x.dtype) or _disagreement(
-        x.shape[-1], _gate_kind(gate), x.dtype, x.device
+        x.shape[-1], _gate_kind(gate), base is not None, x.dtype, x.device
     )
 
 
 @functools.cache
-def _disagreement(width: int, gate: str, dtype: torch.dtype, device: torch.device) -> str | None:
+def _disagreement(
+    width: int, gate: str, base: bool, dtype: torch.dtype, device: torch.device
+) -> str | None:
     gen = torch.Generator().manual_seed(0)
     inputs = {
         "x": torch.randn(3, 5, width, generator=gen),
@@ -46,10 +61,16 @@ def _disagreement(width: int, gate: str, dtype: torch.dtype, device: torch.devic
     }
     if gate != "none":
         inputs["gate"] = torch.randn(3, 5, width if gate == "full" else 1, generator=gen)
+    if base:
+        inputs["base"] = torch.randn(3, 5, width, generator=gen)
     inputs = {name: x.to(device, dtype) for name, x in inputs.items()}
 
     def of(form: Any) -> agreement.Form:
-        return lambda x, weight, gate=None: [form(x, weight, 1e-5, gate)]
+        def run(x: Tensor, weight: Tensor, *others: Tensor) -> list[Tensor]:
+            further = dict(zip(list(inputs)[2:], others, strict=True))
+            return [form(x, weight, 1e-5, **further)]
+
+        return run
 
     return agreement.disagreement(
         of(rms_norm),
@@ -69,7 +90,7 @@ def _gate_kind(gate: Tensor | None) -> str:
 class _Run:
     """The arguments as the kernels take them: rows of width D, those of a gate where they lie."""
 
-    def __init__(self, x: Tensor, gate: Tensor | None) -> None:
+    def __init__(self, x: Tensor, gate: Tensor | None, base: bool = False) -> None:
         self.x = x.contiguous()
         self.width = x.shape[-1]
         self.rows = x.numel() // self.width
@@ -79,35 +100,39 @@ class _Run:
             self.heads = x.shape[-2] if x.dim() > 1 else 1
             self.gate = launch.dense_rows(gate.reshape(-1, self.heads, gate.shape[-1]))
             self.strides = (self.gate.stride(0), self.gate.stride(1))
-        self.constants = _constants(self.width, self.kind)
+        self.constants = _constants(self.width, self.kind, base)
 
     @property
     def block(self) -> int:
         return self.constants["ROWS"]
 
 
-def _constants(width: int, kind: str) -> dict[str, Any]:
+def _constants(width: int, kind: str, base: bool) -> dict[str, Any]:
     columns = triton.next_power_of_2(width)
     return {
         "D": width,
         "BD": columns,
         "ROWS": max(1, _BLOCK // columns),
         "GATE": kind,
+        "BASE": base,
         "num_warps": 8 if columns >= _BLOCK else 4,
     }
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, base: Tensor | None, eps: float
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, gate)
         ctx.eps = eps
-        run = _Run(x, gate)
+        run = _Run(x, gate, base is not None)
+        base = None if base is None else base.contiguous()
         y = launch.empty(x.shape, x.dtype, x.device)
         launch.run(
             rms_norm_forward,
             (triton.cdiv(run.rows, run.block),),
-            *(run.x, weight, run.gate, y, run.rows, run.heads, *run.strides, eps),
+            *(run.x, weight, run.gate, base, y, run.rows, run.heads, *run.strides, eps),
             **run.constants,
         )
         return y
@@ -129,7 +154,8 @@ class _RMSNorm(torch.autograd.Function):
             *(run.rows, steps, run.heads, *run.strides, ctx.eps),
             **run.constants,
         )
-        return grad_x, sums.sum(0).to(weight.dtype), grad_gate, None
+        of_base = grad if ctx.needs_input_grad[3] else None
+        return grad_x, sums.sum(0).to(weight.dtype), grad_gate, of_base, None
 
 
 @triton.jit
@@ -148,6 +174,7 @@ def rms_norm_forward(
     x,
     weight,
     gate,
+    base,
     y,
     rows,
     heads,
@@ -158,8 +185,9 @@ def rms_norm_forward(
     BD: tl.constexpr,
     ROWS: tl.constexpr,
     GATE: tl.constexpr,
+    BASE: tl.constexpr,
 ):
-    """y = x / rms(x) * weight, times silu(gate)."""
+    """y = x / rms(x) * weight, times silu(gate), plus base."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BD)
     inside = (row < rows)[:, None] & (column < D)[None, :]
@@ -172,6 +200,8 @@ def rms_norm_forward(
         row = tl.where(row < rows, row, 0)
         z = _gates(gate, row, column, inside, heads, stride_token, stride_head, GATE)
         out *= z * tl.sigmoid(z)
+    if BASE:
+        out += tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
 
@@ -194,6 +224,7 @@ def rms_norm_backward(
     BD: tl.constexpr,
     ROWS: tl.constexpr,
     GATE: tl.constexpr,
+    BASE: tl.constexpr,
 ):
     """With u = x / rms(x) and d the gradient of u: dx = (d - u mean(d u)) / rms(x)."""
     column = tl.arange(0, BD)
@@ -230,21 +261,22 @@ def rms_norm_backward(
 
 
 # Widths of the published models from 0.4B to 7B: of layers, and of heads, with a gate for each
-# number or for each head.
+# number or for each head; the last added to something.
 _COMPILED = (
-    (1024, "none"),
-    (2048, "none"),
-    (4096, "none"),
-    (128, "full"),
-    (256, "full"),
-    (384, "row"),
+    (1024, "none", False),
+    (2048, "none", False),
+    (4096, "none", False),
+    (128, "full", False),
+    (256, "full", False),
+    (384, "row", True),
 )
 
 
 def variants() -> Iterator[Variant]:
     """As they are compiled ahead of time."""
     types = {"sums": "*fp32", "eps": "fp32", **integers("rows", "steps", "heads")}
-    for width, kind in _COMPILED:
-        without = ("gate", "grad_gate") if kind == "none" else ()
+    for width, kind, base in _COMPILED:
+        without = [*(("gate", "grad_gate") if kind == "none" else ()), *([] if base else ["base"])]
         for kernel in (rms_norm_forward, rms_norm_backward):
-            yield variant(kernel, f"d{width}_{kind}", _constants(width, kind), types, without)
+            constants = _constants(width, kind, base)
+            yield variant(kernel, f"d{width}_{kind}", constants, types, without)

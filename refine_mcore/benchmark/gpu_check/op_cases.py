@@ -19,7 +19,7 @@ from refine_kernels.attention.naive import naive_branch_attention, naive_text_at
 from refine_kernels.delta_rule.naive import naive_delta_rule, naive_gated_delta_rule
 from refine_kernels.dispatch import backend, branch_attention, state_from_writes
 from refine_kernels.lact.fast_weights import FastWeights
-from refine_kernels.lact.naive import naive_fast_features, naive_lact
+from refine_kernels.lact.naive import naive_attention_and_fast_features, naive_lact
 from refine_kernels.rms_norm.naive import naive_rms_norm
 from refine_kernels.rotary.naive import naive_rotate
 from refine_kernels.short_conv.naive import naive_causal_conv1d
@@ -76,7 +76,7 @@ def op_cases(sizes: Sizes) -> dict[str, list[OpCase]]:
         *_branches(sizes),
         *_decoded_branches(sizes),
         *_lact(sizes),
-        *_fast_features(sizes),
+        *_features(sizes),
         *_rotations(sizes),
         *_convolutions(sizes),
         *_norms(sizes),
@@ -533,30 +533,41 @@ def _lact_expected(
     return expected
 
 
-def _fast_features(sizes: Sizes) -> list[OpCase]:
+def _features(sizes: Sizes) -> list[OpCase]:
+    """Keys, of which queries share scales and offsets; each text at positions of its own."""
     draw, width = _Draw(20), sizes.heads * sizes.fast
     inputs = {
         "x": draw.normal(2, sizes.rows, width),
-        "scale": 1 + draw.normal(width) / 4,
-        "offset": draw.normal(width) / 4,
+        "scale": 1 + draw.normal(width, 2) / 4,
+        "offset": draw.normal(width, 2) / 4,
     }
+    angles = 100 * draw.normal(2, sizes.rows, 1, sizes.fast // 2)
 
     def run(operation: Callable[..., Any], x: Tensors) -> Tensors:
-        given = (x["x"], x["scale"], x["offset"])
-        return {"y": operation(*given, head_dim=sizes.fast, silu=True)}
+        given = (x["x"], x["scale"], x["offset"], *_table(angles, x["x"]))
+        options = {"column": 1, "head_dim": sizes.fast, "silu": True, "fast_rope": True}
+        k, fk = operation(*given, **options)
+        return {"k": k, "fk": fk}
 
     return [
         OpCase(
-            "fast_features",
+            "attention_and_fast_features",
             "",
             inputs,
             run,
-            partial(run, naive_fast_features),
+            partial(run, naive_attention_and_fast_features),
             # the gradients of scale and offset are sums over all tokens
             chain=2 * sizes.rows + sizes.fast + _POINTWISE,
             narrow=8,  # product, sum, SiLU, the result; as many in the backward
         )
     ]
+
+
+def _table(angles: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin as operations take them beside a tensor."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    cos, sin = (table.to(like.device, wide) for table in (angles.cos(), angles.sin()))
+    return cos, sin
 
 
 def _rotations(sizes: Sizes) -> list[OpCase]:
@@ -565,9 +576,7 @@ def _rotations(sizes: Sizes) -> list[OpCase]:
     angles = 100 * draw.normal(2, sizes.tokens, 1, dim * 3 // 8)
 
     def run(operation: Callable[..., Any], x: Tensors) -> Tensors:
-        wide = torch.promote_types(x["x"].dtype, torch.float32)
-        cos, sin = (table.to(x["x"].device, wide) for table in (angles.cos(), angles.sin()))
-        return {"y": operation(x["x"], cos, sin)}
+        return {"y": operation(x["x"], *_table(angles, x["x"]))}
 
     return [
         OpCase(
@@ -610,7 +619,7 @@ def _convolve(operation: Callable[..., Any], x: Tensors, *, activation: str | No
 
 def _norms(sizes: Sizes) -> list[OpCase]:
     cases = []
-    for variant, gate in {"": None, "gate": sizes.channels, "one gate a row": 1}.items():
+    for variant, gate in {"": None, "gate": sizes.channels, "added, one gate a row": 1}.items():
         draw = _Draw(30)
         inputs = {
             "x": draw.normal(2, sizes.rows, sizes.channels),
@@ -618,6 +627,8 @@ def _norms(sizes: Sizes) -> list[OpCase]:
         }
         if gate is not None:
             inputs["gate"] = draw.normal(2, sizes.rows, gate)
+        if gate == 1:  # as LaCT adds what it reads
+            inputs["base"] = draw.normal(2, sizes.rows, sizes.channels)
         cases.append(
             OpCase(
                 "rms_norm",
@@ -632,7 +643,7 @@ def _norms(sizes: Sizes) -> list[OpCase]:
 
 
 def _normalise(operation: Callable[..., Any], x: Tensors) -> Tensors:
-    return {"y": operation(x["x"], x["weight"], 1e-5, x.get("gate"))}
+    return {"y": operation(x["x"], x["weight"], 1e-5, x.get("gate"), x.get("base"))}
 
 
 def _activations(sizes: Sizes) -> list[OpCase]:
