@@ -5,11 +5,12 @@
         [--dtype bfloat16|float32] [--rounds 5]
 
 Sizes are those of a layer of the presets in --shapes; of eight branches of a text decode is a
-token, score five, and read their states after 64 more; branch_decode and branches are attention of
-one token and of five. Forms are `torch`, `compile` (torch.compile of it), `triton` (the project's
-kernels), `flash` (attention by FlashAttention) and `fla` (flash-linear-attention), of which those
-run that are installed; on a CPU only torch's. A form is timed once it agrees with torch's in
-float32, gradients included. Prints a Markdown table:
+token, score and lact_read five, and read their states after 64 more; branch_decode and branches are
+attention of one token and of five. Forms are `torch`, `compile` (torch.compile of it), `triton`
+(the project's kernels), `flash` (attention by FlashAttention), `fla` (flash-linear-attention, the
+delta rules) and `liger` (Liger's fused linear cross-entropy, vocabulary, whose forward makes the
+gradients too), of which those run that are installed; on a CPU only torch's. A form is timed once
+it agrees with torch's in float32, gradients included. Prints a Markdown table:
 milliseconds of the forward and of forward and backward with the ratio to torch's in the same round,
 the forward's rate as a share of this machine's own (of a plain copy, or of a plain product where
 the operation has products), and on a GPU the peak memory above the inputs. JSON has seconds, the

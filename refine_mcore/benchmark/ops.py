@@ -1,9 +1,10 @@
 """Time, rate and memory of single operations in each of their forms, at the sizes of presets.
 
 `torch` is plain torch, `compile` the same through torch.compile, `triton` the project's kernels,
-`fla` flash-linear-attention's. A form is timed once its results, gradients included, agree with
-torch's in float32 on the first tokens; otherwise it has an error in place of a time. The forms take
-turns round by round. Rates are the forward's: bytes that have to be read and written once, and
+`flash` FlashAttention, `fla` and `liger` what flash-linear-attention and Liger have for the same;
+Liger's forward makes the gradients too. A form is timed once its results, gradients included, agree
+with torch's in float32 on the first tokens; otherwise it has an error in place of a time. The forms
+take turns round by round. Rates are the forward's: bytes that have to be read and written once, and
 operations of products, over its seconds, beside what this machine reaches in a plain copy and a
 plain product of the same dtype.
 """
@@ -14,7 +15,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from refine_mcore.models.architecture import (
 )
 from refine_mcore.models.attention import rotary_table
 
-FORMS = ("torch", "compile", "triton", "flash", "fla")
+FORMS = ("torch", "compile", "triton", "flash", "fla", "liger")
 OPERATIONS = (
     "rms_norm",
     "rotary",
@@ -48,11 +49,12 @@ OPERATIONS = (
     "score",
     "read",
     "lact",
+    "lact_read",
     "features",
     "vocabulary",
 )
 # Operations on eight branches of a text, whatever its length: streams and tokens of each.
-BRANCHES = {"decode": (8, 1), "score": (8, 5), "read": (8, 64)}
+BRANCHES = {"decode": (8, 1), "score": (8, 5), "read": (8, 64), "lact_read": (8, 5)}
 _LIMIT = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 # Newton-Schulz multiplies the smallest singular values, and the rounding in them, by hundreds:
 # torch's own bfloat16 comes to 2e-2 at the sizes of LaCT-760M.
@@ -69,14 +71,19 @@ class Case:
     shapes: Mapping[str, tuple[int, ...]]
     run: Run
     products: float  # operations of the forward's products
-    fla: Run | None = None
+    packages: Mapping[str, Run] = field(default_factory=dict)  # of others, by their form
     wide: frozenset[str] = frozenset()  # float32 whatever the dtype
     integers: Mapping[str, int] | None = None  # inputs that are numbers below a bound
     fixed: frozenset[str] = frozenset()
     gradients: bool = True
     muon: bool = False
     checked: int = 1024  # tokens of the comparison
-    other: str = "triton"  # the form beside torch's that dispatch has
+    kernels: str = "triton"  # the form beside torch's that dispatch has
+
+    @property
+    def forms(self) -> frozenset[str]:
+        """All that there are of it."""
+        return frozenset({"torch", "compile", self.kernels, *self.packages})
 
     def inputs(self, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Drawn anew, the same for the same number of tokens; the second dimension is cut."""
@@ -93,7 +100,7 @@ class Case:
                 x = x.sigmoid() / (10 if name == "lr" else 1)
             if name == "g":
                 x = -x.sigmoid()
-            elif name in ("w0", "w1", "w2", "weight", "fq", "fk"):
+            elif name in ("w0", "w1", "w2", "w02", "weight", "fq", "fk"):
                 x = x / shape[-1] ** 0.5
             wide = dtype if name not in self.wide else torch.float32
             found[name] = x.to(device, wide).requires_grad_(self.gradients)
@@ -118,27 +125,40 @@ def case_of(name: str, architecture: Architecture, tokens: int) -> Case | None:
             0.0,
         )
     if name == "vocabulary":
-        words = architecture.vocab_size
-        return Case(
-            {"hidden": (*text, hidden), "weight": (words, hidden), "targets": text},
-            lambda hidden, weight, targets: dispatch.linear_log_probs_and_entropy(
-                hidden, weight, targets, with_entropy=False
-            )[:1],
-            2.0 * tokens * hidden * words,
-            fixed=frozenset({"weight"}),
-            integers={"targets": words},
-        )
+        return _vocabulary(architecture, tokens)
     if name == "rotary":
         return _rotary(architecture, tokens)
     if name in ("attention", "branches", "branch_decode"):
         return _attention(name, architecture, tokens)
-    if name in ("lact", "features"):
-        if not isinstance(mixer, LaCTOptions):
-            return None
-        return _lact(mixer, hidden, tokens) if name == "lact" else _features(mixer, hidden, tokens)
+    if name in _OF_LACT:
+        return _OF_LACT[name](mixer, hidden, tokens) if isinstance(mixer, LaCTOptions) else None
     if isinstance(mixer, DeltaNetOptions | GatedDeltaNetOptions):
         return _delta_rule_layer(name, mixer, hidden, tokens)
     return None
+
+
+def _vocabulary(architecture: Architecture, tokens: int) -> Case:
+    """The next-token loss of a text from its hidden states."""
+    hidden, words = architecture.hidden_size, architecture.vocab_size
+
+    def run(x: Tensor, weight: Tensor, targets: Tensor) -> Sequence[Tensor]:
+        log_probs, _ = dispatch.linear_log_probs_and_entropy(x, weight, targets, with_entropy=False)
+        return [-log_probs.mean()]
+
+    def liger(x: Tensor, weight: Tensor, targets: Tensor) -> Sequence[Tensor]:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        loss = LigerFusedLinearCrossEntropyLoss()
+        return [loss(weight, x.flatten(0, 1), targets.flatten())]
+
+    return Case(
+        {"hidden": (1, tokens, hidden), "weight": (words, hidden), "targets": (1, tokens)},
+        run,
+        2.0 * tokens * hidden * words,
+        {"liger": liger},
+        fixed=frozenset({"weight"}),
+        integers={"targets": words},
+    )
 
 
 def _rotary(architecture: Architecture, tokens: int) -> Case | None:
@@ -214,7 +234,7 @@ def _attention(name: str, architecture: Architecture, tokens: int) -> Case | Non
 
     seen = tokens * reach - reach * (reach - 1) // 2
     shapes = {"q": (1, tokens, heads, dim)} | dict.fromkeys("kv", (1, tokens, kv_heads, dim))
-    return Case(shapes, run, 4.0 * seen * heads * dim, other="flash")
+    return Case(shapes, run, 4.0 * seen * heads * dim, kernels="flash")
 
 
 def _features(mixer: LaCTOptions, hidden: int, tokens: int) -> Case:
@@ -286,7 +306,7 @@ def _delta_rule_layer(
 
     if name == "decode":
         return Case(shapes, run, products, wide=wide, fixed=fixed, gradients=False)
-    fla: Run | None = None
+    packages: dict[str, Run] = {}
     if name == "delta_rule":
 
         def fla(*given: Tensor) -> Sequence[Tensor]:
@@ -295,7 +315,8 @@ def _delta_rule_layer(
             out = form(*tokens_of, initial_state=state, qk_norm_eps=_L2_EPS)
             return [out.o, out.final_state]
 
-    return Case(shapes, run, products, fla, wide=wide, fixed=fixed)
+        packages["fla"] = fla
+    return Case(shapes, run, products, packages, wide=wide, fixed=fixed)
 
 
 def _read_states(rows: int, length: int, widths: tuple[int, int, int, int], gated: bool) -> Case:
@@ -368,6 +389,30 @@ def _lact(mixer: LaCTOptions, hidden: int, tokens: int) -> Case:
     )
 
 
+def _lact_read(mixer: LaCTOptions, hidden: int, tokens: int) -> Case:
+    """Of rollouts that meet weights of their own, as those of positions in different chunks do."""
+    streams, _ = BRANCHES["lact_read"]
+    heads = mixer.num_fast_heads
+    width, inner = mixer.fast_head_dim(hidden), mixer.fast_hidden_dim(hidden)
+    return Case(
+        {
+            "fq": (streams, tokens, heads, width),
+            "w02": (streams, heads, 2 * inner, width),
+            "w1": (streams, heads, width, inner),
+        },
+        lambda fq, *weights: [dispatch.apply_fast_weights(FastWeights(*weights), fq)],
+        6.0 * streams * tokens * heads * width * inner,
+        fixed=frozenset({"w02", "w1"}),
+    )
+
+
+_OF_LACT: dict[str, Callable[[LaCTOptions, int, int], Case]] = {
+    "lact": _lact,
+    "lact_read": _lact_read,
+    "features": _features,
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """What one form of a case came to; seconds are medians over the rounds."""
@@ -390,7 +435,8 @@ def measure(
     forms: Sequence[str],
     rounds: int,
 ) -> list[Row]:
-    """All forms of a case that are here, those that disagree with torch without times."""
+    """Those of the forms that there are of a case, those that disagree with torch without times."""
+    forms = [form for form in forms if form in case.forms]
     few = case.inputs(case.checked, dtype, device)
     exact = _results(case, "torch", {name: _widened(x) for name, x in few.items()})
     rows: dict[str, Row] = {}
@@ -429,12 +475,8 @@ def measure(
 
 
 def _form(case: Case, form: str) -> Run:
-    if form == "fla":
-        if case.fla is None:
-            raise LookupError("not in fla")
-        return case.fla
-    if form in ("triton", "flash") and form != case.other:
-        raise LookupError(f"not in {form}")
+    if form in case.packages:
+        return case.packages[form]
     return torch.compile(case.run) if form == "compile" else case.run
 
 
@@ -549,7 +591,7 @@ def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
 
 def available(forms: Sequence[str]) -> list[str]:
     """Those of the forms that are installed here."""
-    package = {"triton": "triton", "fla": "fla"}
+    package = {"triton": "triton", "fla": "fla", "liger": "liger_kernel"}
     return [
         form
         for form in forms

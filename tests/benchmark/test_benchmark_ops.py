@@ -32,7 +32,7 @@ def test_every_operation_has_a_row(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_a_wrong_form_and_an_absent_one_have_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_form_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from refine_kernels.swiglu import triton_swiglu
 
     monkeypatch.setattr(triton_swiglu, "refusal", lambda x: None)
@@ -40,10 +40,9 @@ def test_a_wrong_form_and_an_absent_one_have_no_time(monkeypatch: pytest.MonkeyP
     case = ops.case_of("swiglu", preset("tiny-deltanet"), 8)
     assert case is not None
     rows = ops.measure(case, 8, torch.float32, CPU, ["torch", "triton", "fla"], 1)
-    assert [row.form for row in rows] == ["torch", "triton", "fla"]
+    assert [row.form for row in rows] == ["torch", "triton"]  # fla has none
     assert rows[0].why is None and rows[0].forward is not None
     assert rows[1].why == "differs from torch's" and rows[1].forward is None
-    assert rows[2].why == "LookupError: not in fla"
     assert dispatch.backend("swiglu", "cpu") == "torch"
 
 
