@@ -72,10 +72,10 @@ def remade(function: Callable[..., Made], *args: Any) -> Made:
     """``function(*args)``, made again for the backward of what reads it inside the innermost
     `remaking`; kept like any other tensor where there is none.
 
-    The function returns a tensor or a tuple of tensors, which are made again together, and gives
-    the same bits again, without communication between ranks.  Its own backward is not touched: it
-    should not keep the output.  An output that shares memory with an argument is that argument, and
-    kept.
+    The function returns a tensor or a tuple of tensors, which are made again together and let go
+    one by one, and gives the same bits again, without communication between ranks.  Its own
+    backward is not touched: it should not keep the output.  An output that shares memory with an
+    argument is that argument, and kept.
     """
     out = function(*args)
     if _ACTIVE.region is not None and torch.is_grad_enabled():
@@ -91,28 +91,28 @@ _ACTIVE = _Active()
 
 
 class _Recipe:
-    """How tensors are made together, and they themselves while some of their readers wait for
-    them."""
+    """How tensors are made together, and each of them while some of its readers wait for it."""
 
-    def __init__(self, make: Callable[[], tuple[Tensor, ...]]) -> None:
+    def __init__(self, make: Callable[[], tuple[Tensor, ...]], outputs: int) -> None:
         self._make = make
-        self._made: tuple[Tensor, ...] | None = None
-        self.readers = 0
-        self._waiting = 0
+        self._made: dict[int, Tensor] = {}
+        self._waiting = [0] * outputs
+        self.readers = [0] * outputs
 
     def made(self) -> tuple[Tensor, ...]:
         """Made again for one who does not count as a reader."""
         with torch.no_grad():
             return self._make()
 
-    def read(self) -> tuple[Tensor, ...]:
-        if self._made is None:
-            self._waiting = self.readers
-            self._made = self.made()
-        made = self._made
-        self._waiting -= 1
-        if self._waiting == 0:
-            self._made = None
+    def read(self, output: int) -> Tensor:
+        if output not in self._made:
+            read = [i for i, readers in enumerate(self.readers) if readers]
+            self._made = dict(zip(read, map(self.made().__getitem__, read), strict=True))
+            self._waiting = list(self.readers)
+        made = self._made[output]
+        self._waiting[output] -= 1
+        if self._waiting[output] == 0:
+            del self._made[output]
         return made
 
 
@@ -126,7 +126,7 @@ class _View(NamedTuple):
     offset: int | torch.SymInt
 
     def tensor(self) -> Tensor:
-        return self.recipe.read()[self.output].as_strided(self.size, self.stride, self.offset)
+        return self.recipe.read(self.output).as_strided(self.size, self.stride, self.offset)
 
 
 class _Region:
@@ -151,7 +151,7 @@ class _Region:
             )
             return (found,) if isinstance(found, Tensor) else found
 
-        recipe = _Recipe(make)
+        recipe = _Recipe(make, len(outputs))
         for index, out in enumerate(outputs):
             storage = out.untyped_storage()
             if storage._cdata not in given:
@@ -168,7 +168,7 @@ class _Region:
         _, recipe, index = self._recipe_of(x)
         if recipe is None:
             return self._pack(x)
-        recipe.readers += 1
+        recipe.readers[index] += 1
         return _View(recipe, index, x.size(), x.stride(), x.storage_offset())
 
     def _recipe_of(self, x: Tensor) -> tuple[StorageWeakRef | None, _Recipe | None, int]:

@@ -129,7 +129,8 @@ class LaCT(Mixer):
         self.row_sharded = frozenset(self.raw_parameters)
         for attribute, name in self.raw_parameters.items():
             dtype = config.params_dtype
-            if name.startswith("qk_") or name.endswith("norm.weight"):  # numbers around 1
+            # an update of a gain is far below the precision of bfloat16
+            if name.startswith("qk_") or name.endswith("norm.weight"):
                 dtype = at_least_float32(dtype)
             self.register_parameter(attribute, row_sharded_parameter(shapes[name], config, dtype))
         self.raw_parameters["ttt_norm"] = "ttt_norm.weight"

@@ -77,8 +77,10 @@ def _failing_run(tmp_path: Path, section: str) -> list[dict[str, Any]]:
 def test_a_wrong_operation_fails(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     right = dispatch.rms_norm
 
-    def without_gain_in_the_gate(x: Any, weight: Any, eps: float, gate: Any = None) -> Any:
-        return right(x, weight, eps, None if gate is None else gate * 1.05)
+    def without_gain_in_the_gate(
+        x: Any, weight: Any, eps: float, gate: Any = None, base: Any = None
+    ) -> Any:
+        return right(x, weight, eps, None if gate is None else gate * 1.05, base)
 
     monkeypatch.setattr(dispatch, "rms_norm", without_gain_in_the_gate)
     (failed,) = _failing_run(tmp_path, "operations")

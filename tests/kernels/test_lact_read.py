@@ -8,12 +8,13 @@ import torch
 from refine_kernels import dispatch, launch
 from refine_kernels.lact.fast_weights import FastWeights
 from refine_kernels.lact.naive import naive_read
+from refine_kernels.lact.products import product_in
 from torch import Tensor
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)
 
-from refine_kernels.lact import triton_read
+from refine_kernels.lact import triton_forms, triton_read
 
 from tests.kernels.interpreter import (
     DEVICE,
@@ -23,7 +24,13 @@ from tests.kernels.interpreter import (
 )
 
 # streams, tokens, heads, width of a head, hidden units
-SHAPES = [(1, 1, 1, 16, 16), (2, 5, 3, 20, 37), (3, 16, 1, 70, 33), (1, 17, 2, 96, 32)]
+SHAPES = [
+    (1, 1, 1, 16, 16),
+    (2, 5, 3, 20, 37),
+    (3, 16, 1, 70, 33),
+    (1, 20, 2, 96, 32),
+    (1, 64, 1, 40, 24),
+]
 PRECISIONS = [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)]
 
 
@@ -115,20 +122,44 @@ def test_more_tokens_and_shared_weights_are_the_librarys():
     assert_near(read(x, w02, w1), by_definition(x.double(), w02.double(), w1.double()), 2e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 37])
+def test_read_of_rows_that_are_one(rows):
+    """Weights of one row, seen as many, and of a single column."""
+    x, w02, w1 = problem(2, 4, 2, 16, 16)
+
+    def run(form: Any) -> Any:
+        def of_one(x: Tensor, w02: Tensor, w1: Tensor) -> list[Tensor]:
+            wide = w02[:, :, :1].expand(-1, -1, 2 * rows, -1)
+            return form(x, wide, w1[:, :, :1, :1].expand(-1, -1, 16, rows))
+
+        return of_one
+
+    compare(run(read), run(by_definition), [x, w02, w1], torch.float32, 4e-6)
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
 @pytest.mark.parametrize("wrong", ["read_hidden", "multiply_rows", "read_gradients"])
-def test_a_wrong_kernel_is_refused(monkeypatch, wrong):
-    x, w02, w1 = (y.to(DEVICE, torch.float32) for y in problem(1, 4, 1, 16, 16))
+def test_a_wrong_kernel_is_refused(monkeypatch, caplog, wrong, tokens):
+    """And the libraries' products run instead. Other numbers of rows are other code: each is
+    checked for itself."""
+    x, w02, w1 = (y.to(DEVICE, torch.float32) for y in problem(1, tokens, 1, 16, 16))
     run = launch.run
 
-    def wrong_run(kernel, grid, *given, **constants):
+    def wrong_run(kernel: Any, grid: Any, *given: Any, **constants: Any) -> None:
         run(kernel, grid, *given, **constants)
-        if kernel.fn.__name__ == wrong:
+        if kernel.fn.__name__ == wrong and constants["BT"] == max(16, tokens // 40 * 64):
             written = [y for y in given if isinstance(y, Tensor)][-1]
             written[..., 1].mul_(1.2)
 
+    triton_forms._log_products.cache_clear()
     triton_read._disagreement.cache_clear()
     monkeypatch.setattr(launch, "run", wrong_run)
-    read(x, w02, w1)
-    said = dispatch.ran()[f"apply_fast_weights on {DEVICE}"]
+    assert_near(read(x, w02, w1), by_definition(x.double(), w02.double(), w1.double()), 2e-6)
+    assert dispatch.ran()[f"apply_fast_weights on {DEVICE}"] == "triton"
+    other = x[:, :1].expand(-1, 44 - tokens, -1, -1)
+    assert (
+        triton_read.refusal(product_in(None, x.dtype, x.dtype), FastWeights(w02, w1), other) is None
+    )
     triton_read._disagreement.cache_clear()
-    assert said.startswith("torch, as on this machine the kernels'")
+    (said,) = {r.getMessage() for r in caplog.records if "few tokens" in r.getMessage()}
+    assert "as on this machine the kernels' " in said

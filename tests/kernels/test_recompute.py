@@ -81,6 +81,39 @@ def test_a_remade_tensor_is_made_once_for_all_its_readers_and_changes_no_bit() -
         assert torch.equal(one, two) and torch.equal(one, three)
 
 
+def test_outputs_are_made_together_and_let_go_one_by_one() -> None:
+    """The second is read only when the first is gone, as with a long backward between them."""
+    x, _, weight = inputs()
+    made: list[list[StorageWeakRef]] = []
+    alive: list[bool] = []
+
+    def outputs(x: Tensor) -> tuple[Tensor, ...]:
+        found = x.cos(), x.sin(), x.tan()
+        made.append([StorageWeakRef(y.untyped_storage()) for y in found])
+        return found
+
+    class Between(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            alive.extend(not y.expired() for y in made[-1])
+            return grad
+
+    with remaking():
+        first, second, _ = remade(outputs, x)
+        inner = Between.apply(second @ weight)
+        loss = (first @ inner.mT).sum()
+    del first, second, inner, _
+    found = torch.autograd.grad(loss, [x, weight])
+    assert len(made) == 2
+    assert alive == [False, True, False]  # nobody reads the third
+    expected = torch.autograd.grad((x.cos() @ (x.sin() @ weight).mT).sum(), [x, weight])
+    torch.testing.assert_close(found, expected)
+
+
 def test_hooks_outside_see_what_it_is_made_of_and_all_else_that_is_kept() -> None:
     x, gain, weight = inputs()
 

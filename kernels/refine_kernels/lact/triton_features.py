@@ -24,7 +24,7 @@ from refine_kernels.triton_variant import Variant, integers, variant
 
 _TILE = 1024  # numbers a program holds at a time
 _WIDEST = 8192
-_PROGRAMS = 512  # of a head in the backward, at most
+_PROGRAMS = 512  # of a head, at most: scales and offsets are read once by each
 
 
 class _Kind(NamedTuple):
@@ -105,8 +105,12 @@ class _Features(torch.autograd.Function):
         run = _Run(x, scale, offset, cos, sin, kind)
         sizes = (x.shape[-1] // run.turned, run.turned), (run.heads, kind.head_dim)
         out, fast = (launch.empty((*x.shape[:2], *size), x.dtype, x.device) for size in sizes)
-        grid = (triton.cdiv(run.tokens, run.block), run.heads)
-        launch.run(features_forward, grid, *run.tensors, out, fast, *run.sizes, **run.constants)
+        launch.run(
+            features_forward,
+            run.grid,
+            *(*run.tensors, out, fast, *run.sizes, run.steps),
+            **run.constants,
+        )
         return out, fast
 
     @staticmethod
@@ -114,15 +118,13 @@ class _Features(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_fast: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, offset, cos, sin = ctx.saved_tensors
         run = _Run(x, scale, offset, cos, sin, ctx.kind)
-        steps = triton.cdiv(run.tokens, run.block * _PROGRAMS)
-        programs = triton.cdiv(run.tokens, run.block * steps)
         of_x = launch.empty(x.shape, x.dtype, x.device)
-        sums = launch.empty((programs, 2, *scale.shape), torch.float32, x.device)
+        sums = launch.empty((run.grid[0], 2, *scale.shape), torch.float32, x.device)
         launch.run(
             features_backward,
-            (programs, run.heads),
+            run.grid,
             *(*run.tensors, grad.contiguous(), grad_fast.contiguous(), of_x, sums),
-            *(*run.sizes, steps),
+            *(*run.sizes, run.steps),
             **run.constants,
         )
         of_scale, of_offset = sums.sum(0).to(scale.dtype)
@@ -144,10 +146,9 @@ class _Run:
         of_stream = cos.stride(0) if cos.shape[0] > 1 else 0
         self.sizes = self.tokens, length, self.heads, x.stride(0), of_stream
         self.constants = _constants(kind, self.turned // 2, scale.shape[1])
-
-    @property
-    def block(self) -> int:
-        return self.constants["ROWS"]
+        rows = self.constants["ROWS"]
+        self.steps = triton.cdiv(self.tokens, rows * _PROGRAMS)
+        self.grid = (triton.cdiv(self.tokens, rows * self.steps), self.heads)
 
 
 def _constants(kind: _Kind, half: int, all_columns: int) -> dict[str, Any]:
@@ -206,6 +207,7 @@ def features_forward(
     heads,
     stride_t,
     stride_table,
+    steps,
     D: tl.constexpr,
     HALF: tl.constexpr,
     COLUMN: tl.constexpr,
@@ -217,26 +219,29 @@ def features_forward(
     ROWS: tl.constexpr,
 ):
     """x turned, and y / (|y| + eps), of some tokens of a head."""
-    token, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BD)
+    column = tl.arange(0, BD)
     known = column < D
-    inside = (token < tokens)[:, None] & known[None, :]
     first = tl.program_id(1) * D
     other = column + tl.where(column % (2 * HALF) < HALF, HALF, -HALF)
     a = _of_channels(scale, first + column, known, COLUMN, COLUMNS)
     b = _of_channels(offset, first + column, known, COLUMN, COLUMNS)
-    at = token.to(tl.int64)[:, None] * stride_t + first
-    own = tl.load(x + at + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    paired = tl.load(x + at + other[None, :], mask=inside, other=0.0).to(tl.float32)
-    c, s = _angles(cos, sin, token, column, inside, length, stride_table, HALF)
-    at = token.to(tl.int64)[:, None] * (heads * D) + first + column[None, :]
-    tl.store(out + at, (own * c + paired * s).to(out.dtype.element_ty), mask=inside)
-    y = _activated(own, a, b, SILU)
-    inverse = 1 / (tl.sqrt(tl.sum(y * y, 1)) + EPS)
     if ROPE:
-        a = _of_channels(scale, first + other, known, COLUMN, COLUMNS)
-        b = _of_channels(offset, first + other, known, COLUMN, COLUMNS)
-        y = y * c + _activated(paired, a, b, SILU) * s
-    tl.store(fast + at, (y * inverse[:, None]).to(fast.dtype.element_ty), mask=inside)
+        other_a = _of_channels(scale, first + other, known, COLUMN, COLUMNS)
+        other_b = _of_channels(offset, first + other, known, COLUMN, COLUMNS)
+    for step in range(steps):
+        token = (tl.program_id(0) * steps + step) * ROWS + tl.arange(0, ROWS)
+        inside = (token < tokens)[:, None] & known[None, :]
+        at = token.to(tl.int64)[:, None] * stride_t + first
+        own = tl.load(x + at + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        paired = tl.load(x + at + other[None, :], mask=inside, other=0.0).to(tl.float32)
+        c, s = _angles(cos, sin, token, column, inside, length, stride_table, HALF)
+        at = token.to(tl.int64)[:, None] * (heads * D) + first + column[None, :]
+        tl.store(out + at, (own * c + paired * s).to(out.dtype.element_ty), mask=inside)
+        y = _activated(own, a, b, SILU)
+        inverse = 1 / (tl.sqrt(tl.sum(y * y, 1)) + EPS)
+        if ROPE:
+            y = y * c + _activated(paired, other_a, other_b, SILU) * s
+        tl.store(fast + at, (y * inverse[:, None]).to(fast.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ products with a chunk's tokens are the libraries', as elsewhere; those with a fe
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +28,7 @@ from refine_kernels.lact.forms import Forms
 from refine_kernels.lact.products import Precision, product_in
 from refine_kernels.triton_variant import Variant
 
+logger = logging.getLogger(__name__)
 _WIDEST = 8192
 
 
@@ -42,8 +44,7 @@ def refusal(
     given = (*arguments, *options.values())
     weights = next(x for x in given if isinstance(x, FastWeights))
     tokens = next(x for x in given if isinstance(x, Tensor))
-    product = product_in(precision, tokens.dtype, torch.float32)
-    operands = product.operands
+    operands = product_in(precision, tokens.dtype, torch.float32).operands
     updates = any(isinstance(x, RowNorms) for x in given)
     kinds = {torch.float32} if updates else {torch.float32, operands}
     if weights.w1.dtype not in kinds or tokens.dtype not in agreement.TOLERANCE:
@@ -54,8 +55,6 @@ def refusal(
     why = _disagreement(width, operands, tokens.device)
     if why is None and muon and muon_dtype == triton_newton_schulz.DTYPE:
         why = _newton_schulz_disagreement(width, muon_dtype, tokens.device)
-    if why is None and not updates and triton_read.takes(weights, tokens):
-        why = triton_read.refusal(product, weights, tokens)
     return why
 
 
@@ -190,8 +189,16 @@ def apply_fast_weights(
     """As chunk.apply_fast_weights."""
     if triton_read.takes(weights, fq):
         product = product_in(precision, fq.dtype, weights.w1.dtype)
-        return triton_read.read(product, fq, *weights.read())
+        why = triton_read.refusal(product, weights, fq)
+        if why is None:
+            return triton_read.read(product, fq, *weights.read())
+        _log_products(why)
     return chunk.apply_fast_weights(weights, fq, precision=precision, forms=FORMS)
+
+
+@functools.cache
+def _log_products(why: str) -> None:
+    logger.warning("reads of a few tokens are the libraries' products, as %s", why)
 
 
 # Widths of a fast head in the published models.

@@ -48,21 +48,23 @@ def read(product: Product, x: Tensor, w02: Tensor, w1: Tensor) -> Tensor:
 def refusal(product: Product, weights: FastWeights, x: Tensor) -> str | None:
     """Why the kernels are not for these arguments here, None if they are."""
     w02, w1 = weights.read()
-    size = w1.shape[-2:]
-    return _disagreement(product, size, (x.dtype, w02.dtype, w1.dtype), x.device)
+    dtypes = x.dtype, w02.dtype, w1.dtype
+    return _disagreement(product, w1.shape[-2:], _rows(x.shape[1]), dtypes, x.device)
 
 
 @functools.cache
 def _disagreement(
     product: Product,
     size: torch.Size,
+    rows: int,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     device: torch.device,
 ) -> str | None:
+    """Of as many tokens as fill most of these ``rows`` of a product: other rows, other code."""
     gen = torch.Generator().manual_seed(0)
     d, dh = size
     inputs = {
-        "x": torch.randn(2, 5, 2, d, generator=gen),
+        "x": torch.randn(2, rows - 3, 2, d, generator=gen),
         "w02": torch.randn(2, 2, 2 * dh, d, generator=gen) / d**0.5,
         "w1": torch.randn(2, 2, d, dh, generator=gen) / dh**0.5,
     }
@@ -76,7 +78,7 @@ def _disagreement(
         by_library,
         {name: x.to(device, dtype) for (name, x), dtype in pairs},
         ["read"],
-        tolerance=agreement.TOLERANCE[product.operands],
+        tolerance=agreement.TOLERANCE[torch.float16 if product.tf32 else product.operands],
     )
 
 
@@ -130,9 +132,9 @@ class _Run:
         streams, tokens, self.heads, self.width = x.shape
         self.batch = streams, self.heads, tokens
         self.units = w1.shape[-1]
-        self.products = products_in(product.operands, x.device, tf32=product.tf32)
         self.sizes = self.heads, tokens
-        self.constants = _constants(tokens, self.products)
+        products = products_in(product.operands, x.device, tf32=product.tf32)
+        self.constants = _constants(tokens, products)
 
     def grid(self, columns: int) -> tuple[int, int]:
         return triton.cdiv(columns, _UNITS), self.batch[0] * self.heads
@@ -140,28 +142,34 @@ class _Run:
 
 def _multiply(run: _Run, rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     """out [B,T,n,columns] = rows [B,n,T,K] matrix [B,n,K,columns]."""
+    along = matrix.stride(2) == 1
     launch.run(
         multiply_rows,
         run.grid(run.width),
         *(rows, matrix, out, *run.sizes),
         *matrix.stride()[:2],
-        max(matrix.stride()[2:]),
+        matrix.stride(3 if along else 2),
         *out.stride()[:3],
         COLUMNS=run.width,
         INNER=rows.shape[-1],
-        ALONG=matrix.stride(2) == 1,
+        ALONG=along,
         **run.constants,
     )
 
 
+def _rows(tokens: int) -> int:
+    """Of the products of so many tokens."""
+    return max(16, triton.next_power_of_2(tokens))
+
+
 def _constants(tokens: int, products: str) -> dict[str, Any]:
     return {
-        "BT": max(16, triton.next_power_of_2(tokens)),
+        "BT": _rows(tokens),
         "BU": _UNITS,
         "BK": 64 if products == "bf16" else 32,
         "PRODUCTS": products,
         "num_warps": 4,
-        "num_stages": 4,
+        "num_stages": 4 if products == "bf16" else 2,
     }
 
 
@@ -333,9 +341,9 @@ def multiply_rows(
 
 def variants(widths: tuple[int, ...]) -> Iterator[Variant]:
     """As they are compiled ahead of time, for products in bfloat16 and fast heads of these widths:
-    of one token, and of as many as there may be."""
+    of each number of rows that their products can have."""
     types = integers("heads", "tokens")
-    for width, tokens in itertools.product(widths, (1, _MOST)):
+    for width, tokens in itertools.product(widths, (16, 32, _MOST)):
         constants = _constants(tokens, "bf16")
         title = f"d{width}_t{constants['BT']}"
         constants |= {"WIDTH": width, "UNITS": width, "COLUMNS": width}

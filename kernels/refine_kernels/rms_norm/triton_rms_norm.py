@@ -90,7 +90,7 @@ def _gate_kind(gate: Tensor | None) -> str:
 class _Run:
     """The arguments as the kernels take them: rows of width D, those of a gate where they lie."""
 
-    def __init__(self, x: Tensor, gate: Tensor | None, base: bool = False) -> None:
+    def __init__(self, x: Tensor, gate: Tensor | None) -> None:
         self.x = x.contiguous()
         self.width = x.shape[-1]
         self.rows = x.numel() // self.width
@@ -100,21 +100,20 @@ class _Run:
             self.heads = x.shape[-2] if x.dim() > 1 else 1
             self.gate = launch.dense_rows(gate.reshape(-1, self.heads, gate.shape[-1]))
             self.strides = (self.gate.stride(0), self.gate.stride(1))
-        self.constants = _constants(self.width, self.kind, base)
+        self.constants = _constants(self.width, self.kind)
 
     @property
     def block(self) -> int:
         return self.constants["ROWS"]
 
 
-def _constants(width: int, kind: str, base: bool) -> dict[str, Any]:
+def _constants(width: int, kind: str) -> dict[str, Any]:
     columns = triton.next_power_of_2(width)
     return {
         "D": width,
         "BD": columns,
         "ROWS": max(1, _BLOCK // columns),
         "GATE": kind,
-        "BASE": base,
         "num_warps": 8 if columns >= _BLOCK else 4,
     }
 
@@ -126,13 +125,14 @@ class _RMSNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, gate)
         ctx.eps = eps
-        run = _Run(x, gate, base is not None)
+        run = _Run(x, gate)
         base = None if base is None else base.contiguous()
         y = launch.empty(x.shape, x.dtype, x.device)
         launch.run(
             rms_norm_forward,
             (triton.cdiv(run.rows, run.block),),
             *(run.x, weight, run.gate, base, y, run.rows, run.heads, *run.strides, eps),
+            BASE=base is not None,
             **run.constants,
         )
         return y
@@ -224,7 +224,6 @@ def rms_norm_backward(
     BD: tl.constexpr,
     ROWS: tl.constexpr,
     GATE: tl.constexpr,
-    BASE: tl.constexpr,
 ):
     """With u = x / rms(x) and d the gradient of u: dx = (d - u mean(d u)) / rms(x)."""
     column = tl.arange(0, BD)
@@ -278,5 +277,5 @@ def variants() -> Iterator[Variant]:
     for width, kind, base in _COMPILED:
         without = [*(("gate", "grad_gate") if kind == "none" else ()), *([] if base else ["base"])]
         for kernel in (rms_norm_forward, rms_norm_backward):
-            constants = _constants(width, kind, base)
+            constants = _constants(width, kind) | {"BASE": base}
             yield variant(kernel, f"d{width}_{kind}", constants, types, without)

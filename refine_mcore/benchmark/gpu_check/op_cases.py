@@ -19,7 +19,7 @@ from refine_kernels.attention.naive import naive_branch_attention, naive_text_at
 from refine_kernels.delta_rule.naive import naive_delta_rule, naive_gated_delta_rule
 from refine_kernels.dispatch import backend, branch_attention, state_from_writes
 from refine_kernels.lact.fast_weights import FastWeights
-from refine_kernels.lact.naive import naive_attention_and_fast_features, naive_lact
+from refine_kernels.lact.naive import naive_attention_and_fast_features, naive_lact, naive_read
 from refine_kernels.rms_norm.naive import naive_rms_norm
 from refine_kernels.rotary.naive import naive_rotate
 from refine_kernels.short_conv.naive import naive_causal_conv1d
@@ -411,7 +411,8 @@ def _decoded_branches(sizes: Sizes) -> list[OpCase]:
     return cases
 
 
-_FEW = 5  # tokens, as rollouts have
+# Tokens of one rollout, and of those that share a chunk: as many rows of a product as kernels have.
+_FEW = (5, 20, 40)
 
 _LACT_OPTIONS: dict[str, dict[str, Any]] = {
     "": {"muon": False},
@@ -432,9 +433,9 @@ def _lact(sizes: Sizes) -> list[OpCase]:
         tf32 = variant == "tf32"
         runs = [("update_fast_weights", sizes.fast_chunk), ("chunk_lact", sizes.fast_tokens)]
         if not options["muon"]:
-            runs += [("apply_fast_weights", sizes.fast_chunk), ("apply_fast_weights", _FEW)]
+            runs += [("apply_fast_weights", tokens) for tokens in (sizes.fast_chunk, *_FEW)]
         for operation, tokens in runs:
-            few = "few tokens" if tokens == _FEW else ""
+            few = f"{tokens} tokens" if tokens in _FEW else ""
             cases.append(
                 OpCase(
                     operation,
@@ -518,6 +519,8 @@ def _lact_expected(
     kept = {name: value for name, value in options.items() if name != "precision"}
 
     def expected(x: Tensors) -> Tensors:
+        if operation == "apply_fast_weights":
+            return {"o": naive_read(_fast_weights(x), x["fq"])}
         tokens: list[Any] = [x["fq"], x["fk"], x["fv"], x["lr"], x.get("momentum")]
         if operation == "update_fast_weights":  # one more token, which finds the weights written
             tokens = [None if y is None else torch.cat((y, y[:, :1]), 1) for y in tokens]
@@ -525,8 +528,6 @@ def _lact_expected(
         weights = _fast_weights(x)
         norms = weights.row_norms()
         o, borders = naive_lact(fq, fk, fv, lr, momentum, weights, norms, chunk_size=chunk, **kept)
-        if operation == "apply_fast_weights":
-            return {"o": o}
         written = _named(borders[-1])
         return written if operation == "update_fast_weights" else {"o": o} | written
 
@@ -541,7 +542,7 @@ def _features(sizes: Sizes) -> list[OpCase]:
         "scale": 1 + draw.normal(width, 2) / 4,
         "offset": draw.normal(width, 2) / 4,
     }
-    angles = 100 * draw.normal(2, sizes.rows, 1, sizes.fast // 2)
+    angles = 100 * draw.normal(2, sizes.rows, 1, sizes.fast // 8)  # four heads of the attention
 
     def run(operation: Callable[..., Any], x: Tensors) -> Tensors:
         given = (x["x"], x["scale"], x["offset"], *_table(angles, x["x"]))
