@@ -7,12 +7,12 @@ layer runs, the allocator's own overhead and communication buffers are not in it
 
 from __future__ import annotations
 
+import functools
 import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -100,8 +100,9 @@ def count_saved_bytes(
     again in the backward is not counted, what it is made of is; the tape of a LaCT text holds the
     values its fast weights are written with until its branches have left, counted or not.
     """
-    kinds = Counter(map(partial(_kind, architecture), range(architecture.num_layers)))
+    kinds = Counter(map(functools.partial(_kind, architecture), range(architecture.num_layers)))
 
+    @functools.cache
     def count(*layers: _Kind) -> list[SavedTensor]:
         reduced = _of_layers(architecture, layers)
         return _count(reduced, groups, tokens, dtype, selective_recompute)
