@@ -106,8 +106,7 @@ class _Recipe:
 
     def read(self, output: int) -> Tensor:
         if output not in self._made:
-            read = [i for i, readers in enumerate(self.readers) if readers]
-            self._made = dict(zip(read, map(self.made().__getitem__, read), strict=True))
+            self._made = {i: x for i, x in enumerate(self.made()) if self.readers[i]}
             self._waiting = list(self.readers)
         made = self._made[output]
         self._waiting[output] -= 1

@@ -1,4 +1,4 @@
-"""Products of matrices in Triton, by what their operands are rounded to."""
+"""Products of matrices in Triton: of which sizes, and by what their operands are rounded to."""
 
 import torch
 import triton
@@ -21,6 +21,11 @@ def products_in(operands: torch.dtype, device: torch.device, *, tf32: bool = Fal
     float32."""
     products = "tf32" if tf32 and operands == torch.float32 else _ON_A_GPU[operands]
     return "bf16-as-fp32" if products == "bf16" and device.type != "cuda" else products
+
+
+def padded(size: int) -> int:
+    """Rows or columns of a product of so many: it takes powers of two, 16 at least."""
+    return max(16, triton.next_power_of_2(size))
 
 
 @triton.jit

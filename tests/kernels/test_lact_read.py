@@ -137,9 +137,9 @@ def test_read_of_rows_that_are_one(rows):
     compare(run(read), run(by_definition), [x, w02, w1], torch.float32, 4e-6)
 
 
-@pytest.mark.parametrize("tokens", [4, 40])
+@pytest.mark.parametrize(("tokens", "rows", "others"), [(4, 16, 40), (40, 64, 4)])
 @pytest.mark.parametrize("wrong", ["read_hidden", "multiply_rows", "read_gradients"])
-def test_a_wrong_kernel_is_refused(monkeypatch, caplog, wrong, tokens):
+def test_a_wrong_kernel_is_refused(monkeypatch, caplog, wrong, tokens, rows, others):
     """And the libraries' products run instead. Other numbers of rows are other code: each is
     checked for itself."""
     x, w02, w1 = (y.to(DEVICE, torch.float32) for y in problem(1, tokens, 1, 16, 16))
@@ -147,7 +147,7 @@ def test_a_wrong_kernel_is_refused(monkeypatch, caplog, wrong, tokens):
 
     def wrong_run(kernel: Any, grid: Any, *given: Any, **constants: Any) -> None:
         run(kernel, grid, *given, **constants)
-        if kernel.fn.__name__ == wrong and constants["BT"] == max(16, tokens // 40 * 64):
+        if kernel.fn.__name__ == wrong and constants["BT"] == rows:
             written = [y for y in given if isinstance(y, Tensor)][-1]
             written[..., 1].mul_(1.2)
 
@@ -156,10 +156,8 @@ def test_a_wrong_kernel_is_refused(monkeypatch, caplog, wrong, tokens):
     monkeypatch.setattr(launch, "run", wrong_run)
     assert_near(read(x, w02, w1), by_definition(x.double(), w02.double(), w1.double()), 2e-6)
     assert dispatch.ran()[f"apply_fast_weights on {DEVICE}"] == "triton"
-    other = x[:, :1].expand(-1, 44 - tokens, -1, -1)
-    assert (
-        triton_read.refusal(product_in(None, x.dtype, x.dtype), FastWeights(w02, w1), other) is None
-    )
+    product, other = product_in(None, x.dtype, x.dtype), x[:, :1].expand(-1, others, -1, -1)
+    assert triton_read.refusal(product, FastWeights(w02, w1), other) is None
     triton_read._disagreement.cache_clear()
     (said,) = {r.getMessage() for r in caplog.records if "few tokens" in r.getMessage()}
     assert "as on this machine the kernels' " in said

@@ -27,7 +27,7 @@ from refine_kernels import agreement, launch
 from refine_kernels.attention import branches
 from refine_kernels.attention.branches import Span
 from refine_kernels.host import to_device
-from refine_kernels.triton_products import product, products_of
+from refine_kernels.triton_products import padded, product, products_of
 from refine_kernels.triton_variant import Variant, integers, variant
 
 _WIDEST = 128
@@ -195,11 +195,6 @@ def text_constants(strides: Sequence[int], alignment: Sequence[int]) -> dict[str
     places divide by says how much is loaded at once."""
     names = ("STRIDE_XT", "STRIDE_XH", "STRIDE_YT", "STRIDE_YH", "ALIGNED_K", "ALIGNED_V")
     return dict(zip(names, (*strides, *alignment), strict=True))
-
-
-def padded(size: int) -> int:
-    """To what products take."""
-    return max(16, triton.next_power_of_2(size))
 
 
 def _constants(dim: int, groups: int, tokens: int, own: int, products: str) -> dict[str, Any]:

@@ -29,11 +29,10 @@ from refine_kernels.attention.triton_branches import (
     add_keys,
     constants_of_text,
     keys_of,
-    padded,
     queries_of,
     text_constants,
 )
-from refine_kernels.triton_products import products_of
+from refine_kernels.triton_products import padded, products_of
 from refine_kernels.triton_variant import Variant, variant
 
 _WIDEST = 256

@@ -24,7 +24,7 @@ from refine_kernels.delta_rule import chunk, triton_few
 from refine_kernels.delta_rule import triton_kernels as kernels
 from refine_kernels.delta_rule.chunk import ChunkOutput
 from refine_kernels.host import without_waiting
-from refine_kernels.triton_products import products_of
+from refine_kernels.triton_products import padded, products_of
 
 # The most tokens the kernels take at a time, by input dtype.  float32 is for checks; its chunks of
 # 64 would not fit into registers.
@@ -217,7 +217,7 @@ class Call(NamedTuple):
             "K": self.k_dim,
             "V": self.v_dim,
             "C": self.chunk,
-            "BK": max(16, triton.next_power_of_2(self.k_dim)),
+            "BK": padded(self.k_dim),
             "BV": self._columns(kernel),
             "GATED": self.gated,
             "NORM": self.norm,
@@ -244,7 +244,7 @@ class Call(NamedTuple):
         few = kernel in ("scan", "reverse", "inputs") or (
             kernel in ("queries", "output") and self.k_dim > _WIDE
         )
-        return min(32 if few else 64, max(16, triton.next_power_of_2(self.v_dim)))
+        return min(32 if few else 64, padded(self.v_dim))
 
 
 # Keys above this width take more warps or smaller blocks.  Chosen by what the compiler says of

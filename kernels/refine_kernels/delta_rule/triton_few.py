@@ -38,7 +38,7 @@ from refine_kernels.delta_rule.triton_tiles import (
     store_per_token,
     store_state,
 )
-from refine_kernels.triton_products import product
+from refine_kernels.triton_products import padded, product
 from refine_kernels.triton_variant import Variant, integers, variant
 
 MOST_TOKENS = 16
@@ -200,8 +200,8 @@ def _constants(
         "K": k_dim,
         "V": v_dim,
         "C": MOST_TOKENS,
-        "BK": max(16, triton.next_power_of_2(k_dim)),
-        "BV": min(_COLUMNS, max(16, triton.next_power_of_2(v_dim))),
+        "BK": padded(k_dim),
+        "BV": min(_COLUMNS, padded(v_dim)),
         "GATED": gated,
         "NORM": norm,
         "PRODUCTS": products,

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from refine_kernels import agreement, launch
 from refine_kernels.delta_rule import read as by_torch
+from refine_kernels.triton_products import padded
 from refine_kernels.triton_variant import Variant, integers, variant
 
 _WIDEST = 256  # keys and values
@@ -177,9 +178,9 @@ def _constants(
         "K": k_dim,
         "V": v_dim,
         "GROUPS": groups,
-        "BT": max(16, triton.next_power_of_2(min(tokens, _LONGEST))),
-        "BK": max(16, min(_KEYS, triton.next_power_of_2(k_dim))),
-        "BV": max(16, min(_VALUES, triton.next_power_of_2(v_dim))),
+        "BT": padded(min(tokens, _LONGEST)),
+        "BK": min(_KEYS, padded(k_dim)),
+        "BV": min(_VALUES, padded(v_dim)),
         "GATED": gated,
         "NORM": norm,
         "num_warps": 8,

@@ -183,6 +183,12 @@ def _of_channels(x, channel, known, COLUMN: tl.constexpr, COLUMNS: tl.constexpr)
 
 
 @triton.jit
+def _paired(column, HALF: tl.constexpr):
+    """The channel that each is turned with."""
+    return column + tl.where(column % (2 * HALF) < HALF, HALF, -HALF)
+
+
+@triton.jit
 def _angles(cos, sin, token, column, inside, length, stride_table, HALF: tl.constexpr):
     """cos, and sin with the sign that the other channel of the pair has in a turn."""
     stream, t = token // length, token % length
@@ -222,7 +228,7 @@ def features_forward(
     column = tl.arange(0, BD)
     known = column < D
     first = tl.program_id(1) * D
-    other = column + tl.where(column % (2 * HALF) < HALF, HALF, -HALF)
+    other = _paired(column, HALF)
     a = _of_channels(scale, first + column, known, COLUMN, COLUMNS)
     b = _of_channels(offset, first + column, known, COLUMN, COLUMNS)
     if ROPE:
@@ -275,7 +281,7 @@ def features_backward(
     column = tl.arange(0, BD)
     known = column < D
     first = tl.program_id(1) * D
-    other = column + tl.where(column % (2 * HALF) < HALF, HALF, -HALF)
+    other = _paired(column, HALF)
     a = _of_channels(scale, first + column, known, COLUMN, COLUMNS)
     b = _of_channels(offset, first + column, known, COLUMN, COLUMNS)
     of_scale, of_offset = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)

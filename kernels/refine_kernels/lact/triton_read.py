@@ -28,7 +28,7 @@ from refine_kernels import agreement, launch
 from refine_kernels.lact import chunk, forms
 from refine_kernels.lact.fast_weights import FastWeights
 from refine_kernels.lact.products import Product
-from refine_kernels.triton_products import product, products_in
+from refine_kernels.triton_products import padded, product, products_in
 from refine_kernels.triton_variant import Variant, integers, variant
 
 _MOST = 64  # tokens of a stream; more are worth a library's product
@@ -49,7 +49,7 @@ def refusal(product: Product, weights: FastWeights, x: Tensor) -> str | None:
     """Why the kernels are not for these arguments here, None if they are."""
     w02, w1 = weights.read()
     dtypes = x.dtype, w02.dtype, w1.dtype
-    return _disagreement(product, w1.shape[-2:], _rows(x.shape[1]), dtypes, x.device)
+    return _disagreement(product, w1.shape[-2:], padded(x.shape[1]), dtypes, x.device)
 
 
 @functools.cache
@@ -157,14 +157,9 @@ def _multiply(run: _Run, rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     )
 
 
-def _rows(tokens: int) -> int:
-    """Of the products of so many tokens."""
-    return max(16, triton.next_power_of_2(tokens))
-
-
 def _constants(tokens: int, products: str) -> dict[str, Any]:
     return {
-        "BT": _rows(tokens),
+        "BT": padded(tokens),
         "BU": _UNITS,
         "BK": 64 if products == "bf16" else 32,
         "PRODUCTS": products,
@@ -186,6 +181,34 @@ def _keep(x, value, rows, row, columns, column, stride_row):
     at = x + row.to(tl.int64)[:, None] * stride_row + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(at, value.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _before_gate(
+    x,
+    w02,
+    tokens,
+    t,
+    unit,
+    stride_xt,
+    stride_wr,
+    WIDTH: tl.constexpr,
+    UNITS: tl.constexpr,
+    BT: tl.constexpr,
+    BU: tl.constexpr,
+    BK: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+):
+    """z = w0 x and h = w2 x of some hidden units."""
+    z, h = tl.zeros((BT, BU), tl.float32), tl.zeros((BT, BU), tl.float32)
+    for start in range(0, WIDTH, BK):
+        k = start + tl.arange(0, BK)
+        rows = _tile(x, tokens, t, WIDTH, k, stride_xt)
+        w0 = _tile(w02, UNITS, unit, WIDTH, k, stride_wr)
+        w2 = _tile(w02 + UNITS * stride_wr, UNITS, unit, WIDTH, k, stride_wr)
+        z += product(rows, tl.trans(w0), PRODUCTS)
+        h += product(rows, tl.trans(w2), PRODUCTS)
+    return z, h
 
 
 @triton.jit
@@ -214,14 +237,9 @@ def read_hidden(
     x += b * stride_xb + head * stride_xn
     w02 += b * stride_wb + head * stride_wn
     t, unit = tl.arange(0, BT), tl.program_id(0) * BU + tl.arange(0, BU)
-    z, h = tl.zeros((BT, BU), tl.float32), tl.zeros((BT, BU), tl.float32)
-    for start in range(0, WIDTH, BK):
-        k = start + tl.arange(0, BK)
-        rows = _tile(x, tokens, t, WIDTH, k, stride_xt)
-        w0 = _tile(w02, UNITS, unit, WIDTH, k, stride_wr)
-        w2 = _tile(w02 + UNITS * stride_wr, UNITS, unit, WIDTH, k, stride_wr)
-        z += product(rows, tl.trans(w0), PRODUCTS)
-        h += product(rows, tl.trans(w2), PRODUCTS)
+    z, h = _before_gate(
+        x, w02, tokens, t, unit, stride_xt, stride_wr, WIDTH, UNITS, BT, BU, BK, PRODUCTS
+    )
     hidden += number * tokens * UNITS
     _keep(hidden, z * tl.sigmoid(z) * h, tokens, t, UNITS, unit, UNITS)
 
@@ -264,15 +282,12 @@ def read_gradients(
     w1 += b * stride_vb + head * stride_vn
     grad += b * stride_gb + head * stride_gn
     t, unit = tl.arange(0, BT), tl.program_id(0) * BU + tl.arange(0, BU)
+    z, h = _before_gate(
+        x, w02, tokens, t, unit, stride_xt, stride_wr, WIDTH, UNITS, BT, BU, BK, PRODUCTS
+    )
     of_hidden = tl.zeros((BT, BU), tl.float32)
-    z, h = tl.zeros((BT, BU), tl.float32), tl.zeros((BT, BU), tl.float32)
     for start in range(0, WIDTH, BK):
         k = start + tl.arange(0, BK)
-        rows = _tile(x, tokens, t, WIDTH, k, stride_xt)
-        w0 = _tile(w02, UNITS, unit, WIDTH, k, stride_wr)
-        w2 = _tile(w02 + UNITS * stride_wr, UNITS, unit, WIDTH, k, stride_wr)
-        z += product(rows, tl.trans(w0), PRODUCTS)
-        h += product(rows, tl.trans(w2), PRODUCTS)
         of_rows = _tile(grad, tokens, t, WIDTH, k, stride_gt)
         columns = _tile(w1, WIDTH, k, UNITS, unit, stride_vr)
         of_hidden += product(of_rows, columns, PRODUCTS)
