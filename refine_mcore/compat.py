@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from refine_kernels.sums import add_product_, multiplies_into
 from torch import Tensor
 
 from refine_mcore.errors import UserError
@@ -91,19 +92,21 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
 
     Megatron does with Apex's extension (tensor_parallel/layers.py:42), and torch's product can
     where it multiplies the weights' dtype into the buffers': without a tensor for each gradient
-    and without rounding it to the weights' dtype. A weight must then be used by its layer alone.
+    and without rounding it to the weights' dtype. A weight must then be used by its layer alone: an
+    output layer that uses the embedding's has none of its own, and is left as it is.
     """
     from megatron.core.tensor_parallel import layers
 
     kinds = layers.ColumnParallelLinear, layers.RowParallelLinear
     linear: list[Any] = [x for x in model.modules() if isinstance(x, kinds)]
-    linear = [x for x in linear if x.weight.requires_grad]
-    weights = [(x.weight.dtype, x.weight.main_grad.dtype, x.weight.device) for x in linear]
+    linear = [x for x in linear if x.weight is not None and x.weight.requires_grad]
+    weights = {(x.weight.dtype, x.weight.main_grad.dtype, x.weight.device) for x in linear}
     if any(sums == torch.float64 for _, sums, _ in weights):
         return  # Megatron's layers refuse it (577)
+    if not all(multiplies_into(*kind) for kind in weights):
+        logger.info("weight gradients are added to the buffers after their products")
+        return
     if not layers._grad_accum_fusion_available:
-        if not all(_adds_products(*kind) for kind in set(weights)):
-            return
         layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
             wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
         )
@@ -113,26 +116,7 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
 
 def _add_weight_gradient(inputs: Tensor, grad_outputs: Tensor, sums: Tensor) -> None:
     """sums [o, i] += grad_outputs [T, o]^T inputs [T, i]."""
-    if sums.dtype == inputs.dtype:
-        sums.addmm_(grad_outputs.t(), inputs)
-    else:
-        torch.addmm(sums, grad_outputs.t(), inputs, out_dtype=sums.dtype, out=sums)
-
-
-@functools.cache
-def _adds_products(dtype: torch.dtype, sums_dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch multiplies one dtype into another here, as a small product shows."""
-    ones = torch.ones(16, 16, dtype=dtype, device=device)
-    sums = torch.ones(16, 16, dtype=sums_dtype, device=device)
-    try:
-        _add_weight_gradient(ones, ones, sums)
-    except RuntimeError:
-        logger.info(
-            "weight gradients are added after their products: torch has none of %s into %s on %s",
-            *(dtype, sums_dtype, device),
-        )
-        return False
-    return bool((sums == 17).all())
+    add_product_(sums, grad_outputs.t(), inputs)
 
 
 def forget_write_results() -> None:
@@ -265,7 +249,7 @@ def _repair_fused_gradients_under_hooks() -> None:
         added = ctx.gradient_accumulation_fusion and of_weight is None
         if added and hasattr(weight, "grad_added_to_main_grad"):
             weight.grad_added_to_main_grad = True
-            of_weight = torch.empty_like(weight)  # for DDP's hook, which reads nothing of it
+            of_weight = weight.detach()  # for DDP's hook, which reads nothing of it
         return of_inputs, of_weight, *rest
 
     function.forward = staticmethod(forward_with_weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from refine_kernels.dispatch import linear_log_probs_and_entropy
 from torch import Tensor
@@ -15,8 +16,9 @@ class OutputLayer(ColumnParallelLinear):
     `FastWeightModel.log_probs_and_entropy` describes.
 
     Both are the forward of this module: whatever is hooked to that, such as the gather of its
-    weight after an optimizer step, comes before either. The weight's gradient reaches Megatron's
-    buffers through autograd, whole and once for each call.
+    weight after an optimizer step, comes before either. Either adds the weight's gradient to
+    Megatron's buffer by itself where compat.fuse_weight_gradients says so; otherwise it gets there
+    through autograd, whole and once for each call.
     """
 
     def forward(
@@ -31,6 +33,10 @@ class OutputLayer(ColumnParallelLinear):
     ) -> Any:
         if targets is None:
             return super().forward(input_, weight, runtime_gather_output)
+        sums = None
+        if self.gradient_accumulation_fusion and torch.is_grad_enabled():
+            sums = self.weight.main_grad
+            self.weight.grad_added_to_main_grad = True  # until DDP's buffers are zero again
         return linear_log_probs_and_entropy(
             input_,
             self.weight if weight is None else weight,
@@ -39,4 +45,5 @@ class OutputLayer(ColumnParallelLinear):
             temperature=temperature,
             vocab_size=self.config.arch.vocab_size,
             group=self.tp_group,
+            weight_sums=sums,
         )

@@ -37,8 +37,7 @@ def wrap_data_parallel(
         pg_collection=pg_collection,
     )
     if config.gradient_accumulation_fusion:
-        # Not of the output layer, whose weight has gradients from rows of logits too.
-        compat.fuse_weight_gradients(model.decoder)
+        compat.fuse_weight_gradients(model)
     model.config.no_sync_func = wrapped.no_sync
     model.config.finalize_model_grads_func = _finalize_summed_gradients
     return wrapped

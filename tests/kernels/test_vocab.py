@@ -162,6 +162,37 @@ def test_linear_form_passes_gradcheck(tile_entries):
     assert torch.autograd.gradcheck(log_probs, (hidden, weight))
 
 
+@pytest.mark.parametrize("tile_entries", [7, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_linear_form_adds_the_gradient_of_its_weight(dtype, tile_entries):
+    """To sums of its dtype or wider ones; autograd is handed the weight itself, with no memory."""
+    gen = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        torch.randn(n, 5, dtype=torch.float64, generator=gen).to(dtype).requires_grad_()
+        for n in (6, 11)
+    )
+    targets, upstream = torch.tensor([0, 9, 3, 4, 4, -1]), torch.rand(6, generator=gen)
+
+    def gradients(sums: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        log_probs, _ = linear_log_probs_and_entropy(
+            hidden,
+            weight,
+            targets,
+            with_entropy=False,
+            tile_entries=tile_entries,
+            weight_sums=sums,
+        )
+        return torch.autograd.grad(log_probs, (hidden, weight), upstream.to(log_probs.dtype))
+
+    before = torch.randn(11, 5, generator=gen).to(torch.promote_types(dtype, torch.float32))
+    sums = before.clone()
+    of_hidden, of_weight = gradients(None)
+    found, handed = gradients(sums)
+    assert torch.equal(found, of_hidden)
+    torch.testing.assert_close(sums, before + of_weight, rtol=1e-6, atol=1e-6)
+    assert handed.data_ptr() == weight.data_ptr()
+
+
 def test_linear_form_rounds_a_gradient_as_one_product_does():
     """Many tiles in bfloat16, against float64: no error that grows with their number."""
     gen = torch.Generator().manual_seed(0)

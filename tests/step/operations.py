@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from refine_kernels import dispatch, launch
+from refine_kernels import dispatch, launch, sums
 from refine_kernels.attention import flash, triton_branches, triton_decode
 from refine_kernels.delta_gates import triton_gates
 from refine_kernels.delta_rule import triton_chunk, triton_few, triton_read, triton_recurrent
@@ -152,7 +152,8 @@ def count_operations(
         ids = torch.zeros(1, tokens, dtype=torch.long)
         mask = torch.ones_like(ids, dtype=torch.bool)
     batch = TextBatch(ids, mask, torch.zeros(1, dtype=torch.long))
-    monkeypatch.setattr(compat, "_adds_products", lambda *_: True)  # as on a GPU
+    for module in (compat, sums):  # as on a GPU
+        monkeypatch.setattr(module, "multiplies_into", lambda *_: True)
     wrapped = wrap_data_parallel(model, OptimizerConfig(), groups)
     monkeypatch.setattr(model.config, "finalize_model_grads_func", lambda *_: None)
     monkeypatch.setattr(platform, "graph_capture", lambda: counter.capture)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from refine_kernels.sums import add_product_
 from refine_kernels.vocab.log_probs import RowForms, combine, sliced_rows
 from refine_kernels.vocab.shard import VocabShard
 
@@ -34,6 +35,7 @@ def linear_log_probs_and_entropy(
     group: dist.ProcessGroup | None = None,
     tile_entries: int = TILE_ENTRIES,
     forms: RowForms | None = None,
+    weight_sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log p(target) and H(p) for p = softmax(hidden weight^T / temperature).
 
@@ -41,7 +43,9 @@ def linear_log_probs_and_entropy(
     token ids.  ``vocab_size``, ``group``, ``forms``, ignored targets and what is returned as in
     log_probs_and_entropy: (log_probs [...], entropy [...] or None) in at least float32, of which
     only log_probs carries a gradient.  Products are in the dtype of the arguments, as logits are.
-    The gradient of ``hidden`` is summed over ``group``, as a column-parallel layer does.
+    The gradient of ``hidden`` is summed over ``group``, as a column-parallel layer does.  That of
+    ``weight`` is added to ``weight_sums``, if given, whose dtype may be wider: autograd is then
+    handed the weight in its place, so that hooks know that it is done.
     """
     shard = VocabShard.of(weight.shape[0], vocab_size, group)
     log_probs, entropy = _LinearLogProbs.apply(
@@ -53,6 +57,7 @@ def linear_log_probs_and_entropy(
         tile_entries,
         with_entropy,
         forms or sliced_rows(),
+        weight_sums,
     )
     shape = targets.shape
     return log_probs.view(shape), entropy.view(shape) if with_entropy else None
@@ -70,6 +75,7 @@ class _LinearLogProbs(torch.autograd.Function):
         tile_entries: int,
         with_entropy: bool,
         forms: RowForms,
+        weight_sums: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         parts, logits = [], None
         rows = max(1, tile_entries // weight.shape[0])
@@ -83,7 +89,7 @@ class _LinearLogProbs(torch.autograd.Function):
         kept = logits if len(parts) == 1 else None
         ctx.save_for_backward(hidden, weight, targets, lse, kept)
         ctx.temperature, ctx.shard, ctx.tile_entries = temperature, shard, tile_entries
-        ctx.forms = forms
+        ctx.forms, ctx.weight_sums = forms, weight_sums
         entropy = None
         if with_entropy:
             entropy = log_total - weighted / total
@@ -96,7 +102,9 @@ class _LinearLogProbs(torch.autograd.Function):
         """With G = d / d logits, a tile at a time: d hidden = sum G W, d weight = G^T hidden."""
         hidden, weight, targets, lse, kept = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype)
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        sums, grad_weight = ctx.weight_sums, None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight) if sums is None else weight.detach()
         columns = max(1, ctx.tile_entries // max(1, hidden.shape[0]))
         for start in range(0, weight.shape[0], columns):
             tile = slice(start, start + columns)
@@ -105,18 +113,14 @@ class _LinearLogProbs(torch.autograd.Function):
             g = logits if kept is None else torch.empty_like(kept)
             shard = ctx.shard.columns(start, start + len(w))
             ctx.forms.write_gradient(logits, targets, lse, grad, ctx.temperature, shard, out=g)
-            _add_product_(grad_hidden, g, w)
-            if grad_weight is not None:
+            add_product_(grad_hidden, g, w)
+            if grad_weight is None:
+                continue
+            if sums is not None:
+                add_product_(sums[tile], g.t(), hidden)
+            else:
                 torch.mm(g.t(), hidden, out=grad_weight[tile])
         grad_hidden = grad_hidden.to(hidden.dtype)
         if ctx.shard.group is not None:
             dist.all_reduce(grad_hidden, group=ctx.shard.group)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
-
-
-def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, where total may be wider than the factors."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+        return grad_hidden, grad_weight, *[None] * 7
