@@ -32,10 +32,9 @@ def main(argv: list[str]) -> None:
     platform.initialize()
 
     from refine_mcore.data import load_tokenizer
-    from refine_mcore.training.setup import check_supported, with_own_tokenizer
-    from refine_mcore.training.ttt import answer_rows
+    from refine_mcore.evaluation.ttt import answer_rows
+    from refine_mcore.training.setup import with_own_tokenizer
 
-    check_supported(config)
     config = with_own_tokenizer(config)
     require_data(config)
     if config.model.checkpoint is None:

@@ -65,25 +65,26 @@ def checkpoint_metadata() -> dict[str, Any]:
 
 
 def prime_optimizer(optimizer: Any) -> None:
-    """Give a Megatron optimizer over torch's Adam its empty state (step 0, zero moments).
+    """Give a Megatron optimizer over Adam, torch's or a fused one, its empty state: step 0, zero
+    moments.
 
-    Call it before listing the state, to load into or to save: torch's Adam has none before its
-    first step (distrib_optimizer.py:640 asserts
-    one `step`; the initialisation in optimizer/__init__.py:391 omits it). Fused Adam keeps its step
-    elsewhere and is left alone, as is state that already exists.
+    Call it before listing the state, to load into or to save: there is none before the first step
+    (Megatron's initialisation in optimizer/__init__.py:391 is for formats that are not used here,
+    and omits the count of torch's Adam, which distrib_optimizer.py:640 asserts). Fused Adams count
+    in their groups, from 1. State that already exists is left alone.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         adam = part.optimizer
-        if not isinstance(adam, torch.optim.Adam):
-            continue
+        counts = isinstance(adam, torch.optim.Adam)
         for group in adam.param_groups:
             for parameter in group["params"]:
-                if not adam.state[parameter]:
-                    adam.state[parameter].update(
-                        step=torch.zeros((), dtype=torch.float32),
-                        exp_avg=torch.zeros_like(parameter.data),
-                        exp_avg_sq=torch.zeros_like(parameter.data),
-                    )
+                state = adam.state[parameter]
+                if state:
+                    continue
+                state["exp_avg"] = torch.zeros_like(parameter.data)
+                state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+                if counts:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
 
 
 def fuse_weight_gradients(model: torch.nn.Module) -> None:

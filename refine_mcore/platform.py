@@ -227,6 +227,21 @@ def first_of_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0; every rank gets its value, or a UserError there with its sentence."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    value, message = outcome
+    if message is not None:
+        raise UserError(message)
+    return value
+
+
 def work_apart(work: Generator[None, None, T] | None) -> list[T | None]:
     """Let the ranks that have some do their `work` while the others wait; what each returns, by
     rank. Every rank calls this.

@@ -11,7 +11,7 @@ from typing import Any
 
 from refine_mcore import platform
 from refine_mcore.config import Config, to_dict
-from refine_mcore.errors import UserError
+from refine_mcore.files import written_whole
 
 _PACKAGES = ("torch", "megatron-core", "triton", "flash-linear-attention", "transformer-engine")
 
@@ -25,12 +25,8 @@ def write_json(output: Path, report: dict[str, Any], **more: Any) -> None:
     """Write `report` with the machine, the versions and what else is given; by rename. Raises
     UserError if that fails."""
     report = report | {"machine": _machine(), "versions": _versions()} | more
-    partial = output.with_name(f".{output.name}.partial")
-    try:
+    with written_whole(output) as partial:
         partial.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(partial, output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from None
 
 
 def _machine() -> dict[str, Any]:

@@ -51,7 +51,7 @@ class Built:
 
     @classmethod
     def by(cls, run: Any) -> Built:
-        """From a `_Run`."""
+        """From a `Run`."""
         groups, model, layer = run.groups, run.model, run.model.decoder.layers[0]
         parts = [part.optimizer for part in run.optimizer.chained_optimizers]
         return cls(
@@ -140,7 +140,7 @@ def observe(
 
 @contextlib.contextmanager
 def _watch_run(seen: Observed) -> Iterator[None]:
-    class Watched(loop._Run):
+    class Watched(loop.Run):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             seen.built = Built.by(self)
@@ -148,7 +148,7 @@ def _watch_run(seen: Observed) -> Iterator[None]:
                 lambda model, inputs: seen.passes.append(inputs[0].shape[1])
             )
 
-    with mock.patch.object(loop, "_Run", Watched):
+    with mock.patch.object(loop, "Run", Watched):
         yield
 
 
@@ -208,7 +208,7 @@ def _without_the_other_ranks(ranks: int) -> Iterator[None]:
     with (
         mock.patch.object(platform, "init_distributed", join),
         mock.patch.object(dist, "new_group", fake_group),
-        mock.patch.object(loop._Run, "train", lambda self: None),
+        mock.patch.object(loop.Run, "train", lambda self: None),
     ):
         yield
         platform.shutdown()

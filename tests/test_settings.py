@@ -119,7 +119,7 @@ ELSEWHERE = {
     "data.max_answer_tokens": "tests/data/test_examples.py",
     "training.decode_graphs": "tests/pipeline/test_decoding.py",
     "posttrain.inner": "tests/training/test_posttrain.py",
-    "ttt.reset": "tests/training/test_ttt.py",
+    "ttt.reset": "tests/evaluation/test_ttt.py",
     "evaluation.niah_length": "tests/evaluation/test_in_training.py",
     "evaluation.niah_rows": "tests/evaluation/test_tasks.py",
 }

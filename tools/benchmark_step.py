@@ -94,10 +94,6 @@ def _check_runs_here(config: Config) -> None:
     from refine_mcore import platform
 
     platform.let_messages_overlap(config.parallel.pipeline)
-
-    from refine_mcore.training.setup import check_supported
-
-    check_supported(config)
     several = config.parallel.tensor > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
     if config.parallel.pipeline == 1 and (several or config.training.recompute is not None):
         raise UserError(

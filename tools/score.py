@@ -42,9 +42,8 @@ def main(argv: list[str]) -> None:
     platform.let_messages_overlap(config.parallel.pipeline)
     platform.initialize()
     from refine_mcore.data.token_file import read_token_file
-    from refine_mcore.training.setup import check_supported, resolve_architecture
+    from refine_mcore.training.setup import resolve_architecture
 
-    check_supported(config)
     if (config.parallel.slices or 1) > 1 or config.training.recompute == "full":
         raise UserError(
             "score.py reads whole texts: no parallel.slices, no training.recompute full"

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 from pathlib import Path
 
 import sentencepiece
 
 from refine_mcore.data.documents import read_documents
 from refine_mcore.errors import UserError, cli
+from refine_mcore.files import written_whole
 
 
 def train(inputs: list[str], vocab_size: int) -> bytes:
@@ -59,12 +59,8 @@ def main(argv: list[str]) -> None:
     if arguments.output.exists():
         raise UserError(f"{arguments.output} exists already")
     model = train(arguments.input, arguments.vocab_size)
-    partial = arguments.output.with_name(f".{arguments.output.name}.partial")
-    try:
+    with written_whole(arguments.output) as partial:
         partial.write_bytes(model)
-        os.replace(partial, arguments.output)
-    except OSError as error:
-        raise UserError(f"cannot write {arguments.output}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

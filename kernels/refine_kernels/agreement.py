@@ -35,7 +35,8 @@ def disagreement(
     gradients: bool = True,
 ) -> str | None:
     """What differs most between the two forms, of ``outputs`` and, unless they have none, of the
-    gradients of all floating ``inputs``, if it is more than ``tolerance``.
+    gradients of all floating ``inputs``, if it is more than ``tolerance``; or why the form does
+    not run here: a kernel may need more than the chip has, or a compiler that is missing.
 
     Both take the inputs in their order; torch's gets the same numbers in float32.  The gradients
     are those of a random projection of the outputs.  Whoever asks may be inside autograd's hooks;
@@ -44,30 +45,39 @@ def disagreement(
     device = next(iter(inputs.values())).device
     gen = torch.Generator().manual_seed(0)
     weights: list[Tensor] = []
-    results: list[list[Tensor]] = []
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(gradients),
         torch.autocast(device.type, enabled=False),
         saved_tensors_hooks(_same, _same),
     ):
-        for run, widen in ((form, False), (by_torch, True)):
+
+        def results_of(run: Form, widen: bool) -> list[Tensor]:
             given = [_leaf(x, widen) for x in inputs.values()]
             found = list(run(*given))
             while len(weights) < len(found):
                 shape = found[len(weights)].shape
                 weights.append(torch.randn(shape, generator=gen).to(device))
-            results.append(found)
-            if gradients:
-                pairs = zip(found, weights, strict=True)
-                total: Any = sum((x.float() * w).sum() for x, w in pairs if x.requires_grad)
-                leaves = [x for x in given if x.requires_grad]
-                results[-1] += torch.autograd.grad(total, leaves)
+            if not gradients:
+                return found
+            pairs = zip(found, weights, strict=True)
+            total: Any = sum((x.float() * w).sum() for x, w in pairs if x.requires_grad)
+            leaves = [x for x in given if x.requires_grad]
+            return found + list(torch.autograd.grad(total, leaves))
+
+        expected = results_of(by_torch, True)
+        try:
+            actual = results_of(form, False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of a compiler, a driver, another package
+            first = next(iter(str(error).splitlines()), "")
+            return f"on this machine the kernels do not run ({type(error).__name__}: {first})"
     floating = [name for name, x in inputs.items() if gradients and x.is_floating_point()]
     names = [*outputs, *(f"gradient of {name}" for name in floating)]
     errors = {
-        name: ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
-        for name, actual, expected in zip(names, *results, strict=True)
+        name: ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
+        for name, found, wanted in zip(names, actual, expected, strict=True)
     }
     worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
     if errors[worst] <= tolerance:

@@ -13,21 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from refine_kernels.host import without_waiting
 
 from refine_mcore import platform
 from refine_mcore.config import Config, data_parallel_layout, require_data
 from refine_mcore.data import batch_iterator, load_tokenizer
 from refine_mcore.pipeline.engine import PASS_NAMES, PipelineEngine
 from refine_mcore.pipeline.passes import Pass
-from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.refine_loss import TextBatch
-from refine_mcore.training.checkpointing import on_first_rank
-from refine_mcore.training.optimizer import build_optimizer, main_gradient, wrap_data_parallel
+from refine_mcore.training.optimizer import main_gradient
 from refine_mcore.training.phases import MidTraining
-from refine_mcore.training.setup import build_engine, resolve_architecture, training_model
-from refine_mcore.training.step import TrainStep
+from refine_mcore.training.setup import build_training, resolve_architecture
 
 
 class Bench:
@@ -50,31 +46,17 @@ class Bench:
         with _temporary_directory() as directory:
             dataset = MidTraining(config).samples(tokenizer, vocab, directory)
         self.before_model = resident_bytes()
-        self.model = wrap_data_parallel(
-            training_model(config, self.groups), config.optimizer, self.groups
-        )
-        self.optimizer, _ = build_optimizer(self.model, config, getattr(torch, training.dtype))
-        self.engine = build_engine(config, self.model, self.groups)
-        self.run_step = TrainStep(
-            self.model, self.optimizer, config.refine, training.seed, self.groups, self.engine
-        )
+        _, self.model, self.optimizer, _, self.run_step = build_training(config, self.groups)
+        self.engine = self.run_step.engine
         batches = batch_iterator(
             dataset, 0, training.micro_batch_size, self.groups.dp.rank(), self.groups.dp.size()
         )
-        self.batches = [
-            TextBatch.of(item, lambda x: without_waiting(x, platform.device()))
-            for item in islice(batches, count)
-        ]
+        self.batches = [TextBatch.of(item, platform.device()) for item in islice(batches, count)]
 
     @property
     def context(self) -> StepContext:
         """Of the first step."""
-        return StepContext(
-            self.model.module,
-            self.config.refine,
-            Randomness(self.config.training.seed, 0),
-            self.groups.dp,
-        )
+        return self.run_step.context(0)
 
     @cached_property
     def one_slice(self) -> PipelineEngine:
@@ -94,7 +76,7 @@ class Bench:
 @contextmanager
 def _temporary_directory() -> Iterator[Path]:
     """Of one name on all nodes. Tokens mapped inside it stay readable after it is gone."""
-    directory = Path(on_first_rank(tempfile.mkdtemp))
+    directory = Path(platform.on_first_rank(tempfile.mkdtemp))
     try:
         yield directory
         torch.distributed.barrier()

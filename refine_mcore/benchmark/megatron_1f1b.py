@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from refine_mcore.step.context import StepContext
-from refine_mcore.step.metrics import StepAccumulator, WorkMetrics
+from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch, ntp_loss, predict
 
 
@@ -32,7 +32,7 @@ def megatron_1f1b(
             return out.hidden, None
         text = predict(context.model, out, batch, with_entropy=False)
         loss = ntp_loss(text, batch, targets)
-        metrics.add(WorkMetrics({"loss_ntp": loss.detach()}))
+        metrics.add({"loss_ntp": loss.detach()})
         no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
         return loss, lambda loss: (loss, no_tokens, {})
 

@@ -9,6 +9,7 @@ from refine_mcore.config.checks import (
     data_parallel_layout,
     require_data,
     rollout_micro_batches,
+    runs_in_slices,
     validate,
 )
 from refine_mcore.config.loader import config_from_dict, load_config, save_config, to_dict
@@ -48,6 +49,7 @@ __all__ = [
     "prepare_run_directory",
     "require_data",
     "rollout_micro_batches",
+    "runs_in_slices",
     "save_config",
     "to_dict",
     "validate",

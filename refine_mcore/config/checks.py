@@ -58,6 +58,15 @@ def data_parallel_layout(config: Config, world_size: int) -> tuple[int, int]:
     return data_parallel, training.global_batch_size // per_pass
 
 
+def runs_in_slices(config: Config) -> bool:
+    """Whether a step is more than the plain case of one stage and one slice."""
+    return (
+        config.parallel.pipeline > 1
+        or (config.parallel.slices or 1) > 1
+        or config.training.recompute == "full"
+    )
+
+
 def takes_mini_batches(config: RefineConfig) -> bool:
     """Whether runs of this mode take an optimizer step per mini-batch: `ntp` as the baseline of
     `two_phase`."""
@@ -156,6 +165,12 @@ def _check_parallel(config: Config) -> str | None:
         return (
             "training.recompute full keeps the activations of one slice at a time: with "
             "parallel.pipeline 1 and parallel.slices 1 it would save nothing"
+        )
+    if config.refine.mode == "prefix_copy" and runs_in_slices(config):
+        return (
+            "refine.mode prefix_copy, the reference, runs on whole texts: it needs "
+            "parallel.pipeline 1, parallel.slices 1 and no training.recompute full; all other "
+            "modes take these"
         )
     if optimizer.overlap_param_gather and not (
         optimizer.use_distributed_optimizer and optimizer.overlap_grad_reduce

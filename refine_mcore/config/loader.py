@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -23,6 +22,7 @@ import yaml
 from refine_mcore.config.checks import validate
 from refine_mcore.config.schema import Config, Limit
 from refine_mcore.errors import UserError
+from refine_mcore.files import written_whole
 
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
@@ -60,13 +60,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes the configuration as YAML, by rename. Raises UserError if that fails."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with written_whole(Path(path)) as partial:
         partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -37,7 +37,7 @@ UNTOUCHED_FILE = "untouched.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _HEADERS = "safetensors_headers"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_LATEST_FILE = "latest_checkpointed_iteration.txt"
+LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 # Configuration and tokenizers; never code, never pickles.
 _TRAVELLERS = (
@@ -201,7 +201,7 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         state = "is not a directory" if path.exists() else "does not exist"
         raise UserError(f"checkpoint {path} {state}")
-    latest = path / _LATEST_FILE
+    latest = path / LATEST_FILE
     if not latest.is_file():
         return path
     text = latest.read_text(errors="replace").strip()

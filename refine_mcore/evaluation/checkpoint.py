@@ -15,8 +15,8 @@ from refine_mcore.data import Tokenizer, load_tokenizer
 from refine_mcore.data.tokenizer import check_vocabulary
 from refine_mcore.errors import UserError
 from refine_mcore.models.fast_weight_model import LanguageModel
-from refine_mcore.pipeline.whole_model import whole_model
-from refine_mcore.training.setup import check_supported, resolve_architecture, training_model
+from refine_mcore.models.whole_model import whole_model
+from refine_mcore.training.setup import resolve_architecture, training_model
 
 
 @contextmanager
@@ -32,7 +32,6 @@ def open_checkpoint(
     assert config.model.checkpoint is not None
     platform.let_messages_overlap(config.parallel.pipeline)
     platform.initialize()
-    check_supported(config)
     found = tokenizer or own_tokenizer(find_checkpoint(Path(config.model.checkpoint)))
     if found is None:
         raise UserError(

@@ -4,7 +4,6 @@ and the report."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from refine_mcore.evaluation.metrics import LONGBENCH_TASKS, RULER_QA_TASKS
 from refine_mcore.evaluation.next_token import doubling_borders, next_token_scores
 from refine_mcore.evaluation.runner import Results, run_rows
 from refine_mcore.evaluation.tasks import VARIANTS, Row, niah_rows, rows_of_files
+from refine_mcore.files import written_whole
 from refine_mcore.generation import Sampling, generate, response_text
 from refine_mcore.models.fast_weight_model import LanguageModel
 
@@ -173,6 +173,5 @@ def _identity(directory: Path) -> list[Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial_file = path.with_name(f".{path.name}.partial")
-    partial_file.write_text(text, encoding="utf-8")
-    os.replace(partial_file, path)
+    with written_whole(path) as partial_file:
+        partial_file.write_text(text, encoding="utf-8")

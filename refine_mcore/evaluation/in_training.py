@@ -20,7 +20,7 @@ from refine_mcore.evaluation.next_token import doubling_borders, next_token_scor
 from refine_mcore.evaluation.tasks import VARIANTS, niah_rows
 from refine_mcore.generation import generate, response_text
 from refine_mcore.models.fast_weight_model import FastWeightModel
-from refine_mcore.pipeline.whole_model import whole_model
+from refine_mcore.models.whole_model import whole_model
 
 _BATCH = 4  # needles at a time
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refine_mcore.errors import UserError
+from refine_mcore.files import written_whole
 
 _DEPTH_BINS = 10  # of the heat map
 
@@ -147,8 +148,7 @@ def plot_needles(lines: Iterable[dict[str, Any]], path: Path) -> bool:
         axis.set_xlabel("length, tokens")
     axes[0][0].set_ylabel("depth")
     figure.colorbar(image, ax=axes[0], label="score")
-    partial = path.with_name(f".{path.name}.partial.png")
-    figure.savefig(partial, dpi=120)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
-    partial.rename(path)
     return True

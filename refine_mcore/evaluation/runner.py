@@ -63,6 +63,19 @@ class Results:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
+    def add_response(self, row: Row, seed: int, response: str) -> None:
+        """Of a row, with its score."""
+        self.add(
+            row.task,
+            row.key,
+            seed,
+            group=row.group,
+            response=response,
+            answers=list(row.answers),
+            prompt_tokens=len(row.prompt),
+            score=score(row.task, response, row.answers),
+        )
+
 
 def run_rows(
     rows: Sequence[Row],
@@ -99,15 +112,5 @@ def run_rows(
             ended if row.one_line else None,
         )
         for (each, _, _), tokens in zip(batch, responses, strict=True):
-            text = text_of(each, tokens)
-            results.add(
-                each.task,
-                each.key,
-                seed,
-                group=each.group,
-                response=text,
-                answers=list(each.answers),
-                prompt_tokens=len(each.prompt),
-                score=score(each.task, text, each.answers),
-            )
+            results.add_response(each, seed, text_of(each, tokens))
         progress(len(batch))

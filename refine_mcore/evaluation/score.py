@@ -14,7 +14,7 @@ from refine_mcore.config import OptimizerConfig, RefineConfig
 from refine_mcore.conversion.parameters import HFParameter, hf_parameter_map, to_hf_tensors
 from refine_mcore.models.fast_weight_model import FastWeightModel, LanguageModel
 from refine_mcore.models.sharding import full_tensors
-from refine_mcore.pipeline.whole_model import whole_model
+from refine_mcore.models.whole_model import whole_model
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
 from refine_mcore.step.refine_loss import (

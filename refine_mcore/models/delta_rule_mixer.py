@@ -159,7 +159,7 @@ class DeltaRuleMixer(Mixer):
         and the inputs the next token needs."""
         if not self.options.use_short_conv:
             return remade(self.activate, raw), raw[:, :0]
-        out, tail = remade(self._short_conv, raw, self.short_conv.weight, past)
+        out, tail = remade(self._short_conv, raw, self.short_conv(), past)
         return out, tail
 
     def _short_conv(

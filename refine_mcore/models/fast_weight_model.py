@@ -39,7 +39,7 @@ class ModelOutput:
 
 class LanguageModel(Protocol):
     """What text passes and rollouts ask of a model: a `FastWeightModel` that is the only stage, or
-    several stages together (pipeline/whole_model.py)."""
+    several stages together (models/whole_model.py)."""
 
     @property
     def config(self) -> FastWeightConfig: ...

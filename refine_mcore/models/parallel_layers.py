@@ -313,7 +313,8 @@ class PackedConvolution(MegatronModule):
     """The taps [sum of local sizes, 1, width] of a depthwise convolution over several parts, which
     checkpoints name one by one, each of this rank's channels.
 
-    One parameter for all: they have one gradient, and need not be joined to be used.
+    One parameter for all: they have one gradient, and need not be joined to be used. They are read
+    by the forward, before which Megatron may have to gather what an optimizer step has changed.
     """
 
     def __init__(
@@ -327,6 +328,9 @@ class PackedConvolution(MegatronModule):
         super().__init__(config)
         self.names, self.local_sizes, self.tp_group = names, local_sizes, tp_group
         self.weight = row_sharded_parameter((sum(local_sizes), 1, width), config)
+
+    def forward(self) -> Tensor:
+        return self.weight
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -44,6 +44,18 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """Every tensor in `value`, in the order of `map_tensors`."""
+    found: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    map_tensors(keep, value)
+    return found
+
+
 def inverse(order: Sequence[int]) -> list[int]:
     """Where each of 0 .. n-1 stands in a permutation of them."""
     places = [0] * len(order)

@@ -4,5 +4,4 @@ Planning, without torch: `passes` (what a step consists of), `order` (which pass
 `instructions` (with its messages), `checker` and `simulator`, `drawing`; `plan` is the front.
 Running: `engine` (follows a plan), `stage` and `branch_passes` (what a pass does), `cut` (of the
 autograd graph), `head` (the objective), `channels` (messages), `slices` (where a text is cut).
-`whole_model` runs all stages as one model, for evaluation.
 """

@@ -4,38 +4,17 @@ branches together."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.pipeline.cut import Root, run_backward
 from refine_mcore.pipeline.decoding import Decoder, Decoding
 from refine_mcore.pipeline.head import Head
-
-
-@dataclass(frozen=True)
-class RolloutShape:
-    """Positions per text, rollouts per position, tokens per rollout; text tokens read behind it for
-    its reward."""
-
-    positions: int
-    rollouts: int
-    tokens: int
-    behind: int = 0
-
-    @property
-    def scored(self) -> int:
-        """Tokens that the pass S reads of a rollout."""
-        return self.tokens + self.behind
-
-    @property
-    def decode_passes(self) -> int:
-        """The first token comes from the text's own logits."""
-        return self.tokens - 1
 
 
 class BranchPasses:
@@ -44,7 +23,7 @@ class BranchPasses:
     The first stage reads tokens, the others the hidden states of the stage before. On the last one,
     which has the `head`, `prefix_hidden` [streams, h] emits the first tokens. On the first stage,
     `tokens` [streams, k] are those of stored rollouts, and `behind` [streams, m] the text tokens
-    that are read behind new ones.
+    that are read behind new ones; the pass S reads `scored_tokens` of each stream.
     """
 
     def __init__(
@@ -52,13 +31,15 @@ class BranchPasses:
         model: FastWeightModel,
         decoder: Decoder,
         head: Head | None,
-        shape: RolloutShape,
+        config: RefineConfig,
+        scored_tokens: int,
         states: Sequence[FastWeightState],
         prefix_hidden: Tensor | None,
         tokens: Tensor | None,
         behind: Tensor | None = None,
     ) -> None:
-        self._model, self._head, self._shape = model, head, shape
+        self._model, self._head, self._config = model, head, config
+        self._scored_tokens = scored_tokens
         self._states, self._decoder = states, decoder
         self._decoding: Decoding | None = None
         self._prefix_hidden, self._behind = prefix_hidden, behind
@@ -85,8 +66,8 @@ class BranchPasses:
         hidden = self._take(message)
         tokens = self._tokens[-1][:, None] if self._model.pre_process else self._unread(1)
         if self._decoding is None:
-            shape = self._shape
-            self._decoding = self._decoder.start(self._states, shape.decode_passes, shape.rollouts)
+            passes, rollouts = self._config.rollout_tokens - 1, self._config.rollouts_per_position
+            self._decoding = self._decoder.start(self._states, passes, rollouts)
         out = self._decoding.step(tokens, hidden)
         return out if self._head is None else self._draw(out[:, 0])
 
@@ -101,7 +82,7 @@ class BranchPasses:
             tokens = torch.cat([tokens, self._behind], dim=1)
         self._model.set_input_tensor(hidden)
         out = self._model(
-            self._unread(self._shape.scored) if tokens is None else tokens, self._states
+            self._unread(self._scored_tokens) if tokens is None else tokens, self._states
         )
         output, gradient = out.hidden, None
         if self._head is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from refine_mcore.models.state import map_tensors
+from refine_mcore.models.state import map_tensors, tensors_in
 
 # Where a backward pass starts, and with which gradient (None: known later).
 Root = tuple[GradientEdge, Tensor | None]
@@ -49,13 +49,7 @@ class Cut:
 
     def reconnect(self, value: Any) -> None:
         """Send the gradients to `value`, the one handed on or its like."""
-        self._edges = []
-
-        def connect(x: Tensor) -> Tensor:
-            self._edges.append(get_gradient_edge(x) if x.requires_grad else None)
-            return x
-
-        map_tensors(connect, value)
+        self._edges = [get_gradient_edge(x) if x.requires_grad else None for x in tensors_in(value)]
 
     def close(self) -> None:
         """All gradients are there: keep them, and let go of the value."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from refine_mcore.models.fast_weight_model import FastWeightModel
-from refine_mcore.models.state import FastWeightState, map_tensors
+from refine_mcore.models.state import FastWeightState, map_tensors, tensors_in
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class _Graph:
     ) -> None:
         self._model = model
         self._states = map_tensors(torch.clone, list(states))
-        self._memory = _tensors(self._states)
+        self._memory = tensors_in(self._states)
         device = self._memory[0].device
         self.tokens = torch.zeros(states[0].num_streams, 1, dtype=torch.long, device=device)
         self._hidden: Tensor | None = None
@@ -130,11 +130,11 @@ class _Graph:
         self._model.set_input_tensor(None)
         out = self._model(self.tokens, self._states, output_states=True)
         assert out.states is not None
-        _copy(self._memory, _tensors(out.states))
+        _copy(self._memory, tensors_in(out.states))
         self._hidden = out.hidden
 
     def load(self, states: Sequence[FastWeightState]) -> None:
-        _copy(self._memory, _tensors(states))
+        _copy(self._memory, tensors_in(states))
 
     def step(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
         assert hidden is None
@@ -177,14 +177,3 @@ def _kind(states: Sequence[FastWeightState]) -> str:
         return tuple(x.shape), x.dtype
 
     return repr(map_tensors(shape, list(states)))
-
-
-def _tensors(states: Sequence[FastWeightState]) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def keep(x: Tensor) -> Tensor:
-        found.append(x)
-        return x
-
-    map_tensors(keep, list(states))
-    return found

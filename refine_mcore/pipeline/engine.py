@@ -22,7 +22,6 @@ from torch.profiler import record_function
 
 from refine_mcore import platform
 from refine_mcore.config import RefineConfig
-from refine_mcore.pipeline.branch_passes import RolloutShape
 from refine_mcore.pipeline.channels import Channels
 from refine_mcore.pipeline.decoding import Decoder
 from refine_mcore.pipeline.head import Head, Objective
@@ -153,12 +152,6 @@ class PipelineEngine:
         """All passes of a phase on this stage."""
         config, length = context.config, work[0].texts.tokens.shape[1]
         spans = self._spans(length, len(work))
-        shape = RolloutShape(
-            config.num_chunks,
-            config.rollouts_per_position,
-            config.rollout_tokens,
-            0 if phase == "train" else config.tokens_behind,  # stored rollouts have their rewards
-        )
         keeps_graph = phase != "rollout" and not self._recompute
         on_stage = []
         for item in work:
@@ -166,7 +159,7 @@ class PipelineEngine:
             if self._stage == self._stages - 1:
                 head = Head(context, item, objective, metrics)
             on_stage.append(
-                StageWork(self._wrapped, self.decoder, item, spans, shape, head, keeps_graph)
+                StageWork(self._wrapped, self.decoder, item, spans, config, head, keeps_graph)
             )
         rolls_out = [item.rolls_out for item in work]
         self._follow(self.plan(config, length, rolls_out, phase), on_stage)

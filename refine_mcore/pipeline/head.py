@@ -16,7 +16,7 @@ from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import draw_tokens
 from refine_mcore.rollout.scoring import future_log_probs, score_hidden
 from refine_mcore.step.context import StepContext
-from refine_mcore.step.metrics import StepAccumulator, WorkMetrics
+from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import (
     Continuation,
     Rollouts,
@@ -86,7 +86,7 @@ class Head:
             return None
         loss = ntp_loss(text, texts, self.objective.targets)
         if not again:
-            self.metrics.add(WorkMetrics({"loss_ntp": loss.detach()}))
+            self.metrics.add({"loss_ntp": loss.detach()})
         return self.objective.ntp_weight * loss
 
     @property
@@ -151,11 +151,11 @@ class Head:
             branched, texts = self._branched, self.micro_batch.texts
             assert branched is not None
             self.scored = reward_rollouts(branched.text, texts, rollouts, scores, future, config)
-            self.metrics.add(rollout_metrics(texts, branched.entropy, self.scored))
+            self.metrics.add(*rollout_metrics(texts, branched.entropy, self.scored))
         if self.objective is None:
             return None
         loss, sums = policy_loss(scores.log_probs, self.scored, config, self.objective.rollouts)
-        self.metrics.add(WorkMetrics(sums))
+        self.metrics.add(sums)
         return config.policy_weight * loss
 
     def _made(self) -> Rollouts:

@@ -25,12 +25,12 @@ the pass that consumes the message `receives_ahead` places earlier on the same c
 
 import argparse
 import json
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from refine_mcore.errors import UserError, cli
+from refine_mcore.files import written_whole
 from refine_mcore.pipeline.checker import check
 from refine_mcore.pipeline.drawing import draw
 from refine_mcore.pipeline.instructions import Instruction, add_messages
@@ -183,16 +183,6 @@ def _plan_of(arguments: argparse.Namespace) -> Plan:
     return choose_slices(shape, costs) if automatic else make_plan(shape, costs)
 
 
-def _write(path: Path, text: str) -> None:
-    """Write beside, then rename: a drawing is there as a whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-
-
 def main(argv: list[str]) -> None:
     """Plan the step that the command line describes, and print it."""
     arguments = _parse(argv)
@@ -201,7 +191,8 @@ def main(argv: list[str]) -> None:
     plan = _plan_of(arguments)
     if arguments.draw:
         title = f"{_title(plan.shape)}: {plan.ratio:.3f} x ideal"
-        _write(arguments.draw, draw(plan.shape, plan.timeline, title))
+        with written_whole(arguments.draw) as partial:
+            partial.write_text(draw(plan.shape, plan.timeline, title), encoding="utf-8")
     print(json.dumps(to_json(plan)) if arguments.json else describe(plan))
 
 

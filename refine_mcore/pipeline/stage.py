@@ -28,9 +28,10 @@ from refine_kernels.streams import take_streams
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel, ModelOutput
 from refine_mcore.models.state import inverse
-from refine_mcore.pipeline.branch_passes import BranchPasses, RolloutShape
+from refine_mcore.pipeline.branch_passes import BranchPasses
 from refine_mcore.pipeline.channels import TensorSpec
 from refine_mcore.pipeline.cut import Cut, Root, run_backward
 from refine_mcore.pipeline.decoding import Decoder
@@ -77,7 +78,7 @@ class StageWork:
         decoder: of this stage.
         micro_batch: what to do; every stage has the texts.
         spans: [start, stop) of each slice.
-        rollouts: of a micro-batch that rolls out.
+        config: of the rollouts.
         head: the objective, on the last stage.
         keeps_graph: False where there is no backward, or where slices are read again for it.
     """
@@ -88,14 +89,14 @@ class StageWork:
         decoder: Decoder,
         micro_batch: MicroBatch,
         spans: Sequence[Span],
-        rollouts: RolloutShape,
+        config: RefineConfig,
         head: Head | None,
         keeps_graph: bool,
     ) -> None:
         self._wrapped, self._decoder, self._spans = wrapped, decoder, spans
         self._batch, self._stored = micro_batch.texts, micro_batch.stored
         self._model: FastWeightModel = wrapped.module
-        self._rollouts = rollouts if micro_batch.rolls_out else None
+        self._config, self._rolls_out = config, micro_batch.rolls_out
         self._head, self._keeps_graph = head, keeps_graph
         self._slices: dict[int, _Slice] = {}
         # Where branches leave; before the last slice of new ones, those of slices that were let go.
@@ -124,18 +125,26 @@ class StageWork:
         start, stop = self._spans[item.slice]
         texts = self._batch.tokens.shape[0]
         text = self._hidden_spec(texts, stop - start)
-        if item.op == "F" or self._rollouts is None:
+        if item.op == "F" or not self._rolls_out:
             return [text]
-        shape, last = self._rollouts, len(self._spans) - 1
-        streams = texts * shape.positions * shape.rollouts
+        config, last = self._config, len(self._spans) - 1
+        streams = texts * config.num_chunks * config.rollouts_per_position
+        scored = self._hidden_spec(streams, self._scored_tokens)
         if item.op == "W":
-            return [text, self._hidden_spec(streams, shape.scored)][: 1 + (item.slice == last)]
-        begins = item.step == 0 and (item.op == "D" or shape.decode_passes == 0)
+            return [text, scored][: 1 + (item.slice == last)]
+        begins = item.step == 0 and (item.op == "D" or config.rollout_tokens == 1)
         tell_positions = begins and self._stored is None
-        positions = [TensorSpec((texts, shape.positions), torch.long)] * tell_positions
+        positions = [TensorSpec((texts, config.num_chunks), torch.long)] * tell_positions
         if self._model.pre_process:
             return [TensorSpec((streams,), torch.long), *positions]
-        return [self._hidden_spec(streams, 1 if item.op == "D" else shape.scored), *positions]
+        return [self._hidden_spec(streams, 1) if item.op == "D" else scored, *positions]
+
+    @property
+    def _scored_tokens(self) -> int:
+        """Tokens of a rollout, and of the text behind it, that the pass S reads; stored rollouts
+        have their rewards."""
+        behind = 0 if self._stored is not None else self._config.tokens_behind
+        return self._config.rollout_tokens + behind
 
     def _hidden_spec(self, streams: int, length: int) -> TensorSpec:
         shape = self._model.between_stages(streams, length)
@@ -145,7 +154,7 @@ class StageWork:
         before = self._slices[index - 1].outgoing if index else None
         hidden = None if hidden is None else hidden.requires_grad_()
         piece = self._slices[index] = _Slice(*self._spans[index], hidden, before)
-        new_rollouts = self._rollouts is not None and self._stored is None
+        new_rollouts = self._rolls_out and self._stored is None
         with torch.set_grad_enabled(self._keeps_graph):
             piece.out = self._read(piece, record=new_rollouts or bool(self._leaving(piece)))
         handed_on = [piece.out.hidden.detach()] if self._head is None else []
@@ -233,10 +242,9 @@ class StageWork:
 
     def _leave(self) -> BranchPasses:
         """All branches together, ready for their passes."""
-        assert self._rollouts is not None
         pieces = [piece for piece in self._slices.values() if piece.branched is not None]
         back = inverse([row for piece in pieces for row in self._leaving(piece)])
-        streams = [row for row in back for _ in range(self._rollouts.rollouts)]
+        streams = [row for row in back for _ in range(self._config.rollouts_per_position)]
         handed: list[Any] = [piece.branched.handed for piece in pieces if piece.branched]
         one_text = self._batch.documents is None
         states = [
@@ -251,7 +259,8 @@ class StageWork:
             self._model,
             self._decoder,
             self._head,
-            self._rollouts,
+            self._config,
+            self._scored_tokens,
             states,
             prefix_hidden,
             tokens,
@@ -262,12 +271,13 @@ class StageWork:
     def _text_behind(self) -> Tensor | None:
         """The text tokens [streams, m] behind new rollouts that their rewards read, on the first
         stage."""
-        shape, branches = self._rollouts, self._branched_at
-        assert shape is not None and branches is not None
-        if shape.behind == 0 or not self._model.pre_process:
+        config, branches = self._config, self._branched_at
+        behind = self._scored_tokens - config.rollout_tokens
+        if behind == 0 or not self._model.pre_process:
             return None
-        streams, tokens = branches.fork(shape.rollouts), self._batch.tokens[..., None]
-        return streams.rows_after(tokens, shape.behind, skip=shape.tokens)[..., 0]
+        assert branches is not None
+        streams, tokens = branches.fork(config.rollouts_per_position), self._batch.tokens[..., None]
+        return streams.rows_after(tokens, behind, skip=config.rollout_tokens)[..., 0]
 
     def _backward(self, index: int, message: Sequence[Tensor], last_backward: bool) -> list[Tensor]:
         """W: on the last slice first the backward of the branches, in the same message."""

@@ -3,15 +3,12 @@ states."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from refine_mcore.models.fast_weight_model import LanguageModel
-from refine_mcore.models.state import FastWeightState
 
 
 class BranchScores(NamedTuple):
@@ -22,24 +19,6 @@ class BranchScores(NamedTuple):
     hidden: Tensor
 
 
-@record_function("refine/score")
-def score(
-    model: LanguageModel,
-    states: Sequence[FastWeightState],
-    prefix_hidden: Tensor,
-    tokens: Tensor,
-    temperature: float = 1.0,
-) -> BranchScores:
-    """Score the rollouts `tokens` [R, k] from the states of their branches, with gradients through
-    both.
-
-    `prefix_hidden` [R, d] is the text's own final hidden state before each branch: it emits the
-    first token. Of the k branch hidden states the last emits nothing; the reward compares it all
-    the same.
-    """
-    return score_hidden(model, model(tokens, states).hidden, prefix_hidden, tokens, temperature)
-
-
 def score_hidden(
     model: LanguageModel,
     hidden: Tensor,
@@ -47,7 +26,12 @@ def score_hidden(
     tokens: Tensor,
     temperature: float,
 ) -> BranchScores:
-    """The scores of `tokens` [R, k], given the hidden states [R, k, d] after each of them."""
+    """The scores of `tokens` [R, k], with gradients, given the hidden states [R, k, d] after each.
+
+    `prefix_hidden` [R, d] is the text's own final hidden state before each branch: it emits the
+    first token. Of the k branch hidden states the last emits nothing; the reward compares it all
+    the same.
+    """
     emitting = torch.cat([prefix_hidden[:, None], hidden[:, :-1]], dim=1)
     return BranchScores(rollout_log_probs(model, emitting, tokens, temperature), hidden)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.rollout.branches import Randomness
-from refine_mcore.step.refine_loss import TextBatch, policy_denominator
+from refine_mcore.step.refine_loss import TextBatch
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,14 @@ class StepContext:
         return count
 
     def policy_denominator(self, batches: Sequence[TextBatch]) -> float:
-        """What the policy loss of these micro-batches is divided by; every data-parallel rank has
-        as many."""
-        local = sum(batch.tokens.shape[0] for batch in batches)
-        return policy_denominator(local * self.dp_group.size(), self.config)
+        """What the policy loss of these micro-batches is divided by: their rollout tokens over all
+        data-parallel ranks, each of which has as many, or their rollouts.
+
+        Where rollouts end earlier (`rollout_entropy`) their tokens are still taken to be k: how
+        many there are in all is known when the first micro-batch has had its backward.
+        """
+        config, local = self.config, sum(batch.tokens.shape[0] for batch in batches)
+        texts = local * self.dp_group.size()
+        rollouts = texts * config.num_chunks * config.rollouts_per_position
+        per_token = config.aggregation == "token-mean"
+        return float(rollouts * (config.rollout_tokens if per_token else 1))

@@ -24,14 +24,6 @@ class TextRecord:
     rewards: Tensor
 
 
-@dataclass(frozen=True)
-class WorkMetrics:
-    """`sums` add up over micro-batches and ranks; `texts` is reported once per text and step."""
-
-    sums: dict[str, Tensor]
-    texts: TextRecord | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepFigures:
     """What one update comes to over all ranks. ReFINE's fields are None in a next-token step, all
@@ -73,11 +65,12 @@ class StepAccumulator:
     texts: list[TextRecord] = field(default_factory=list)
     skipped_steps: int = 0
 
-    def add(self, metrics: WorkMetrics) -> None:
-        for name, value in metrics.sums.items():
+    def add(self, sums: dict[str, Tensor], texts: TextRecord | None = None) -> None:
+        """`sums` add up over micro-batches and ranks; `texts` come once per text and step."""
+        for name, value in sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        if metrics.texts is not None:
-            self.texts.append(metrics.texts)
+        if texts is not None:
+            self.texts.append(texts)
 
     def reduce(self, pg_collection: Any, optimizer_steps: int) -> ReducedMetrics:
         """Sum over data-parallel ranks, known to all stages. Losses are averaged over the optimizer

@@ -7,7 +7,6 @@ micro-batches and ranks add up to the same loss at every layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,9 +33,8 @@ from refine_mcore.objective.positions import (
 )
 from refine_mcore.objective.rewards import sequence_reward
 from refine_mcore.rollout.branches import Branches, Randomness
-from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import BranchScores
-from refine_mcore.step.metrics import TextRecord, WorkMetrics
+from refine_mcore.step.metrics import TextRecord
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,14 @@ class TextBatch:
     documents: Documents | None = None
 
     @classmethod
-    def of(cls, sample: dict[str, Tensor], move: Callable[[Tensor], Tensor]) -> TextBatch:
-        """Of tensors on the host by their names, `documents` [B, S] the number of each token's
-        document; `move` takes them to the device."""
+    def of(cls, sample: dict[str, Tensor], device: torch.device) -> TextBatch:
+        """On the device, of tensors on the host by their names, `documents` [B, S] the number of
+        each token's document."""
         tensors = dict(sample)
         numbers = tensors.pop("documents", None)
         documents = None if numbers is None else Documents.of(numbers)
         index = tensors.pop("sample_index")
-        on_device = {name: move(x) for name, x in tensors.items()}
+        on_device = {name: without_waiting(x, device) for name, x in tensors.items()}
         return cls(**on_device, sample_index=index, documents=documents)
 
     @cached_property
@@ -276,30 +274,6 @@ def branch_states(text: TextPass, branches: Branches, n: int) -> list[FastWeight
     return [state.fork(n) for state in text.tape.at(branches.batch_index, branches.position)]
 
 
-@record_function("refine/decode")
-def roll_out(
-    model: LanguageModel,
-    states: Sequence[FastWeightState],
-    first_logits: Tensor,
-    batch: TextBatch,
-    branches: Branches,
-    config: RefineConfig,
-    randomness: Randomness,
-) -> Rollouts:
-    """n rollouts of k tokens from every branch; `states` and `first_logits` [R n, V / tp] are those
-    of the streams."""
-    n = config.rollouts_per_position
-    tokens, log_probs = decode(
-        model,
-        states,
-        first_logits.detach(),
-        config.rollout_tokens,
-        lambda j: randomness.token_keys(batch.sample_index, branches, n, j),
-        config.rollout_temperature,
-    )
-    return Rollouts(branches, tokens, log_probs)
-
-
 def continuation(
     branches: Branches,
     hidden: Tensor,
@@ -381,9 +355,9 @@ def policy_loss(
 
 def rollout_metrics(
     batch: TextBatch, entropy: Tensor | None, scored: ScoredRollouts
-) -> WorkMetrics:
-    """What the log shows of a batch's rollouts and text entropies [B, S]; reported once per
-    text."""
+) -> tuple[dict[str, Tensor], TextRecord]:
+    """What the log shows of a batch's rollouts and text entropies [B, S], once per text: what adds
+    up and what does not."""
     rollouts, texts = scored.rollouts, batch.tokens.shape[0]
     assert entropy is not None
     drift = (scored.old_log_probs - rollouts.drawn_log_probs).abs().sum()
@@ -400,12 +374,4 @@ def rollout_metrics(
         rollouts.tokens.reshape(texts, -1),
         scored.rewards.reshape(texts, -1),
     )
-    return WorkMetrics(sums, record)
-
-
-def policy_denominator(num_sequences: int, config: RefineConfig) -> float:
-    """What policy losses of `num_sequences` sequences over all ranks are divided by: their tokens,
-    or their rollouts. Where rollouts end earlier (`rollout_entropy`) their tokens are still taken
-    to be k: how many there are in all is known when the first micro-batch has had its backward."""
-    rollouts = num_sequences * config.num_chunks * config.rollouts_per_position
-    return float(rollouts * (config.rollout_tokens if config.aggregation == "token-mean" else 1))
+    return sums, record

@@ -16,8 +16,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,9 +38,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from refine_mcore import compat
+from refine_mcore import compat, platform
 from refine_mcore.config import CheckpointConfig
 from refine_mcore.conversion.description import (
+    LATEST_FILE,
     copy_description,
     find_checkpoint,
     keep_tokenizer,
@@ -58,9 +60,6 @@ from refine_mcore.training.optimizer_state import (
 )
 from refine_mcore.training.progress import Progress
 
-T = TypeVar("T")
-
-_LATEST = "latest_checkpointed_iteration.txt"
 # What a run's own configuration says of each group of parameters, whatever the checkpoint says.
 _GROUP_OPTIONS = ("max_lr", "min_lr", "betas", "eps")
 
@@ -91,7 +90,7 @@ def _read_weights(
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint of a run's checkpoint directory, if it has one."""
-    if not os.path.isfile(directory / _LATEST):  # Path.is_file raises where it may not look
+    if not os.path.isfile(directory / LATEST_FILE):  # Path.is_file raises where it may not look
         return None
     return find_checkpoint(directory)
 
@@ -127,11 +126,11 @@ class CheckpointWriter:
         """Write the checkpoint of `progress.step`; in the background, from a copy made here."""
         self.wait()
         self._step = progress.step
-        on_first_rank(self._prepare)
+        platform.on_first_rank(self._prepare)
         with self._naming_failures():
             state = _training_state(model, optimizer, scheduler, is_loading=False)
             request = dist_checkpointing.save(
-                state | {"progress": progress.to_dict()},
+                state | {"progress": asdict(progress)},
                 str(self._partial),
                 # what data-parallel ranks have in common, each writes a part of
                 FullyParallelSaveStrategyWrapper(
@@ -139,7 +138,7 @@ class CheckpointWriter:
                 ),
                 async_sharded_save=True,
             )
-            request.add_finalize_fn(lambda: on_first_rank(self._publish))
+            request.add_finalize_fn(lambda: platform.on_first_rank(self._publish))
             self._queue.schedule_async_request(request)
         if not self._config.async_save:
             self.wait()
@@ -186,9 +185,9 @@ class CheckpointWriter:
             if self._final.exists():
                 shutil.rmtree(self._final)
             self._partial.rename(self._final)
-            marker = self._directory / f".{_LATEST}.partial"
+            marker = self._directory / f".{LATEST_FILE}.partial"
             marker.write_text(f"{self._step}\n")
-            os.replace(marker, self._directory / _LATEST)
+            os.replace(marker, self._directory / LATEST_FILE)
             self._remove_old()
 
     def _remove_old(self) -> None:
@@ -196,9 +195,8 @@ class CheckpointWriter:
         last, every = self._config.keep_last, self._config.keep_every
         if last is None:
             return
-        steps = {
-            int(path.name.removeprefix("iter_")): path for path in _checkpoints(self._directory)
-        }
+        found = self._directory.glob("iter_*")
+        steps = {int(path.name[5:]): path for path in found if path.name[5:].isdecimal()}
         for step in sorted(steps)[:-last]:
             if step < self._step and (every is None or step % every):
                 # one being removed is no checkpoint any more
@@ -215,11 +213,6 @@ class CheckpointWriter:
             if dist.get_rank() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise UserError(f"cannot write checkpoint {self._final}: {_reason(error)}") from error
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    """All complete checkpoints of a run's checkpoint directory."""
-    return [path for path in directory.glob("iter_*") if path.name[5:].isdecimal()]
 
 
 def _reason(error: OSError | CheckpointException) -> str:
@@ -252,21 +245,6 @@ def keep_description(
         partial.rename(target)
     except OSError as error:
         raise UserError(f"cannot write {target}: {_reason(error)}") from error
-
-
-def on_first_rank(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0; every rank gets its value, or a UserError there with its sentence."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome)
-    value, message = outcome
-    if message is not None:
-        raise UserError(message)
-    return value
 
 
 def load_training(checkpoint: Path, model: FastWeightModel, optimizer: Any, scheduler: Any) -> None:
@@ -320,10 +298,6 @@ def _check_optimizer(template: dict[str, Any], directory: Path) -> None:
         return {key.split(".")[2] for key in keys if key.startswith("optimizer.state.")}
 
     stored = names(read_metadata(directory).state_dict_metadata)
-    if not stored:
-        raise UserError(
-            f"{directory} holds weights only: name it as model.checkpoint, not checkpoint.load"
-        )
     if stored != names(entry.key for entry in nested_values(template) if hasattr(entry, "key")):
         raise UserError(
             f"{directory} holds the state of another optimizer: training.dtype and "

@@ -13,20 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from refine_kernels import dispatch
-from refine_kernels.host import without_waiting
 
-from refine_mcore import compat, platform
+from refine_mcore import platform
 from refine_mcore.config import (
     TOKENS,
     Config,
     data_parallel_layout,
     prepare_run_directory,
     require_data,
+    runs_in_slices,
     save_config,
 )
 from refine_mcore.data import (
-    Samples,
-    Tokenizer,
     batch_iterator,
     load_tokenizer,
     tokenizer_file,
@@ -43,9 +41,7 @@ from refine_mcore.training.checkpointing import (
     CheckpointWriter,
     keep_description,
     latest_checkpoint,
-    load_main_weights,
     load_training,
-    on_first_rank,
 )
 from refine_mcore.training.flops import with_equal_flops
 from refine_mcore.training.metrics import (
@@ -54,21 +50,16 @@ from refine_mcore.training.metrics import (
     StepMetrics,
     short_hash,
 )
-from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
 from refine_mcore.training.phases import MidTraining, Phase, Update
-from refine_mcore.training.progress import Progress, progress_of
+from refine_mcore.training.progress import progress_of
 from refine_mcore.training.setup import (
     DESCRIPTION,
-    build_engine,
-    check_supported,
+    build_training,
     resolve_architecture,
-    runs_in_slices,
-    training_model,
     training_source,
     with_own_tokenizer,
 )
 from refine_mcore.training.show import show_rollouts
-from refine_mcore.training.step import TrainStep
 from refine_mcore.training.stop import StopRequests
 
 logger = logging.getLogger(__name__)
@@ -78,7 +69,6 @@ MANY_EPOCHS = 10  # more are said at the start
 
 def train(config: Config, kind: type[Phase] = MidTraining) -> None:
     """Run the phase of training described by `config` on the ranks that were started."""
-    check_supported(config)
     config = with_own_tokenizer(config)
     require_data(config)
     if config.training.dtype == "float64" and config.optimizer.clip_grad:
@@ -88,78 +78,55 @@ def train(config: Config, kind: type[Phase] = MidTraining) -> None:
     platform.initialize()
     # Ranks meet first: one that fails before would keep those of other nodes waiting for it.
     with platform.distributed(config.parallel.timeout):
-        build_run(config, kind).train()
+        Run(config, kind).train()
 
 
-def build_run(config: Config, kind: type[Phase] = MidTraining) -> _Run:
+class Run:
     """The run that `config` describes, before its next step, on ranks that have met."""
-    phase = kind(config)
-    source = on_first_rank(lambda: training_source(config))
-    architecture = resolve_architecture(config, source)
-    check_layout(
-        architecture,
-        config.parallel.tensor,
-        config.parallel.pipeline,
-        config.parallel.layers_per_stage,
-    )
-    config = with_equal_flops(config, architecture, phase.modes)
-    _, num_micro_batches = data_parallel_layout(config, dist.get_world_size())
-    assert config.data.tokenizer is not None
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    progress = on_first_rank(lambda: progress_of(config, source, phase.identity()))
-    run = on_first_rank(lambda: prepare_run_directory(config))
-    dataset = phase.samples(tokenizer, architecture.vocab_size, run / TOKENS)
-    return _Run(config, phase, source, progress, dataset, tokenizer, num_micro_batches)
 
-
-class _Run:
-    def __init__(
-        self,
-        config: Config,
-        phase: Phase,
-        source: Path | None,
-        progress: Progress,
-        dataset: Samples,
-        tokenizer: Tokenizer,
-        num_micro_batches: int,
-    ) -> None:
-        self.config, self.phase, self.progress = config, phase, progress
-        self.dataset, self.tokenizer = dataset, tokenizer
-        self.num_micro_batches = num_micro_batches
+    def __init__(self, config: Config, kind: type[Phase] = MidTraining) -> None:
+        self.phase = kind(config)
+        source = platform.on_first_rank(lambda: training_source(config))
+        architecture = resolve_architecture(config, source)
+        check_layout(
+            architecture,
+            config.parallel.tensor,
+            config.parallel.pipeline,
+            config.parallel.layers_per_stage,
+        )
+        self.config = config = with_equal_flops(config, architecture, self.phase.modes)
+        _, self.num_micro_batches = data_parallel_layout(config, dist.get_world_size())
+        assert config.data.tokenizer is not None
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.progress = platform.on_first_rank(
+            lambda: progress_of(config, source, self.phase.identity())
+        )
+        self.directory = platform.on_first_rank(lambda: prepare_run_directory(config))
+        tokens = self.directory / TOKENS
+        self.dataset = self.phase.samples(self.tokenizer, architecture.vocab_size, tokens)
         self.first_rank = dist.get_rank() == 0
-        self.directory = Path(config.run.directory)
         self.groups = platform.initialize_model_parallel(
             config.parallel.tensor, config.parallel.pipeline, config.training.seed
         )
-        self.model = training_model(config, self.groups, source)
-        self.wrapped = wrap_data_parallel(self.model, config.optimizer, self.groups)
-        self.optimizer, self.scheduler = build_optimizer(
-            self.wrapped, config, getattr(torch, config.training.dtype)
+        self.model, self.wrapped, self.optimizer, self.scheduler, self.run_step = build_training(
+            config, self.groups, source
         )
-        self.engine = build_engine(config, self.wrapped, self.groups)
+        self.engine = self.run_step.engine
         self._recorded: dict[str, str] = {}
-        self.held_out = HeldOut(config, tokenizer) if config.evaluation.every else None
-        self._begin() if source is None else self._go_on(source)
+        self.held_out = HeldOut(config, self.tokenizer) if config.evaluation.every else None
+        if source is not None:
+            load_training(source, self.model, self.optimizer, self.scheduler)
+            self._say(f"resumed from {source} at step {self.progress.step}")
         start = config.model.checkpoint
         origin = source or (None if start is None else Path(start))
-        on_first_rank(lambda: save_config(config, self.directory / "config.yaml"))
+        platform.on_first_rank(lambda: save_config(config, self.directory / "config.yaml"))
         description = self.directory / DESCRIPTION
-        assert config.data.tokenizer is not None
         trained_with = tokenizer_file(config.data.tokenizer)
         arch = self.model.config.arch
-        on_first_rank(lambda: keep_description(description, arch, origin, trained_with))
+        platform.on_first_rank(lambda: keep_description(description, arch, origin, trained_with))
         self.checkpoints = CheckpointWriter(
             self.directory / "checkpoints", description, config.checkpoint
         )
-
-    def _begin(self) -> None:
-        start = self.config.model.checkpoint
-        if start is not None and self.config.training.dtype == "bfloat16":
-            load_main_weights(self.model, self.optimizer, Path(start))
-
-    def _go_on(self, source: Path) -> None:
-        load_training(source, self.model, self.optimizer, self.scheduler)
-        self._say(f"resumed from {source} at step {self.progress.step}")
 
     def train(self) -> None:
         """All remaining steps, then what was learnt and where it lies."""
@@ -188,14 +155,6 @@ class _Run:
     def _steps(self, stop: StopRequests) -> str | None:
         """All remaining steps, or those until a signal asks the run to end, which is returned."""
         config, step = self.config, self.progress.step
-        run_step = TrainStep(
-            self.wrapped,
-            self.optimizer,
-            config.refine,
-            config.training.seed,
-            self.groups,
-            self.engine,
-        )
         self._say_plan()
         self._warn_of_epochs()
         batches = self._batches(self.progress.consumed_samples)
@@ -208,7 +167,7 @@ class _Run:
                 micro_batches = list(islice(batches, self.num_micro_batches))
                 outcomes = []
                 for update in self.phase.updates(micro_batches, step):
-                    reduced, grad_norm = run_step(update.micro_batches, step, update.mode)
+                    reduced, grad_norm = self.run_step(update.micro_batches, step, update.mode)
                     self._warn_of_skipped(step, reduced, grad_norm)
                     outcomes.append((update, reduced, grad_norm))
                 self.scheduler.step(increment=1)
@@ -221,16 +180,16 @@ class _Run:
                 self.progress = self.progress.after(config.training.global_batch_size)
                 self.checkpoints.poll()
                 signal = stop.asked()
-                diverged = run_step.skipped_in_a_row > config.training.max_skipped_steps
+                diverged = self.run_step.skipped_in_a_row > config.training.max_skipped_steps
                 due = step % config.checkpoint.save_interval == 0 or step == config.training.steps
                 if due or signal is not None or diverged:
                     self._save()
                 if diverged:
                     self.checkpoints.wait()
                     raise UserError(
-                        f"training diverged: {run_step.skipped_in_a_row} optimizer steps in a row, "
-                        f"up to step {step - 1}, had no finite loss and gradient; the weights as "
-                        f"they were before are saved in {self.directory}"
+                        f"training diverged: {self.run_step.skipped_in_a_row} optimizer steps in a "
+                        f"row, up to step {step - 1}, had no finite loss and gradient; the weights "
+                        f"as they were before are saved in {self.directory}"
                     )
             self.checkpoints.wait()
         finally:
@@ -309,17 +268,16 @@ class _Run:
         device, dp = platform.device(), self.groups.dp
         size = self.config.training.micro_batch_size
         for batch in batch_iterator(self.dataset, first, size, dp.rank(), dp.size()):
-            yield TextBatch.of(batch, lambda x: without_waiting(x, device))
+            yield TextBatch.of(batch, device)
 
     def _first_text(self) -> TextBatch:
         first = self.dataset.batch([0]) | {"sample_index": torch.zeros(1, dtype=torch.long)}
-        return self.phase.texts(TextBatch.of(first, lambda x: x.to(platform.device())))
+        return self.phase.texts(TextBatch.of(first, platform.device()))
 
     def _save(self) -> None:
         if self.config.optimizer.overlap_param_gather:
             # Else only the next forward pass would gather what the other ranks have updated.
             self.wrapped.start_param_sync(force_sync=True)
-        compat.prime_optimizer(self.optimizer)  # if every step so far was skipped
         self.checkpoints.save(self.progress, self.model, self.optimizer, self.scheduler)
 
     def _writer(self) -> MetricsWriter:
@@ -345,7 +303,7 @@ class _Run:
         values["tokens_per_second"] = tokens / seconds
         kind: type[StepMetrics] = StepMetrics
         for update, reduced, grad_norm in outcomes:
-            if update.answers:
+            if update.mode == "sft":
                 kind = PostTrainingMetrics
                 values |= {"sft_loss": reduced.loss_ntp, "sft_grad_norm": grad_norm}
                 continue

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from refine_mcore.errors import UserError
+from refine_mcore.files import written_whole
 from refine_mcore.step.metrics import StepFigures
 
 
@@ -122,17 +121,6 @@ class MetricsWriter:
             self._events.close()
         self._file.close()
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _is_logged(self, step: int) -> bool:
         done = step + 1
         return done % self._log_interval == 0 or done == self._total_steps
@@ -169,6 +157,5 @@ def _truncate(path: Path, first_step: int) -> None:
                 kept.append(line)
         except ValueError:  # cut short by a crash
             continue
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")

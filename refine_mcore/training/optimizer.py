@@ -57,10 +57,10 @@ def _finalize_summed_gradients(model: list[Any], num_tokens: Any = None, **optio
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: Config, dtype: torch.dtype
+    model: DistributedDataParallel, config: Config
 ) -> tuple[Any, OptimizerParamScheduler]:
     """AdamW over fp32 main weights, and its schedule counted in batches."""
-    options = config.optimizer
+    options, dtype = config.optimizer, model.config.params_dtype
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",

@@ -34,7 +34,7 @@ def sharded_optimizer_state(
 ) -> dict[str, Any]:
     """What a checkpoint keeps of a Megatron optimizer, of the model whose `sharded_state_dict` is
     `weights`. Tensors of a sharded optimizer are its own: loading writes them."""
-    compat.prime_optimizer(optimizer)
+    compat.prime_optimizer(optimizer)  # of which every step so far was skipped, or to load into
     sharded = _as_sharded(optimizer)
     if sharded is None:
         return optimizer.sharded_state_dict(
@@ -79,7 +79,7 @@ def _shares(optimizer: DistributedOptimizer, weights: ShardedStateDict) -> Itera
             for parameter, ranges in bucket["param_map"].items():
                 start, stop = ranges["param"].start, ranges["param"].end
                 state = optimizer._get_main_param_and_optimizer_states(parameter)
-                state.pop("step")  # one for all parameters, kept with the groups
+                state.pop("step", None)  # one for all parameters, kept with the groups
                 for tensor, first in _tensors(entries[parameter], parameter):
                     low, high = max(start, first), min(stop, first + tensor.data.numel())
                     if low >= high:

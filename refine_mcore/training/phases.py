@@ -23,12 +23,10 @@ from refine_mcore.step.refine_loss import TextBatch
 
 @dataclass(frozen=True)
 class Update:
-    """Micro-batches and the mode in which they are trained on. The figures of `answers` are logged
-    under names of their own."""
+    """Micro-batches and the mode in which they are trained on; `sft` is on answers."""
 
     micro_batches: Sequence[TextBatch]
     mode: str
-    answers: bool = False
 
 
 class Phase(Protocol):
@@ -116,7 +114,7 @@ class PostTraining:
         return batch.prompts()
 
     def updates(self, micro_batches: Sequence[TextBatch], step: int) -> list[Update]:
-        outer = Update(micro_batches, "sft", answers=True)
+        outer = Update(micro_batches, "sft")
         if not self._config.posttrain.inner:
             return [outer]
         prompts = [self.texts(batch) for batch in micro_batches]

@@ -23,7 +23,7 @@ from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import decode
 from refine_mcore.rollout.scoring import BranchScores, future_log_probs, score_hidden
 from refine_mcore.step.context import StepContext
-from refine_mcore.step.metrics import StepAccumulator, WorkMetrics
+from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import (
     Rollouts,
     ScoredRollouts,
@@ -37,8 +37,8 @@ from refine_mcore.step.refine_loss import (
     text_pass,
 )
 
-# Loss and metrics of one of Megatron's micro-batches.
-Work = Callable[[], tuple[Tensor, WorkMetrics]]
+# The loss of one of Megatron's micro-batches.
+Work = Callable[[], Tensor]
 
 
 def prefix_copy(
@@ -51,12 +51,11 @@ def prefix_copy(
     micro-batch per text and one per branch. Gradients are summed over them and over ranks."""
 
     def forward_step(items: Iterator[Work], model: Any) -> tuple[Tensor, Any]:
-        loss, reported = next(items)()
-        metrics.add(reported)
+        loss = next(items)()
         no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
         return loss, lambda loss: (loss, no_tokens, {})
 
-    work = _work(context, batches)
+    work = _work(context, batches, metrics)
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(work),
@@ -67,22 +66,24 @@ def prefix_copy(
     )
 
 
-def _work(context: StepContext, batches: Sequence[TextBatch]) -> list[Work]:
+def _work(
+    context: StepContext, batches: Sequence[TextBatch], metrics: StepAccumulator
+) -> list[Work]:
     targets = context.global_targets(batches)
     denominator = context.policy_denominator(batches)
     items: list[Work] = []
     for batch in batches:
         with torch.no_grad():
-            scored, described = _collect(context, batch)
-        items.append(partial(_train_on_text, context, batch, described, targets))
+            scored = _collect(context, batch, metrics)
+        items.append(partial(_train_on_text, context, batch, targets, metrics))
         items += [
-            partial(_train_on_branch, context, batch, scored, row, denominator)
+            partial(_train_on_branch, context, batch, scored, row, denominator, metrics)
             for row in range(len(scored.rollouts.branches))
         ]
     return items
 
 
-def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, WorkMetrics]:
+def _collect(context: StepContext, batch: TextBatch, metrics: StepAccumulator) -> ScoredRollouts:
     """Positions, rollouts, old log-probs, rewards and advantages of a batch, each branch from its
     own prefix."""
     text = text_pass(context.model, batch, with_entropy=True, record=False)
@@ -100,26 +101,33 @@ def _collect(context: StepContext, batch: TextBatch) -> tuple[ScoredRollouts, Wo
     scored = reward_rollouts(
         behind, batch, rollouts, joined, torch.cat(future) if future else None, context.config
     )
-    return scored, rollout_metrics(batch, text.entropy, scored)
+    metrics.add(*rollout_metrics(batch, text.entropy, scored))
+    return scored
 
 
 def _train_on_text(
-    context: StepContext, batch: TextBatch, described: WorkMetrics, targets: Tensor
-) -> tuple[Tensor, WorkMetrics]:
+    context: StepContext, batch: TextBatch, targets: Tensor, metrics: StepAccumulator
+) -> Tensor:
     text = text_pass(context.model, batch, with_entropy=False, record=False)
     loss = ntp_loss(text, batch, targets)
-    sums = {"loss_ntp": loss.detach()} | described.sums
-    return context.config.ntp_weight * loss, WorkMetrics(sums, described.texts)
+    metrics.add({"loss_ntp": loss.detach()})
+    return context.config.ntp_weight * loss
 
 
 def _train_on_branch(
-    context: StepContext, batch: TextBatch, scored: ScoredRollouts, row: int, denominator: float
-) -> tuple[Tensor, WorkMetrics]:
+    context: StepContext,
+    batch: TextBatch,
+    scored: ScoredRollouts,
+    row: int,
+    denominator: float,
+    metrics: StepAccumulator,
+) -> Tensor:
     n = context.config.rollouts_per_position
     rows = slice(row * n, row * n + n)
     scores, _ = _score(context, batch, scored.rollouts, row)
     loss, sums = policy_loss(scores.log_probs, scored.rows(rows), context.config, denominator)
-    return context.config.policy_weight * loss, WorkMetrics(sums)
+    metrics.add(sums)
+    return context.config.policy_weight * loss
 
 
 def _generate(

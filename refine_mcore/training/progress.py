@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,6 @@ class Progress:
     def after(self, samples: int) -> Progress:
         """One step of so many samples later."""
         return replace(self, step=self.step + 1, consumed_samples=self.consumed_samples + samples)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, of which `Progress(**data)` makes the same."""
-        return asdict(self)
 
 
 def data_identity(config: Config, of_phase: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""From a run's configuration to its model and engine; refuses options that do not run together."""
+"""From a run's configuration to what trains: its model, optimizer and engine."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from refine_kernels import dispatch
 
 from refine_mcore.config import Config
@@ -26,7 +27,13 @@ from refine_mcore.models.initialization import initialize
 from refine_mcore.models.presets import preset
 from refine_mcore.models.transformer_config import KERNEL_CHUNK, transformer_config
 from refine_mcore.pipeline.engine import PipelineEngine
-from refine_mcore.training.checkpointing import latest_checkpoint, load_weights
+from refine_mcore.training.checkpointing import (
+    latest_checkpoint,
+    load_main_weights,
+    load_weights,
+)
+from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
+from refine_mcore.training.step import TrainStep
 
 DESCRIPTION = "description"  # of RUN: what its checkpoints carry beside their tensors
 
@@ -84,25 +91,6 @@ def resolve_architecture(config: Config, source: Path | None = None) -> Architec
     return architecture
 
 
-def check_supported(config: Config) -> None:
-    """Raise UserError for options that do not run together."""
-    if config.refine.mode == "prefix_copy" and runs_in_slices(config):
-        raise UserError(
-            "refine.mode prefix_copy, the reference, runs on whole texts: it needs "
-            "parallel.pipeline 1, parallel.slices 1 and no training.recompute full; all other "
-            "modes take these"
-        )
-
-
-def runs_in_slices(config: Config) -> bool:
-    """Whether a step is more than the plain case of one stage and one slice."""
-    return (
-        config.parallel.pipeline > 1
-        or (config.parallel.slices or 1) > 1
-        or config.training.recompute == "full"
-    )
-
-
 def tape_interval(config: Config) -> int:
     """Tokens between the states that delta-rule layers keep: what branches read of a text is then
     an eighth of it on average, and what is kept grows with the branches."""
@@ -110,20 +98,6 @@ def tape_interval(config: Config) -> int:
         return config.training.tape_interval
     spread = config.data.sequence_length / (4 * config.refine.num_chunks)
     return min(max(1, round(spread / KERNEL_CHUNK)), 8) * KERNEL_CHUNK
-
-
-def build_engine(
-    config: Config, wrapped: DistributedDataParallel, pg_collection: Any
-) -> PipelineEngine:
-    """What runs the passes of a step. Every rank calls it."""
-    return PipelineEngine(
-        wrapped,
-        pg_collection,
-        slices=config.parallel.slices,
-        recompute=config.training.recompute == "full",
-        decode_graphs=config.training.decode_graphs,
-        timeout_s=config.parallel.timeout,
-    )
 
 
 def training_model(
@@ -154,3 +128,41 @@ def training_model(
     else:
         initialize(model, config.training.seed)
     return model
+
+
+def build_engine(
+    config: Config, wrapped: DistributedDataParallel, pg_collection: Any
+) -> PipelineEngine:
+    """What runs the passes of a step. Every rank calls it."""
+    return PipelineEngine(
+        wrapped,
+        pg_collection,
+        slices=config.parallel.slices,
+        recompute=config.training.recompute == "full",
+        decode_graphs=config.training.decode_graphs,
+        timeout_s=config.parallel.timeout,
+    )
+
+
+class Training(NamedTuple):
+    """What trains a model, on this rank."""
+
+    model: FastWeightModel
+    wrapped: DistributedDataParallel
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+    step: TrainStep
+
+
+def build_training(config: Config, pg_collection: Any, source: Path | None = None) -> Training:
+    """Of `training_model`, in a bfloat16 run with float32 main weights as exact as the checkpoint
+    that it begins from. Every rank calls it."""
+    model = training_model(config, pg_collection, source)
+    wrapped = wrap_data_parallel(model, config.optimizer, pg_collection)
+    optimizer, scheduler = build_optimizer(wrapped, config)
+    begun_from = config.model.checkpoint
+    if source is None and begun_from is not None and config.training.dtype == "bfloat16":
+        load_main_weights(model, optimizer, Path(begun_from))
+    engine = build_engine(config, wrapped, pg_collection)
+    step = TrainStep(wrapped, optimizer, config.refine, config.training.seed, pg_collection, engine)
+    return Training(model, wrapped, optimizer, scheduler, step)

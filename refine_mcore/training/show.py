@@ -9,13 +9,13 @@ import torch
 from refine_mcore.config import Config
 from refine_mcore.data import Tokenizer
 from refine_mcore.models.fast_weight_model import FastWeightModel
-from refine_mcore.pipeline.whole_model import whole_model
+from refine_mcore.models.whole_model import whole_model
 from refine_mcore.rollout.branches import Randomness
+from refine_mcore.rollout.decode import decode
 from refine_mcore.step.refine_loss import (
     TextBatch,
     branch_states,
     choose_branches,
-    roll_out,
     text_pass,
 )
 
@@ -42,11 +42,14 @@ def show_rollouts(
     out = text_pass(whole, batch, with_entropy=True, record=True)
     chosen, _ = choose_branches(whole, out.entropy, batch, refine, randomness)
     branches = chosen.select(range(min(_SHOWN, len(chosen))))
-    n = refine.rollouts_per_position
-    emitting = branches.fork(n).rows_before(out.hidden)
-    logits = whole.logits(emitting[:, None])[:, 0]
-    states = branch_states(out, branches, n)
-    rollouts = roll_out(whole, states, logits, batch, branches, refine, randomness).tokens[::n]
+    rollouts, _ = decode(
+        whole,
+        branch_states(out, branches, 1),
+        whole.logits(branches.rows_before(out.hidden)[:, None])[:, 0],
+        refine.rollout_tokens,
+        lambda j: randomness.token_keys(batch.sample_index, branches, 1, j),
+        refine.rollout_temperature,
+    )
     ids = batch.tokens[0].tolist()
 
     def words(tokens: list[int]) -> str:

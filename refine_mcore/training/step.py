@@ -35,7 +35,7 @@ class TrainStep:
         pg_collection: Any,
         engine: PipelineEngine,
     ) -> None:
-        self._model, self._optimizer, self._engine = model, optimizer, engine
+        self._model, self._optimizer, self.engine = model, optimizer, engine
         self._config, self._seed, self._groups = config, seed, pg_collection
         # Optimizer steps skipped since the last one that was taken.
         self.skipped_in_a_row = 0
@@ -48,9 +48,7 @@ class TrainStep:
         Returns the step's metrics over all ranks and the gradient norm before clipping, of the last
         optimizer step or of the first that was skipped.
         """
-        randomness = Randomness(self._seed, step)
-        context = StepContext(self._model.module, self._config, randomness, self._groups.dp)
-        metrics, grad_norm, steps = StepAccumulator(), 0.0, 0
+        context, metrics, grad_norm, steps = self.context(step), StepAccumulator(), 0.0, 0
         for run in self.optimizer_steps(mode or self._config.mode, context, batches, metrics):
             self._model.zero_grad_buffer()
             self._optimizer.zero_grad()
@@ -64,6 +62,11 @@ class TrainStep:
                 metrics.skipped_steps += 1
             grad_norm, steps = norm if math.isfinite(grad_norm) else grad_norm, steps + 1
         return metrics.reduce(self._groups, steps), grad_norm
+
+    def context(self, step: int) -> StepContext:
+        """What the parts of batch `step` know of it."""
+        randomness = Randomness(self._seed, step)
+        return StepContext(self._model.module, self._config, randomness, self._groups.dp)
 
     def optimizer_steps(
         self,
@@ -81,14 +84,14 @@ class TrainStep:
         for part in parts_of_step(mode, context.config, len(batches), sequences):
             if part.phase == "rollout":
                 texts = [batches[index] for index in part.micro_batches]
-                rollouts = self._engine.roll_out(context, texts, metrics)
+                rollouts = self.engine.roll_out(context, texts, metrics)
                 stored = dict(zip(part.micro_batches, rollouts, strict=True))
                 continue
             work = [
                 MicroBatch(batches[index], rolls_out, stored.pop(index, None))
                 for index, rolls_out in zip(part.micro_batches, part.rolls_out, strict=True)
             ]
-            yield partial(self._engine.forward_backward, context, work, part.ntp_weight, metrics)
+            yield partial(self.engine.forward_backward, context, work, part.ntp_weight, metrics)
 
 
 def step_if_finite(optimizer: Any) -> float:

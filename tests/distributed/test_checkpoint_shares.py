@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
 from refine_mcore.config import load_config
-from refine_mcore.training.loop import build_run
+from refine_mcore.training.loop import Run
 from tests.distributed.harness import run_distributed
 from tests.training.jobs import write_config
 
@@ -48,7 +48,7 @@ def _check(config: Path, directory: Path, sharded: bool) -> None:
 
     def run(*layout: str) -> Any:
         settings = (f"run.directory={directory}", *OPTIONS, option, *layout)
-        return build_run(load_config(config, settings))
+        return Run(load_config(config, settings))
 
     trained = run()
     with mock.patch.object(trained, "_save", lambda: None):

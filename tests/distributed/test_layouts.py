@@ -172,7 +172,7 @@ class Run:
         groups = platform.initialize_model_parallel(parallel.tensor, parallel.pipeline)
         self.model = self._build(FAMILIES[family], groups)
         wrapped = wrap_data_parallel(self.model, self.config.optimizer, groups)
-        optimizer, _ = build_optimizer(wrapped, self.config, getattr(torch, dtype))
+        optimizer, _ = build_optimizer(wrapped, self.config)
         engine = build_engine(self.config, wrapped, groups)
         train = TrainStep(wrapped, optimizer, self.config.refine, 1, groups, engine)
         self.results: dict[str, Tensor] = {}

@@ -172,9 +172,7 @@ def _three_steps(architecture: Architecture, overlap: bool) -> dict[str, Tensor]
     )
     stage = _Stage(architecture, torch.bfloat16, optimizer=options)
     config = config_from_dict({"model": {"preset": "tiny-lact"}}, "this test")
-    optimizer, _ = build_optimizer(
-        stage.wrapped, replace(config, optimizer=options), torch.bfloat16
-    )
+    optimizer, _ = build_optimizer(stage.wrapped, replace(config, optimizer=options))
     train = TrainStep(stage.wrapped, optimizer, REFINE, 1, stage.groups, stage.engine(3))
     batches = _batches(4)[stage.groups.dp.rank() :: 2]
     losses = [train(batches, step)[0].loss_ntp for step in range(3)]

@@ -17,15 +17,14 @@ from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
-from refine_mcore.pipeline.whole_model import WholeModel, whole_model
+from refine_mcore.models.whole_model import WholeModel, whole_model
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
-from refine_mcore.rollout.scoring import score
 from refine_mcore.step.refine_loss import TextBatch, branch_states, ntp_loss, text_pass
 from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_layouts import FAMILIES
-from tests.models.zoo import short_chunks
+from tests.models.zoo import score, short_chunks
 
 # Odd numbers of tokens in all: no two ranks share them evenly.
 TEXTS, LENGTH = 3, 41

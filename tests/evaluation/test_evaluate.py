@@ -21,8 +21,8 @@ from refine_mcore.evaluation.runner import Results
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.transformer_config import transformer_config
-from refine_mcore.pipeline.whole_model import whole_model
-from refine_mcore.training.loop import build_run
+from refine_mcore.models.whole_model import whole_model
+from refine_mcore.training.loop import Run
 from tests.distributed.harness import run_distributed
 from tests.models import zoo
 from tests.training.jobs import CORPUS, write_config
@@ -36,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("run")
     config = load_config(write_config(place), ["training.steps=2"])
     with platform.distributed(60):
-        build_run(config).train()
+        Run(config).train()
     return place / "run" / "checkpoints"
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from refine_mcore.config import load_config
 from refine_mcore.errors import UserError
-from refine_mcore.training.loop import build_run
+from refine_mcore.training.loop import Run
 from tests.distributed.harness import run_distributed
 from tests.training.jobs import CORPUS, metrics, run_job, write_config
 
@@ -81,7 +81,7 @@ def test_other_layouts_find_the_same(plain: Any, tmp_path: Path) -> None:
 
 
 def _train(config: Path, options: list[str]) -> None:
-    build_run(load_config(config, options)).train()
+    Run(load_config(config, options)).train()
     dist.barrier()
 
 

@@ -18,7 +18,7 @@ from refine_mcore import platform
 from refine_mcore.config import load_config
 from refine_mcore.data import load_tokenizer
 from refine_mcore.step.refine_loss import TextBatch, text_pass
-from refine_mcore.training.loop import build_run
+from refine_mcore.training.loop import Run
 from tests.training.jobs import TOKENIZER, write_config
 
 pytest.importorskip("lm_eval")
@@ -37,9 +37,7 @@ PAIRS = [("The members of", " Congress"), ("A", " report on health"), ("", "Sect
 def lm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RefineMcoreLM]:
     place = tmp_path_factory.mktemp("run")
     with platform.distributed(60):
-        build_run(
-            load_config(write_config(place), ["training.steps=3", "optimizer.lr=0.02"])
-        ).train()
+        Run(load_config(write_config(place), ["training.steps=3", "optimizer.lr=0.02"])).train()
     model = RefineMcoreLM(str(place / "run" / "checkpoints"), batch_size=3)
     yield model
     model.close()

@@ -11,7 +11,7 @@ from refine_mcore.generation import Sampling, generate
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.transformer_config import transformer_config
-from refine_mcore.pipeline.whole_model import whole_model
+from refine_mcore.models.whole_model import whole_model
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_layouts import FAMILIES
 from tests.generation.test_generate import prompts

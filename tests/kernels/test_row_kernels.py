@@ -770,6 +770,28 @@ def test_kernels_that_disagree_with_torch_are_refused(monkeypatch, name, wrong):
     assert ("gradient" in why) == (wrong == "backward")
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_that_do_not_run_are_refused(monkeypatch, name):
+    """As on a chip with less memory than they need, or without a compiler."""
+    module, arguments = CALLS[name]
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(launch, "run", failing)
+    options: dict[str, Any] = FEATURES if name == "features" else {}
+    given = arguments(torch.ones(1, 1, 16, device=DEVICE))
+    module._disagreement.cache_clear()
+    failure: Exception = RuntimeError("out of resource: shared memory\nRequired: 233472")
+    why = module.refusal(*given, **options)
+    module._disagreement.cache_clear()
+    expected = "the kernels do not run (RuntimeError: out of resource: shared memory)"
+    assert why is not None and expected in why
+    failure = torch.OutOfMemoryError("no memory")  # of which the run should hear
+    with pytest.raises(torch.OutOfMemoryError):
+        module.refusal(*given, **options)
+
+
 @pytest.mark.parametrize("wrong", ["symmetric_product", "combined_product"])
 def test_newton_schulz_that_disagrees_is_refused(monkeypatch, wrong):
     x = torch.ones(1, 1, 1, 16, device=DEVICE)

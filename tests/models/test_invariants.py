@@ -18,7 +18,6 @@ from torch import Tensor
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.rollout.branches import Branches
-from refine_mcore.rollout.scoring import score
 from tests.models.zoo import (
     FAMILIES,
     NAMES,
@@ -27,6 +26,7 @@ from tests.models.zoo import (
     contents,
     gradients,
     random_tokens,
+    score,
     short_chunks,
     weights_like,
 )
@@ -38,6 +38,19 @@ EXAMPLES = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 LENGTHS = st.integers(1, 19)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_module_with_parameters_is_called(name: str, model_of: ModelOf) -> None:
+    """Before a module's forward Megatron gathers what an optimizer step has changed."""
+    model = model_of(name)
+    modules = {x for x in model.modules() if any(True for _ in x.parameters(recurse=False))}
+    called = set()
+    hooks = [x.register_forward_pre_hook(lambda x, _: called.add(x)) for x in modules]
+    model.logits(model(random_tokens(1, 9)).hidden)
+    for hook in hooks:
+        hook.remove()
+    assert len(called) > 5 and called == modules
 
 
 def weighed(tensors: list[Tensor]) -> Tensor:

@@ -13,10 +13,9 @@ from refine_mcore.benchmark.memory import saved_tensors
 from refine_mcore.models.delta_rule_mixer import DeltaRuleMixer
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.rollout.branches import Branches
-from refine_mcore.rollout.scoring import score
 from tests.distributed.harness import run_distributed
 from tests.models.test_state import Alive
-from tests.models.zoo import NAMES, gradients, make_model, random_tokens, weights_like
+from tests.models.zoo import NAMES, gradients, make_model, random_tokens, score, weights_like
 
 pytestmark = pytest.mark.usefixtures("short_chunks")
 

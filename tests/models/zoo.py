@@ -28,14 +28,26 @@ from refine_mcore.models.architecture import (
 )
 from refine_mcore.models.attention import AttentionState
 from refine_mcore.models.delta_rule_state import DeltaRuleState
-from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
+from refine_mcore.models.fast_weight_model import FastWeightModel, LanguageModel, build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.lact_state import LaCTState, open_chunk_length
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.models.transformer_config import FastWeightConfig, transformer_config
+from refine_mcore.rollout.scoring import BranchScores, score_hidden
 from refine_mcore.training.optimizer import wrap_data_parallel
 
 VOCAB = 23
+
+
+def score(
+    model: LanguageModel,
+    states: Sequence[FastWeightState],
+    prefix_hidden: Tensor,
+    tokens: Tensor,
+    temperature: float = 1.0,
+) -> BranchScores:
+    """Of rollouts `tokens` [R, k], read at once from the states of their branches."""
+    return score_hidden(model, model(tokens, states).hidden, prefix_hidden, tokens, temperature)
 
 
 def _architecture(

@@ -9,8 +9,7 @@ from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.state import map_tensors
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
-from refine_mcore.rollout.scoring import score
-from tests.models.zoo import FAMILIES, VOCAB, assert_same, random_tokens
+from tests.models.zoo import FAMILIES, VOCAB, assert_same, random_tokens, score
 
 ModelOf = Callable[[str], FastWeightModel]
 BRANCHES = Branches((0, 1, 1), (3, 11, 6))

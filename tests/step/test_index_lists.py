@@ -15,8 +15,8 @@ from refine_mcore.models.presets import preset
 from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import decode
-from refine_mcore.rollout.scoring import score
 from refine_mcore.step.refine_loss import TextBatch, branch_states, text_pass
+from tests.models.zoo import score
 
 
 def copies(name: str, layers: int, groups: Any) -> int:

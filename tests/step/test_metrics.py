@@ -7,7 +7,6 @@ from refine_mcore.step.metrics import (
     ReducedMetrics,
     StepAccumulator,
     TextRecord,
-    WorkMetrics,
 )
 
 
@@ -25,7 +24,7 @@ def test_sums_and_texts_of_a_step(process_groups) -> None:
     for scale, samples in ((1.0, (7, 2)), (3.0, (5,))):
         sums = {name: torch.tensor(scale * (i + 1)) for i, name in enumerate(names)}
         sums |= {name: torch.tensor(len(samples) * 4) for name in counts}
-        steps.add(WorkMetrics(sums, _record(*samples)))
+        steps.add(sums, _record(*samples))
     reduced = steps.reduce(process_groups, optimizer_steps=2)
     assert reduced.loss_ntp == pytest.approx(4 / 2)
     assert reduced.loss_policy == pytest.approx(8 / 2)
@@ -44,7 +43,7 @@ def test_sums_and_texts_of_a_step(process_groups) -> None:
 def test_a_step_without_rollouts_reports_the_loss_alone(process_groups) -> None:
     step = StepAccumulator()
     for loss in (1.0, 2.0):
-        step.add(WorkMetrics({"loss_ntp": torch.tensor(loss)}))
+        step.add({"loss_ntp": torch.tensor(loss)})
     reduced = step.reduce(process_groups, optimizer_steps=1)
     assert reduced == ReducedMetrics(loss_ntp=3.0)
 
@@ -55,5 +54,5 @@ def test_a_single_reward_has_no_spread(process_groups) -> None:
     names = ("loss_ntp", "loss_policy", "entropy", "entropy_count", "clipped", "policy_tokens")
     sums = dict.fromkeys((*names, "drift", "rollout_tokens"), one)
     record = TextRecord(torch.tensor([0]), *(torch.ones(1, 1) for _ in range(3)))
-    step.add(WorkMetrics(sums, record))
+    step.add(sums, record)
     assert step.reduce(process_groups, optimizer_steps=1).reward_std == 0.0

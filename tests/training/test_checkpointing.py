@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import resource
 import shutil
@@ -26,11 +27,12 @@ from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.training.checkpointing import CheckpointWriter, load_weights
-from refine_mcore.training.loop import build_run
+from refine_mcore.training.loop import Run
 from refine_mcore.training.progress import Progress
 from refine_mcore.training.step import TrainStep
 from tests.conversion.helpers import WEIGHTS, copy_model, files, to_checkpoint, to_hf
 from tests.distributed.harness import run_distributed
+from tests.fused_adam import use_fused_adam
 from tests.training.jobs import STEPS, column, metrics, run_job, write_config, write_letters
 
 MARKER = "latest_checkpointed_iteration.txt"
@@ -137,6 +139,15 @@ def test_resuming_changes_nothing(config, tmp_path, monkeypatch, options: tuple[
     assert run_job(config, interrupted, *options) == expected
     found = weights(interrupted, tmp_path / "found")
     assert found == weights(tmp_path / "whole", tmp_path / "expected")
+
+
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_resuming_changes_nothing_with_a_fused_adam(config, tmp_path, monkeypatch, sharded) -> None:
+    use_fused_adam(monkeypatch)
+    options = ("training.dtype=bfloat16", f"optimizer.use_distributed_optimizer={sharded}")
+    test_resuming_changes_nothing(config, tmp_path, monkeypatch, options)
+    made = json.loads((tmp_path / "whole" / "kernels.json").read_text())
+    assert made["optimizer"] == "tests.fused_adam.FusedAdam"
 
 
 def test_finished_run_is_left_alone(config, plain_run, capsys) -> None:
@@ -456,7 +467,7 @@ def _pass_through_layouts(config: Path, directory: Path) -> None:
             if dist.get_rank() == 0:
                 shutil.copytree(first, again)
             dist.barrier()
-            run = build_run(load_config(config, [f"run.directory={again}", *options, layout]))
+            run = Run(load_config(config, [f"run.directory={again}", *options, layout]))
             run._save()
             dist.barrier()
             last = Path("checkpoints", "iter_0000002")
@@ -476,7 +487,7 @@ def optimizer_option(sharded: bool) -> str:
 
 def run_here(config: Path, run: Path, *overrides: str) -> None:
     """The job on the ranks that run already."""
-    build_run(load_config(config, [f"run.directory={run}", *overrides])).train()
+    Run(load_config(config, [f"run.directory={run}", *overrides])).train()
 
 
 def assert_same_metrics(

@@ -20,7 +20,7 @@ from refine_mcore.conversion.description import find_checkpoint
 from refine_mcore.errors import UserError
 from refine_mcore.pipeline import head
 from refine_mcore.step import refine_loss
-from refine_mcore.training import loop
+from refine_mcore.training import loop, setup
 from refine_mcore.training.stop import SIGNALS
 from tests.distributed.harness import run_distributed
 from tests.training.jobs import STEPS, column, metrics, run_job, write_config
@@ -154,7 +154,7 @@ def test_activations_that_overflow_are_met_in_every_mode(
     """Positions, rollouts and rewards of nothing but NaNs break nothing else."""
     number = {"step": -1}
     before_step(monkeypatch, lambda step: number.update(step=step))
-    logits = loop.training_model
+    logits = setup.training_model
 
     def model(*args: Any) -> Any:
         built = logits(*args)
@@ -163,7 +163,7 @@ def test_activations_that_overflow_are_met_in_every_mode(
         )
         return built
 
-    monkeypatch.setattr(loop, "training_model", model)
+    monkeypatch.setattr(setup, "training_model", model)
     slices = ("parallel.slices=2",) if "slices" in mode else ()
     steps = run_job(config, tmp_path / "run", f"refine.mode={mode.split()[0]}", *slices)
     assert column(steps, "skipped_steps") == [0, 0, 1, 0]

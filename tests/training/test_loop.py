@@ -23,7 +23,7 @@ from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
-from refine_mcore.training.loop import build_run
+from refine_mcore.training.loop import Run
 from refine_mcore.training.metrics import StepMetrics
 from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
 from refine_mcore.training.setup import training_model
@@ -293,12 +293,12 @@ def _run_on_two_ranks(config: Path, directory: Path) -> None:
 
 
 def _run(config: Config) -> None:
-    build_run(config).train()
+    Run(config).train()
 
 
 def _movements(config: Config) -> dict[str, Tensor]:
     """How far a run moves each of the weights that its optimizer holds."""
-    run = build_run(config)
+    run = Run(config)
     held = {name: getattr(p, "main_param", p) for name, p in run.model.named_parameters()}
     before = {name: weight.detach().clone() for name, weight in held.items()}
     assert {weight.dtype for weight in before.values()} == {torch.float32}

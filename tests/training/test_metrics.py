@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,8 +35,8 @@ def read(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def quiet(run: Path, first_step: int = 0) -> MetricsWriter:
-    return MetricsWriter(run, False, False, total_steps=9, first_step=first_step)
+def quiet(run: Path, first_step: int = 0) -> closing[MetricsWriter]:
+    return closing(MetricsWriter(run, False, False, total_steps=9, first_step=first_step))
 
 
 def test_a_line_a_step_with_nulls_before_refine(tmp_path):
@@ -76,7 +77,7 @@ def test_a_crash_in_the_middle_of_a_line_costs_that_line_only(tmp_path):
 
 def test_tensorboard_holds_the_numbers_and_purges_on_resume(tmp_path):
     for first_step, steps, loss in ((0, range(4), 3.0), (2, range(2, 5), 1.0)):
-        with MetricsWriter(tmp_path, True, False, 5, first_step) as writer:
+        with closing(MetricsWriter(tmp_path, True, False, 5, first_step)) as writer:
             for step in steps:
                 writer.write(replace(REFINE, step=step, loss_ntp=loss))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -88,7 +89,7 @@ def test_tensorboard_holds_the_numbers_and_purges_on_resume(tmp_path):
 
 
 def test_log_lines_where_there_is_no_terminal(tmp_path, capsys):
-    with MetricsWriter(tmp_path, False, True, total_steps=5, log_interval=2) as writer:
+    with closing(MetricsWriter(tmp_path, False, True, total_steps=5, log_interval=2)) as writer:
         for step in range(5):
             writer.write(replace(NTP if step < 3 else REFINE, step=step))
     lines = capsys.readouterr().err.splitlines()
@@ -99,7 +100,7 @@ def test_log_lines_where_there_is_no_terminal(tmp_path, capsys):
 
 def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with MetricsWriter(tmp_path, False, True, total_steps=4, first_step=2) as writer:
+    with closing(MetricsWriter(tmp_path, False, True, total_steps=4, first_step=2)) as writer:
         writer.write(replace(REFINE, step=2))
         writer.write(replace(REFINE, step=3))
     text = capsys.readouterr().err

@@ -84,10 +84,10 @@ def test_where_torch_has_no_such_product_they_are_added_after_it(
 ) -> None:
     """A CPU multiplies no bfloat16 into float32."""
     multiplies_into.cache_clear()
-    with caplog.at_level("INFO"):
+    ours = "refine_kernels.sums", "refine_mcore.compat"
+    with caplog.at_level("INFO", ours[0]), caplog.at_level("INFO", ours[1]):
         found, added = gradients(config, single_rank, "bfloat16", "tiny-deltanet", True)
     assert not added and all(g.dtype == torch.float32 and g.any() for g in found.values())
-    ours = "refine_kernels.sums", "refine_mcore.compat"
     assert [r.getMessage() for r in caplog.records if r.name in ours] == [
         "torch has no product of torch.bfloat16 added to torch.float32 on cpu",
         "weight gradients are added to the buffers after their products",

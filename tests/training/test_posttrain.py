@@ -27,7 +27,7 @@ from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
-from refine_mcore.training.loop import build_run
+from refine_mcore.training.loop import Run
 from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
 from refine_mcore.training.phases import PostTraining
 from refine_mcore.training.setup import training_model
@@ -112,7 +112,7 @@ def test_a_batch_is_an_inner_and_an_outer_step(
         "optimizer.weight_decay=0",
     ]
     settings = load_config(config, options)
-    run = build_run(settings, PostTraining)
+    run = Run(settings, PostTraining)
     hand = ByHand(settings, single_rank)
     expected = []
     batches = run._batches(0)
@@ -152,7 +152,7 @@ def test_other_layouts_train_the_same(
 
 
 def _train(path: Path, options: list[str]) -> None:
-    build_run(load_config(path, options), PostTraining).train()
+    Run(load_config(path, options), PostTraining).train()
     dist.barrier()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from refine_mcore.config import load_config
-from refine_mcore.training.loop import build_run
+from refine_mcore.training.loop import Run
 from tests.distributed.harness import run_distributed
 from tests.training.jobs import CORPUS, ROOT, TOKENIZER, metrics, run_job
 
@@ -64,7 +64,7 @@ def test_recipe_runs_as_on_whole_texts(recipe: str, tmp_path: Path) -> None:
 
 
 def _in_a_pipeline(path: Path, run: Path, settings: tuple[str, ...]) -> None:
-    build_run(load_config(path, [f"run.directory={run}", *settings, *PIPELINE])).train()
+    Run(load_config(path, [f"run.directory={run}", *settings, *PIPELINE])).train()
     dist.barrier()
 
 

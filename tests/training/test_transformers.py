@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from refine_mcore.config import load_config
 from refine_mcore.data import load_tokenizer
-from refine_mcore.training.loop import build_run
+from refine_mcore.training.loop import Run
 from refine_mcore.training.setup import with_own_tokenizer
 from tests.conversion.helpers import copy_model, to_checkpoint, to_hf
 from tests.distributed.harness import run_distributed
@@ -75,7 +75,7 @@ def test_from_transformers_through_a_pipeline_and_back(
 
 
 def _train(path: Path, options: list[str]) -> None:
-    build_run(with_own_tokenizer(load_config(path, options))).train()
+    Run(with_own_tokenizer(load_config(path, options))).train()
     dist.barrier()
 
 

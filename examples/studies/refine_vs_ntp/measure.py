@@ -21,11 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from refine_mcore import platform
 from refine_mcore.config import Config, config_from_dict
-from refine_mcore.pipeline.whole_model import whole_model
+from refine_mcore.models.whole_model import whole_model
 from refine_mcore.step.refine_loss import TextBatch, text_pass
-from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
-from refine_mcore.training.setup import build_engine, training_model
-from refine_mcore.training.step import TrainStep
+from refine_mcore.training.setup import build_training, training_model
 
 _SEED = 7  # of the held-out texts
 
@@ -57,13 +55,6 @@ def _config(study: dict[str, Any], checkpoint: str, refine: dict[str, Any]) -> C
     return config_from_dict(settings, "study.yaml")
 
 
-def _step(config: Config, groups: Any) -> TrainStep:
-    wrapped = wrap_data_parallel(training_model(config, groups), config.optimizer, groups)
-    optimizer, _ = build_optimizer(wrapped, config, torch.float32)
-    engine = build_engine(config, wrapped, groups)
-    return TrainStep(wrapped, optimizer, config.refine, config.training.seed, groups, engine)
-
-
 def _batch(tokens: torch.Tensor) -> TextBatch:
     mask = torch.ones_like(tokens, dtype=torch.bool)
     return TextBatch(tokens, mask, torch.arange(len(tokens)))
@@ -85,7 +76,7 @@ def _costs(study: dict[str, Any], checkpoint: str, groups: Any) -> dict[str, flo
         config = _config(study, checkpoint, options)
         shape = (config.training.micro_batch_size, config.data.sequence_length)
         tokens = torch.randint(2048, shape, generator=torch.Generator().manual_seed(0))
-        step = _step(config, groups)
+        step = build_training(config, groups).step
         with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
             step([_batch(tokens)], 0)
         found[arm] = counter.get_total_flops()
@@ -126,7 +117,7 @@ def _model(
         found[f"recall loss {length}"] = loss[recalled].double().mean().item()
         found[f"loss {length}"] = loss[~recalled].double().mean().item()
         if length == config.data.sequence_length:
-            metrics, _ = _step(config, groups)([batch], 0)
+            metrics, _ = build_training(config, groups).step([batch], 0)
             assert metrics.reward_mean is not None
             found["reward"] = metrics.reward_mean
     return found

@@ -90,8 +90,9 @@ def _core(
 
     before = own_k.shape[1] - length
     hidden = _hidden_from_branches(spans, before, length, window, tuple(limit), q.device)
-    joined = torch.cat(scores, dim=-1).to(compute) * scale
-    joined = joined.masked_fill(hidden[:, None, None], float("-inf"))
+    joined = torch.cat(scores, dim=-1).to(compute).mul_(scale)
+    with torch.no_grad():  # what weighs nothing has no gradient
+        joined.masked_fill_(hidden[:, None, None], float("-inf"))
     weights = joined.softmax(dim=-1).to(q.dtype).split([x.shape[-1] for x in scores], dim=-1)
     out = weights[-1] @ own_v.transpose(1, 2).unsqueeze(2)
     for of_piece, v in zip(weights, text_v, strict=False):

@@ -17,9 +17,10 @@ from refine_mcore.config import Config, load_config
 from refine_mcore.data import load_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.evaluation.tasks import Row
-from refine_mcore.training.loop import build_run
-from refine_mcore.training.ttt import AdaptingModel, _tensors, answer_rows
+from refine_mcore.evaluation.ttt import AdaptingModel, _groups, _tensors, answer_rows
+from refine_mcore.training.loop import Run
 from tests.distributed.harness import run_distributed
+from tests.fused_adam import use_fused_adam
 from tests.training.jobs import TOKENIZER, write_config, write_examples
 
 
@@ -28,7 +29,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of adaptation, two optimizer steps a batch, by a checkpoint of a run of two steps."""
     place = tmp_path_factory.mktemp("ttt")
     with platform.distributed(60):
-        build_run(load_config(write_config(place), ["training.steps=2"])).train()
+        Run(load_config(write_config(place), ["training.steps=2"])).train()
     rows = [json.loads(line) for line in write_examples(place, 5).read_text().splitlines()]
     for row in rows:
         row |= {"task": "ruler_squadqa"}
@@ -68,11 +69,24 @@ SHARDED = ["optimizer.use_distributed_optimizer=true", "training.dtype=bfloat16"
 
 
 @pytest.mark.parametrize(
-    "options",
-    [[], pytest.param(["training.dtype=bfloat16"], marks=pytest.mark.slow), SHARDED],
-    ids=["float32", "bfloat16", "sharded"],
+    ("options", "fused"),
+    [
+        ([], False),
+        pytest.param(["training.dtype=bfloat16"], False, marks=pytest.mark.slow),
+        (SHARDED, False),
+        (SHARDED, True),
+    ],
+    ids=["float32", "bfloat16", "sharded", "fused Adam"],
 )
-def test_a_reset_brings_back_every_bit(options: list[str], config: Path, single_rank: Any) -> None:
+def test_a_reset_brings_back_every_bit(
+    options: list[str],
+    fused: bool,
+    config: Path,
+    single_rank: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if fused:
+        use_fused_adam(monkeypatch)
     settings = load_config(config, options)
     rows = rows_of(settings)
     adapted = AdaptingModel(settings, single_rank)
@@ -85,7 +99,9 @@ def test_a_reset_brings_back_every_bit(options: list[str], config: Path, single_
         restore()
 
     adapted._begin.restore = watched  # type: ignore[method-assign, union-attr]
+    counts = [group.get("step") for group in _groups(adapted.optimizer)]
     first = adapted.answer(rows, ())
+    assert [group.get("step") for group in _groups(adapted.optimizer)] == counts
     after = list(_tensors(adapted.stage, adapted.optimizer))
     assert len(after) == len(before) > 3 * len(list(adapted.stage.parameters()))
     assert all(map(torch.equal, after, before))
@@ -172,6 +188,7 @@ def test_bad_input(config: Path, tmp_path: Path) -> None:
     for options, complaint in (
         (["refine.margin_left=50"], "rollouts need 56"),
         (["data.sequence_length=12"], "more than the 11 allowed"),
+        (["optimizer.lr_warmup_steps=2"], "optimizer.lr_warmup_steps must be 0, not 2"),
         (["data.packing=documents"], "data.packing documents is of training"),
         ([f"data.paths=[{tmp_path / 'no.jsonl'}]"], "cannot read"),
     ):

@@ -24,18 +24,15 @@ from refine_mcore import compat, platform
 from refine_mcore.config import Config
 from refine_mcore.data import Tokenizer, padded
 from refine_mcore.errors import UserError
-from refine_mcore.evaluation.metrics import LONGBENCH_TASKS, RULER_QA_TASKS, score
+from refine_mcore.evaluation.metrics import LONGBENCH_TASKS, RULER_QA_TASKS
 from refine_mcore.evaluation.report import markdown, scores
 from refine_mcore.evaluation.runner import Results
 from refine_mcore.evaluation.tasks import Row, rows_of_files
 from refine_mcore.generation import generate, response_text
-from refine_mcore.pipeline.whole_model import whole_model
+from refine_mcore.models.whole_model import whole_model
 from refine_mcore.step.refine_loss import TextBatch
-from refine_mcore.training.checkpointing import load_main_weights
-from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
 from refine_mcore.training.phases import shortest_prompt
-from refine_mcore.training.setup import build_engine, training_model
-from refine_mcore.training.step import TrainStep
+from refine_mcore.training.setup import build_training
 
 
 class Snapshot:
@@ -45,23 +42,33 @@ class Snapshot:
         compat.prime_optimizer(optimizer)
         self._tensors = list(_tensors(model, optimizer))
         self._kept = [x.detach().clone() for x in self._tensors]
+        # a fused Adam counts its steps as a number in each group
+        self._groups = [(group, dict(group)) for group in _groups(optimizer)]
 
     @torch.no_grad()
     def restore(self) -> None:
         for tensor, kept in zip(self._tensors, self._kept, strict=True):
             tensor.copy_(kept)
+        for group, options in self._groups:
+            group.clear()
+            group.update(options)
 
 
 def _tensors(model: torch.nn.Module, optimizer: Any) -> Iterator[Tensor]:
     """Weights, main weights, moments and step counts."""
     yield from model.parameters()
     yield from model.buffers()
+    for group in _groups(optimizer):
+        yield from group["params"]
+        yield from (x for x in group.values() if isinstance(x, Tensor))
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in part.optimizer.param_groups:
-            yield from group["params"]
-            yield from (x for x in group.values() if isinstance(x, Tensor))
         for state in part.optimizer.state.values():
             yield from (x for x in state.values() if isinstance(x, Tensor))
+
+
+def _groups(optimizer: Any) -> Iterator[dict[str, Any]]:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        yield from part.optimizer.param_groups
 
 
 class AdaptingModel:
@@ -69,23 +76,10 @@ class AdaptingModel:
 
     def __init__(self, config: Config, pg_collection: Any) -> None:
         self._config = config
-        stage = training_model(config, pg_collection)
-        wrapped = wrap_data_parallel(stage, config.optimizer, pg_collection)
-        self.model, self.stage = whole_model(stage), stage
-        self.optimizer, _ = build_optimizer(wrapped, config, getattr(torch, config.training.dtype))
-        if config.training.dtype == "bfloat16" and config.model.checkpoint is not None:
-            load_main_weights(stage, self.optimizer, Path(config.model.checkpoint))
-        engine = build_engine(config, wrapped, pg_collection)
-        self._step = TrainStep(
-            wrapped,
-            self.optimizer,
-            config.refine,
-            config.training.seed,
-            pg_collection,
-            engine,
-        )
+        self.stage, _, self.optimizer, _, self._step = build_training(config, pg_collection)
+        self.model = whole_model(self.stage)
         self._batches = 0
-        self._begin = None if config.ttt.reset == "none" else Snapshot(stage, self.optimizer)
+        self._begin = None if config.ttt.reset == "none" else Snapshot(self.stage, self.optimizer)
 
     def answer(self, rows: Sequence[Row], end_tokens: Sequence[int]) -> list[list[int]]:
         """Adapt to the prompts of `rows` as one batch, and answer each of them; the weights are
@@ -108,7 +102,7 @@ class AdaptingModel:
             tokens, mask = padded(prompts, length)
             names = torch.tensor([_name(prompt) for prompt in prompts])
             sample = {"tokens": tokens, "mask": mask, "sample_index": names}
-            found.append(TextBatch.of(sample, lambda x: x.to(platform.device())))
+            found.append(TextBatch.of(sample, platform.device()))
         return found
 
 
@@ -143,6 +137,11 @@ def answer_rows(config: Config, tokenizer: Tokenizer, pg_collection: Any) -> str
         raise UserError(
             "data.packing documents is of training: prompts of test-time training are read alone"
         )
+    if config.optimizer.lr_warmup_steps:
+        raise UserError(
+            "test-time training takes every step at optimizer.lr: optimizer.lr_warmup_steps must "
+            f"be 0, not {config.optimizer.lr_warmup_steps}"
+        )
     directory, first = Path(config.run.directory), platform.rank() == 0
     if first:
         directory.mkdir(parents=True, exist_ok=True)
@@ -171,15 +170,5 @@ def answer_rows(config: Config, tokenizer: Tokenizer, pg_collection: Any) -> str
                 continue
             for row, tokens in zip(batch, adapted.answer(batch, ends), strict=True):
                 if results.missing(row.task, row.key, 0):
-                    text = response_text(tokenizer, row.prompt, tokens)
-                    results.add(
-                        row.task,
-                        row.key,
-                        0,
-                        group=row.group,
-                        response=text,
-                        answers=list(row.answers),
-                        prompt_tokens=len(row.prompt),
-                        score=score(row.task, text, row.answers),
-                    )
+                    results.add_response(row, 0, response_text(tokenizer, row.prompt, tokens))
     return markdown(scores(results.lines), [])
