@@ -246,7 +246,7 @@ def test_checkpoints_of_another_kind(
 ) -> None:
     """`checkpoint.load` wants a training checkpoint, of the model that is being trained."""
     checkpoint = trained / "checkpoints"
-    other_model = "holds another model than the run asks for: num_layers differ"
+    other_model = "holds another model than the run asks for: num_layers"
     assert other_model in refused_job(
         f"checkpoint.load={checkpoint}", "model.overrides.num_layers=3"
     )
@@ -254,6 +254,11 @@ def test_checkpoints_of_another_kind(
     wider, deeper = "model.overrides={hidden_size: 64}", "model.overrides={num_layers: 3}"
     assert "of shape [32], the model needs [64]" in refused_job(*start, wider)
     assert "lacks the tensor decoder.layers.2." in refused_job(*start, deeper)
+    shallower = refused_job(*start, "model.overrides={num_layers: 1}")
+    assert "such as decoder.layers.1." in shallower
+    assert "that the model has no place for" in shallower
+    of_run = refused_job(f"model.checkpoint={trained}", "model.preset=null")
+    assert of_run.endswith(f"is the directory of a run: its checkpoints are in {checkpoint}")
     weights_only = f"{converted} holds weights only"
     letters = write_letters(tmp_path)
     allowed = "checkpoint.allow_other_data=true"

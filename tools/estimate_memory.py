@@ -29,9 +29,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--gpus", default="1,8,64", help="data-parallel sizes")
     arguments = parser.parse_args(argv)
     architecture = preset(arguments.preset)
-    sizes = [int(size) for size in arguments.gpus.split(",") if size.isdecimal() and int(size)]
-    if not sizes or min(arguments.sequence_length, arguments.micro_batch_size) < 1:
-        raise UserError("sequence length, micro-batch size and GPUs must be whole numbers above 0")
+    sizes = []
+    for size in arguments.gpus.split(","):
+        if not size.strip().isdecimal() or int(size) < 1:
+            raise UserError(f"--gpus must be whole numbers above 0, as 1,8,64, not {size!r}")
+        sizes.append(int(size))
+    if min(arguments.sequence_length, arguments.micro_batch_size) < 1:
+        raise UserError("--sequence-length and --micro-batch-size must be above 0")
 
     platform.initialize()
     from refine_mcore.benchmark.memory import count_saved_bytes, estimate_memory

@@ -61,6 +61,8 @@ def main(argv: list[str]) -> None:
 
 def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None:
+        if any("\ud800" <= character <= "\udfff" for character in arguments.prompt):
+            raise UserError("--prompt is not text in UTF-8")
         return arguments.prompt
     try:
         return Path(arguments.prompt_file).read_text(encoding="utf-8")

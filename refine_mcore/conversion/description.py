@@ -203,6 +203,9 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(f"checkpoint {path} {state}")
     latest = path / LATEST_FILE
     if not latest.is_file():
+        of_run = path / "checkpoints"
+        if (of_run / LATEST_FILE).is_file():
+            raise UserError(f"{path} is the directory of a run: its checkpoints are in {of_run}")
         return path
     text = latest.read_text(errors="replace").strip()
     if not text.isdecimal():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from refine_mcore.errors import UserError
+
+# JSON can name halves of a character, which no tokenizer takes unless both are there.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,23 @@ def read_documents(paths: Iterable[str | Path]) -> Iterator[Document]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """The value of every line that is not blank, and where it came from (`file:line`)."""
+    """The value of every line that is not blank, and where it came from (`file:line`). A byte order
+    mark before the first is skipped."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not text.strip():
                 continue
             origin = f"{path}:{number}"
             try:
-                record = json.loads(line.decode("utf-8"))
+                record = json.loads(text.decode("utf-8"))
+                if _SURROGATE.search(text):
+                    json.dumps(record, ensure_ascii=False).encode("utf-8")
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(error.object[error.start]):04x}"
+                raise UserError(
+                    f"{origin}: a string holds {half}, half of a character, which is no text"
+                ) from None
             except ValueError:  # bad JSON and bad UTF-8 alike
                 raise UserError(f"{origin}: the line is not valid JSON in UTF-8") from None
             yield origin, record
@@ -65,7 +79,7 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
 
 def _read_txt(path: Path) -> Iterator[Document]:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     if text.strip():

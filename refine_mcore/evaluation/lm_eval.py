@@ -14,15 +14,26 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from refine_mcore.config import config_from_dict
-from refine_mcore.errors import UserError
+from refine_mcore.errors import UserError, cli
 from refine_mcore.evaluation.checkpoint import open_checkpoint
 from refine_mcore.evaluation.next_token import token_scores
 from refine_mcore.generation import Sampling, generate, response_text
+
+
+def _without_the_harness(_: list[str]) -> None:
+    raise UserError("lm-evaluation-harness is not installed: `make setup EXTRAS=eval` installs it")
+
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    cli(_without_the_harness)
 
 
 @register_model("refine_mcore")

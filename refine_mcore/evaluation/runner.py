@@ -42,7 +42,7 @@ class Results:
             if not same:
                 raise UserError(
                     f"{path} holds results of another model or of other settings: name another "
-                    "--output or remove it"
+                    "directory or remove it"
                 )
             self.lines.append(found)
         if writer and whole and len(whole) + 1 < len(content):

@@ -130,7 +130,7 @@ def answer_rows(config: Config, tokenizer: Tokenizer, pg_collection: Any) -> str
     for row in rows:
         if len(row.prompt) < shortest:
             raise UserError(
-                f"{row.key}: the prompt has {len(row.prompt)} tokens, rollouts need {shortest} "
+                f"{row.origin}: the prompt has {len(row.prompt)} tokens, rollouts need {shortest} "
                 "(refine.margin_left, refine.margin_right, refine.num_chunks)"
             )
     if config.data.packing != "none":

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from refine_mcore import compat, platform
 from refine_mcore.config import CheckpointConfig
+from refine_mcore.conversion import checkpoint_shapes, hf_parameter_map
 from refine_mcore.conversion.description import (
     LATEST_FILE,
     copy_description,
@@ -76,6 +77,7 @@ def _read_weights(
     """The model's weights by name, each read into the `target_of` its parameter."""
     directory = find_checkpoint(checkpoint)
     stored = read_metadata(directory).state_dict_metadata
+    _check_all_wanted(model.config.arch, stored, directory)
     sharded = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
     for entry in nested_values(sharded):
         entry.data = target_of(entry.data)
@@ -86,6 +88,25 @@ def _read_weights(
         entry.key = most_precise_key(key, stored).removesuffix(key) + entry.key
     found: dict[str, Tensor] = _load(model, {"model": sharded}, directory)["model"]
     return found
+
+
+def _check_all_wanted(
+    architecture: Architecture, stored: Mapping[str, Any], directory: Path
+) -> None:
+    """Raise UserError for weights that the model has no place for: of another one than it is."""
+    places = checkpoint_shapes(hf_parameter_map(architecture))
+    extra = sorted(
+        key
+        for key, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+        and not key.startswith("optimizer.")
+        and key not in places
+    )
+    if extra:
+        raise UserError(
+            f"checkpoint {directory} holds {len(extra)} tensors, such as {extra[0]}, that the "
+            "model has no place for: model.overrides must not make it smaller"
+        )
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -282,10 +303,11 @@ def _check_architecture(architecture: Architecture, directory: Path) -> None:
         flat(architecture.to_dict()),
     )
     differing = sorted(key for key in stored | own if stored.get(key) != own.get(key))
+    if "family" in differing:  # all else differs with it
+        differing = ["family"]
     if differing:
-        raise UserError(
-            f"{directory} holds another model than the run asks for: {', '.join(differing)} differ"
-        )
+        named = ", ".join(f"{key} {stored.get(key)}, not {own.get(key)}" for key in differing)
+        raise UserError(f"{directory} holds another model than the run asks for: {named}")
 
 
 def _check_optimizer(template: dict[str, Any], directory: Path) -> None:

@@ -132,7 +132,10 @@ class Run:
         """All remaining steps, then what was learnt and where it lies."""
         config = self.config
         if self.progress.step >= config.training.steps:
-            self._say(f"{self.directory} has already run its {config.training.steps} steps")
+            self._say(
+                f"{self.directory} has run {self.progress.step} steps: nothing is left to do of "
+                f"training.steps {config.training.steps}"
+            )
         else:
             with StopRequests() as stop:
                 signal = self._steps(stop)

@@ -112,6 +112,11 @@ class MetricsWriter:
             self._bar.update()
         elif self._log_lines and self._is_logged(metrics.step):
             print(self._log_line(metrics), file=sys.stderr, flush=True)
+        if evaluation and (self._bar is not None or self._log_lines):
+            named = ((name.split("/"), value) for name, value in evaluation.items())
+            # those of parts of the texts are in the files
+            figures = " | ".join(f"{name[1]} {x:.4f}" for name, x in named if len(name) == 2)
+            tqdm.write(f"evaluation after step {metrics.step + 1} | {figures}", file=sys.stderr)
 
     def close(self) -> None:
         """Ends the progress bar and closes the files."""

@@ -14,6 +14,7 @@ from refine_mcore.benchmark.memory import (
     estimate_memory,
     saved_tensors,
 )
+from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import AttentionOptions
 from refine_mcore.models.presets import preset
 from tools.estimate_memory import main
@@ -97,5 +98,7 @@ def test_the_command(capsys: Any) -> None:
     main(arguments)
     first, *_, one, eight = capsys.readouterr().out.splitlines()
     assert one.startswith("| 1 | 0.0 GiB |") and eight.startswith("| 8 |")
+    with pytest.raises(UserError, match="--gpus must be whole numbers above 0, as 1,8,64, not '0'"):
+        main([*arguments, "--gpus", "8,0"])
     main([*arguments, "--recompute", "selective"])
     assert first != capsys.readouterr().out.splitlines()[0]

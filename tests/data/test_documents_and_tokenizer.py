@@ -29,11 +29,19 @@ def test_reads_files_in_order(tmp_path):
     assert [document.origin for document in documents] == origins
 
 
+def test_a_byte_order_mark_and_characters_of_two_halves_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "\\ud83d\\ude00 \\\\ud800"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfthree")
+    documents = read_documents([tmp_path / "a.jsonl", tmp_path / "b.txt"])
+    assert [document.text for document in documents] == ["\U0001f600 \\ud800", "three"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', ":2: the line is not valid JSON in UTF-8"),
         ("a.jsonl", b'{"text": "\xff"}\n', ":1: the line is not valid JSON in UTF-8"),
+        ("a.jsonl", b'{"text": "a\\uD800b"}\n', r":1: a string holds \ud800, half of a character"),
         ("a.jsonl", b'{"content": "x"}\n', ":1: the line is not an object with a string field"),
         ("a.jsonl", b'{"text": ["x"]}\n', ":1: the line is not an object with a string field"),
         ("a.jsonl", b'"text"\n', ":1: the line is not an object with a string field 'text'"),

@@ -186,7 +186,7 @@ def _answer(path: Path, options: list[str]) -> None:
 
 def test_bad_input(config: Path, tmp_path: Path) -> None:
     for options, complaint in (
-        (["refine.margin_left=50"], "rollouts need 56"),
+        (["refine.margin_left=50"], r"rows.jsonl:1: the prompt has .* tokens, rollouts need 56"),
         (["data.sequence_length=12"], "more than the 11 allowed"),
         (["optimizer.lr_warmup_steps=2"], "optimizer.lr_warmup_steps must be 0, not 2"),
         (["data.packing=documents"], "data.packing documents is of training"),

@@ -72,7 +72,9 @@ def rows_of_files(
                     f"{longest} allowed"
                 )
             key, one_line = f"{path.name}:{taken}", task in _ONE_LINE
-            found.append(Row(task, key, prompt, example.answers, tokens, {}, one_line))
+            found.append(
+                Row(task, key, prompt, example.answers, tokens, {}, one_line, example.origin)
+            )
             taken += 1
     if not found:
         raise UserError(f"{', '.join(paths)}: no rows of {', '.join(sorted(tasks))}")

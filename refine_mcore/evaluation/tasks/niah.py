@@ -122,7 +122,11 @@ def _row(tokenizer: Tokenizer, name: str, length: int, number: int, seed: int) -
 
     found = _longest(prompt, length - _ANSWER_TOKENS)
     if found is None:
-        raise UserError(f"{name} does not fit into {length} tokens with this tokenizer")
+        least = len(prompt(0)) + _ANSWER_TOKENS
+        raise UserError(
+            f"{name} does not fit into {length} tokens with this tokenizer, which takes {least} "
+            "for it without any text around"
+        )
     return Row(
         name,
         f"{length}:{number}",

@@ -19,3 +19,4 @@ class Row:
     max_new_tokens: int
     group: dict[str, int]
     one_line: bool = False
+    origin: str = ""  # of a row from a file: `file:line`
