@@ -134,6 +134,11 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def loading_waits() -> bool:
+    """Whether loading a kernel may wait for all that the device does, messages included."""
+    return torch.cuda.is_available()
+
+
 def let_messages_overlap(stages: int) -> None:
     """Set CUDA up, before it starts, for messages that wait while a stage computes; nothing to do
     for one stage.

@@ -8,7 +8,8 @@ order, as the plan's checker assumes.
 
 On a GPU a posted receive is a kernel that waits. Whatever waits for it in turn - a stream in the
 same hardware queue, a kernel that is loaded, a communicator that is set up - would hold back the
-very passes that its message depends on: `platform.let_messages_overlap` and `_connect` see to that.
+very passes that its message depends on: `platform.let_messages_overlap`, `_connect` and the
+engine's rehearsal see to that.
 """
 
 from __future__ import annotations

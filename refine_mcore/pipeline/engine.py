@@ -75,6 +75,8 @@ class PipelineEngine:
         capture = platform.graph_capture() if alone and decode_graphs else None
         self.decoder = Decoder(wrapped.module, capture)
         self._channels: Channels | None = None
+        self._rehearsed: set[Any] = set()
+        self._rehearses = self._stages > 1 and platform.loading_waits()
         if self._stages > 1:
             # layers sum over tp; the first forward gathers parameters over intra_dp_cp
             working = (pg_collection.tp, pg_collection.intra_dp_cp)
@@ -153,17 +155,38 @@ class PipelineEngine:
         config, length = context.config, work[0].texts.tokens.shape[1]
         spans = self._spans(length, len(work))
         keeps_graph = phase != "rollout" and not self._recompute
-        on_stage = []
-        for item in work:
+
+        def on_this_stage(item: MicroBatch, metrics: StepAccumulator) -> StageWork:
             head = None
             if self._stage == self._stages - 1:
                 head = Head(context, item, objective, metrics)
-            on_stage.append(
-                StageWork(self._wrapped, self.decoder, item, spans, config, head, keeps_graph)
-            )
-        rolls_out = [item.rolls_out for item in work]
-        self._follow(self.plan(config, length, rolls_out, phase), on_stage)
+            return StageWork(self._wrapped, self.decoder, item, spans, config, head, keeps_graph)
+
+        plan = self.plan(config, length, [item.rolls_out for item in work], phase)
+        for index, item in enumerate(work if self._rehearses else ()):
+            kind = phase, item.texts.tokens.shape, item.rolls_out, length, len(spans)
+            if kind not in self._rehearsed:
+                self._rehearsed.add(kind)
+                self._rehearse(plan, index, on_this_stage(item, StepAccumulator()))
+        on_stage = [on_this_stage(item, metrics) for item in work]
+        self._follow(plan, on_stage)
         return on_stage
+
+    def _rehearse(self, plan: Plan, index: int, work: StageWork) -> None:
+        """The passes of a micro-batch of a new kind on made-up messages, with none sent; gradients,
+        which must be zero before, are so again.
+
+        The first launch of a kernel compiles, checks and loads it, and loading may wait for the
+        whole device: behind a receive that waits for this stage, for ever. Other kernels must not
+        depend on where rollouts leave their texts.
+        """
+        with record_function("refine/rehearse"):
+            for item in plan.shape.passes(index):
+                known = plan.shape.input_channel(self._stage, item) is None
+                message = [] if known else work.made_up_message(item)
+                work.run(item, message, last_backward=False)
+        if plan.shape.phase != "rollout":
+            self._wrapped.zero_grad_buffer()
 
     def _follow(self, plan: Plan, works: Sequence[StageWork]) -> None:
         """Execute this stage's instructions."""

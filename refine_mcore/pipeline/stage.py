@@ -38,6 +38,7 @@ from refine_mcore.pipeline.decoding import Decoder
 from refine_mcore.pipeline.head import Head
 from refine_mcore.pipeline.micro_batch import MicroBatch, StoredRollouts
 from refine_mcore.pipeline.passes import Pass
+from refine_mcore.platform import device
 from refine_mcore.rollout.branches import Branches
 
 Span = tuple[int, int]
@@ -138,6 +139,18 @@ class StageWork:
         if self._model.pre_process:
             return [TensorSpec((streams,), torch.long), *positions]
         return [self._hidden_spec(streams, 1) if item.op == "D" else scored, *positions]
+
+    def made_up_message(self, item: Pass) -> list[Tensor]:
+        """Any that the pass can run on."""
+        made = []
+        for shape, dtype in self.input_specs(item):
+            x = torch.ones(shape, dtype=dtype, device=device())
+            if dtype == torch.long and len(shape) == 2:  # positions
+                config, length = self._config, self._spans[-1][1]
+                ends = config.margin_left, length - config.margin_right
+                x *= torch.linspace(*ends, shape[1], device=x.device).long()
+            made.append(x)
+        return made
 
     @property
     def _scored_tokens(self) -> int:

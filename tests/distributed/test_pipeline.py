@@ -45,6 +45,7 @@ def _two_stages() -> None:
     _check_next_token_steps_equal_megatrons_schedule()
     _check_one_plan_runs_both_kinds_of_micro_batches()
     _check_the_number_of_slices_is_chosen()
+    _check_a_rehearsal_changes_nothing()
 
 
 def test_overlapping_reductions_change_nothing() -> None:
@@ -148,6 +149,38 @@ def _check_the_number_of_slices_is_chosen() -> None:
         assert stage.engine(None).plan(REFINE, LENGTH, kinds).shape.slices > 4
         _, sliced = stage.sliced(batches, kinds, None)
     _assert_close(sliced, whole, 1e-9, "slices of the engine's choice")
+
+
+def _check_a_rehearsal_changes_nothing() -> None:
+    """As on a GPU, where the passes run on made-up messages before the first receive is posted."""
+    for name, recompute in (("tiny-deltanet", False), ("tiny-lact", True)):
+        stage = _Stage(preset(name).with_overrides({"tie_embeddings": True}), torch.float64)
+        expected, found = (_phases(stage, recompute, rehearses) for rehearses in (False, True))
+        for (metrics, gradients), (others, of_others) in zip(found, expected, strict=True):
+            assert metrics.loss_ntp == others.loss_ntp
+            assert metrics.reward_mean == others.reward_mean
+            _assert_close(gradients, of_others, 0.0, f"{name}, rehearsed")
+
+
+def _phases(stage: _Stage, recompute: bool, rehearses: bool) -> list[Any]:
+    """A fused step of both kinds of micro-batches, one in two phases, the first once more."""
+    engine = PipelineEngine(stage.wrapped, stage.groups, slices=3, recompute=recompute)
+    engine._rehearses = rehearses
+    batches = _batches(4, texts=2)
+
+    def fused(metrics: StepAccumulator) -> None:
+        work = [MicroBatch(x, i != 1) for i, x in enumerate(batches)]
+        engine.forward_backward(stage.context, work, 1.0, metrics)
+
+    def two_phase(metrics: StepAccumulator) -> None:
+        stored = engine.roll_out(stage.context, batches, metrics)
+        work = [MicroBatch(x, True, s) for x, s in zip(batches, stored, strict=True)]
+        engine.forward_backward(stage.context, work, 1.0, metrics)
+
+    with mock.patch.object(engine, "_rehearse", wraps=engine._rehearse) as rehearsal:
+        found = [stage.step(run) for run in (fused, two_phase, fused)]
+    assert rehearsal.call_count == (4 if rehearses else 0)
+    return found
 
 
 def _policy_gradient(stage: _Stage, batches: list[TextBatch]) -> Any:

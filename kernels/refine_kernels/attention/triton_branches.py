@@ -262,7 +262,11 @@ def _reach(end, start, stop, first, window, own, tokens):
     return low, tl.minimum(stop, end - first)
 
 
-@triton.jit
+# Which part of a text is seen depends on the positions: no other code for other parts.
+_OF_POSITIONS = ["start", "stop", "first"]
+
+
+@triton.jit(do_not_specialize=_OF_POSITIONS)
 def branches_forward(
     q,
     own_k,
@@ -375,7 +379,7 @@ def _of_scores(of_q, of_o, z, e, k, v, seen, scale, PRODUCTS: tl.constexpr):
     return p, tl.where(seen, ds, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_POSITIONS)
 def branches_backward(
     q,
     own_k,
@@ -476,7 +480,7 @@ def branches_backward(
     tl.store(grad_v + at, of_v.to(grad_v.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_OF_POSITIONS)
 def text_backward(
     q,
     own_k,

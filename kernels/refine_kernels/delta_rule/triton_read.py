@@ -167,18 +167,16 @@ class _Run:
         self.sizes = (tokens, self.heads, 0.0 if eps is None else eps, *strides)
         groups = self.heads // k.shape[2]
         self.constants = _constants(
-            k.shape[-1], self.v_dim, tokens, groups, g is not None, eps is not None
+            k.shape[-1], self.v_dim, groups, g is not None, eps is not None
         ) | {"COUNTED": counts is not None}
 
 
-def _constants(
-    k_dim: int, v_dim: int, tokens: int, groups: int, gated: bool, norm: bool
-) -> dict[str, Any]:
+def _constants(k_dim: int, v_dim: int, groups: int, gated: bool, norm: bool) -> dict[str, Any]:
     return {
         "K": k_dim,
         "V": v_dim,
         "GROUPS": groups,
-        "BT": padded(min(tokens, _LONGEST)),
+        "BT": _LONGEST,
         "BK": min(_KEYS, padded(k_dim)),
         "BV": min(_VALUES, padded(v_dim)),
         "GATED": gated,
@@ -221,7 +219,8 @@ def _decays(g, t, stream, head, count, tokens, heads):
     return tl.exp(tl.cumsum(later, 0, reverse=True)), tl.exp(total)
 
 
-@triton.jit
+# How many tokens there are to read depends on the positions: no other code for other numbers.
+@triton.jit(do_not_specialize=["tokens"])
 def read_forward(
     state,
     k,
@@ -273,7 +272,7 @@ def read_forward(
     tl.store(out + at, s, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def read_backward(
     state,
     k,
@@ -383,7 +382,7 @@ def variants() -> Iterator[Variant]:
     types |= integers("tokens", "heads")
     for k_dim, v_dim, groups in _COMPILED:
         for gated in (False, True):
-            constants = _constants(k_dim, v_dim, _LONGEST, groups, gated, True)
+            constants = _constants(k_dim, v_dim, groups, gated, True)
             constants |= {"COUNTED": True}
             without = () if gated else ("g", "grad_state", "grad_g")
             of_keys = {"grad_k": "*fp32"} if groups > 1 else {}

@@ -32,6 +32,7 @@ from refine_kernels.triton_products import padded, product, products_in
 from refine_kernels.triton_variant import Variant, integers, variant
 
 _MOST = 64  # tokens of a stream; more are worth a library's product
+_ROWS = (16, 32, _MOST)  # of a product, as which they are multiplied
 _UNITS = 32  # hidden units, or columns of the output, of a program
 
 
@@ -48,17 +49,19 @@ def read(product: Product, x: Tensor, w02: Tensor, w1: Tensor) -> Tensor:
 def refusal(product: Product, weights: FastWeights, x: Tensor) -> str | None:
     """Why the kernels are not for these arguments here, None if they are."""
     w02, w1 = weights.read()
-    dtypes = x.dtype, w02.dtype, w1.dtype
-    return _disagreement(product, w1.shape[-2:], padded(x.shape[1]), dtypes, x.device)
+    given = product, w1.shape[-2:], (x.dtype, w02.dtype, w1.dtype), x.device
+    # All at once: how many tokens meet in one chunk's weights depends on the positions, and later
+    # may be too late to load another kernel (pipeline/engine.py).
+    return {rows: _disagreement(*given, rows) for rows in _ROWS}[padded(x.shape[1])]
 
 
 @functools.cache
 def _disagreement(
     product: Product,
     size: torch.Size,
-    rows: int,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     device: torch.device,
+    rows: int,
 ) -> str | None:
     """Of as many tokens as fill most of these ``rows`` of a product: other rows, other code."""
     gen = torch.Generator().manual_seed(0)
@@ -358,7 +361,7 @@ def variants(widths: tuple[int, ...]) -> Iterator[Variant]:
     """As they are compiled ahead of time, for products in bfloat16 and fast heads of these widths:
     of each number of rows that their products can have."""
     types = integers("heads", "tokens")
-    for width, tokens in itertools.product(widths, (16, 32, _MOST)):
+    for width, tokens in itertools.product(widths, _ROWS):
         constants = _constants(tokens, "bf16")
         title = f"d{width}_t{constants['BT']}"
         constants |= {"WIDTH": width, "UNITS": width, "COLUMNS": width}
