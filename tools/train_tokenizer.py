@@ -44,8 +44,9 @@ def train(inputs: list[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2]  # behind the place in the library's sources
         raise UserError(
-            f"no tokenizer of {vocab_size} pieces from {', '.join(inputs)}: {error}"
+            f"no tokenizer of {vocab_size} pieces from {', '.join(inputs)}: {reason}"
         ) from None
     return model.getvalue()
 

@@ -252,7 +252,8 @@ class Architecture:
                     raise UserError(f"model override {dotted!r}: {name!r} holds no fields")
             if last not in node:
                 raise UserError(
-                    f"model override {dotted!r}: no such field, known: {', '.join(sorted(node))}"
+                    f"model override {dotted!r}: no such field of a {data['family']} model, known: "
+                    f"{', '.join(sorted(node))}; model.overrides={{}} drops those of a recipe"
                 )
             node[last] = value
         return self.from_dict(data)

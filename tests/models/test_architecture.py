@@ -151,7 +151,7 @@ def test_overrides_reach_nested_fields() -> None:
 
 
 OVERRIDES = {
-    "mixer.chunk": "model override 'mixer.chunk': no such field, known: chunk_size",
+    "mixer.chunk": "model override 'mixer.chunk': no such field of a lact model, known: chunk_size",
     "mixers.chunk_size": "model override 'mixers.chunk_size': 'mixers' holds no fields",
     "attention.layers": "model override 'attention.layers': 'attention' holds no fields",
     "mixer.chunk_size": "chunk_size must be a positive whole number, got 0",
