@@ -104,10 +104,10 @@ def fuse_weight_gradients(model: torch.nn.Module) -> None:
     weights = {(x.weight.dtype, x.weight.main_grad.dtype, x.weight.device) for x in linear}
     if any(sums == torch.float64 for _, sums, _ in weights):
         return  # Megatron's layers refuse it (577)
-    if not all(multiplies_into(*kind) for kind in weights):
-        logger.info("weight gradients are added to the buffers after their products")
-        return
     if not layers._grad_accum_fusion_available:
+        if not all(multiplies_into(*kind) for kind in weights):
+            logger.info("weight gradients are added to the buffers after their products")
+            return
         layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
             wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
         )

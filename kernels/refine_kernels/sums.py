@@ -26,7 +26,7 @@ def multiplies_into(dtype: torch.dtype, total: torch.dtype, device: torch.device
     sums = torch.ones(16, 16, dtype=total, device=device)
     try:
         _add_product_(sums, ones, ones)
-    except RuntimeError:
+    except (RuntimeError, TypeError):  # not here, or not yet in this torch
         logger.info("torch has no product of %s added to %s on %s", dtype, total, device)
         return False
     return bool((sums == 17).all())

@@ -167,23 +167,25 @@ class PipelineEngine:
             kind = phase, item.texts.tokens.shape, item.rolls_out, length, len(spans)
             if kind not in self._rehearsed:
                 self._rehearsed.add(kind)
-                self._rehearse(plan, index, on_this_stage(item, StepAccumulator()))
+                for spread in (True, False):
+                    rehearsed = on_this_stage(item, StepAccumulator())
+                    self._rehearse(plan, index, rehearsed, spread)
         on_stage = [on_this_stage(item, metrics) for item in work]
         self._follow(plan, on_stage)
         return on_stage
 
-    def _rehearse(self, plan: Plan, index: int, work: StageWork) -> None:
+    def _rehearse(self, plan: Plan, index: int, work: StageWork, spread: bool) -> None:
         """The passes of a micro-batch of a new kind on made-up messages, with none sent; gradients,
-        which must be zero before, are so again.
+        which must be zero before, are so again. Rollouts leave the texts all over them, or early.
 
         The first launch of a kernel compiles, checks and loads it, and loading may wait for the
-        whole device: behind a receive that waits for this stage, for ever. Other kernels must not
-        depend on where rollouts leave their texts.
+        whole device: behind a receive that waits for this stage, for ever. What code a kernel is
+        must therefore not follow from the positions of rollouts, but for the two made up here.
         """
         with record_function("refine/rehearse"):
             for item in plan.shape.passes(index):
                 known = plan.shape.input_channel(self._stage, item) is None
-                message = [] if known else work.made_up_message(item)
+                message = [] if known else work.made_up_message(item, spread)
                 work.run(item, message, last_backward=False)
         if plan.shape.phase != "rollout":
             self._wrapped.zero_grad_buffer()

@@ -140,15 +140,17 @@ class StageWork:
             return [TensorSpec((streams,), torch.long), *positions]
         return [self._hidden_spec(streams, 1) if item.op == "D" else scored, *positions]
 
-    def made_up_message(self, item: Pass) -> list[Tensor]:
-        """Any that the pass can run on."""
+    def made_up_message(self, item: Pass, spread: bool) -> list[Tensor]:
+        """Any that the pass can run on, with positions that are `spread` or early."""
         made = []
         for shape, dtype in self.input_specs(item):
             x = torch.ones(shape, dtype=dtype, device=device())
             if dtype == torch.long and len(shape) == 2:  # positions
-                config, length = self._config, self._spans[-1][1]
-                ends = config.margin_left, length - config.margin_right
-                x *= torch.linspace(*ends, shape[1], device=x.device).long()
+                first, last = self._config.margin_left, self._spans[-1][1]
+                last -= self._config.margin_right
+                step = (last - first) / shape[1] if spread else 1.0
+                places = [min(last, first + int((i + 0.7) * step)) for i in range(shape[1])]
+                x *= to_device(places, x.device)
             made.append(x)
         return made
 

@@ -179,7 +179,7 @@ def _phases(stage: _Stage, recompute: bool, rehearses: bool) -> list[Any]:
 
     with mock.patch.object(engine, "_rehearse", wraps=engine._rehearse) as rehearsal:
         found = [stage.step(run) for run in (fused, two_phase, fused)]
-    assert rehearsal.call_count == (4 if rehearses else 0)
+    assert rehearsal.call_count == (8 if rehearses else 0)
     return found
 
 

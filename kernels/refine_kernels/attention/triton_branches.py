@@ -263,7 +263,7 @@ def _reach(end, start, stop, first, window, own, tokens):
 
 
 # Which part of a text is seen depends on the positions: no other code for other parts.
-_OF_POSITIONS = ["start", "stop", "first"]
+_OF_POSITIONS = ["start", "stop", "first", "length"]
 
 
 @triton.jit(do_not_specialize=_OF_POSITIONS)

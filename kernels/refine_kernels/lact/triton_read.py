@@ -214,7 +214,7 @@ def _before_gate(
     return z, h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def read_hidden(
     x,
     w02,
@@ -247,7 +247,7 @@ def read_hidden(
     _keep(hidden, z * tl.sigmoid(z) * h, tokens, t, UNITS, unit, UNITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def read_gradients(
     x,
     w02,
@@ -316,7 +316,7 @@ def read_gradients(
         _keep(of_w1, found, WIDTH, k, UNITS, unit, UNITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def multiply_rows(
     rows,
     matrix,
