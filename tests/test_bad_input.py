@@ -320,6 +320,7 @@ def test_score_arguments(refused_score: Refused, tmp_path: Path) -> None:
     for position in ("0", "-3", "84", "14,200"):
         assert "is outside the text" in refused_score(rollout_at=position)
     assert "must be whole numbers" in refused_score(rollout_at="14,x")
+    assert "--greedy is of rollouts" in refused_score("--greedy")
     for count in ("0", "-1"):
         assert "--rollout-tokens must be at least 1" in refused_score(
             rollout_at="14", rollout_tokens=count

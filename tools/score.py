@@ -27,6 +27,8 @@ def main(argv: list[str]) -> None:
         arguments.overrides,
     )
     positions = _positions(arguments.rollout_at)
+    if arguments.greedy and not positions:
+        raise UserError("--greedy is of rollouts: name their positions with --rollout-at")
     if output.exists():
         raise UserError(f"{output} exists: name another --output or remove it")
     if arguments.rollout_tokens < 1:
