@@ -30,7 +30,7 @@ from refine_mcore.pipeline.micro_batch import MicroBatch, StoredRollouts
 from refine_mcore.pipeline.passes import Costs, Pass, Phase, Shape
 from refine_mcore.pipeline.plan import Plan, make_plan
 from refine_mcore.pipeline.slices import default_slices, slice_spans
-from refine_mcore.pipeline.stage import StageWork
+from refine_mcore.pipeline.stage import StageWork, made_up_positions
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
@@ -167,25 +167,26 @@ class PipelineEngine:
             kind = phase, item.texts.tokens.shape, item.rolls_out, length, len(spans)
             if kind not in self._rehearsed:
                 self._rehearsed.add(kind)
-                for spread in (True, False):
+                architecture = self._wrapped.module.config.arch
+                for positions in made_up_positions(architecture, config, length):
                     rehearsed = on_this_stage(item, StepAccumulator())
-                    self._rehearse(plan, index, rehearsed, spread)
+                    self._rehearse(plan, index, rehearsed, positions)
         on_stage = [on_this_stage(item, metrics) for item in work]
         self._follow(plan, on_stage)
         return on_stage
 
-    def _rehearse(self, plan: Plan, index: int, work: StageWork, spread: bool) -> None:
+    def _rehearse(self, plan: Plan, index: int, work: StageWork, positions: Sequence[int]) -> None:
         """The passes of a micro-batch of a new kind on made-up messages, with none sent; gradients,
-        which must be zero before, are so again. Rollouts leave the texts all over them, or early.
+        which must be zero before, are so again.
 
         The first launch of a kernel compiles, checks and loads it, and loading may wait for the
-        whole device: behind a receive that waits for this stage, for ever. What code a kernel is
-        must therefore not follow from the positions of rollouts, but for the two made up here.
+        whole device: behind a receive that waits for this stage, for ever. So rollouts at any
+        positions must run no kernel that those made up here have not.
         """
         with record_function("refine/rehearse"):
             for item in plan.shape.passes(index):
                 known = plan.shape.input_channel(self._stage, item) is None
-                message = [] if known else work.made_up_message(item, spread)
+                message = [] if known else work.made_up_message(item, positions)
                 work.run(item, message, last_backward=False)
         if plan.shape.phase != "rollout":
             self._wrapped.zero_grad_buffer()

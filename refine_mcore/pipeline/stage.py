@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from refine_mcore.config import RefineConfig
+from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel, ModelOutput
 from refine_mcore.models.state import inverse
 from refine_mcore.pipeline.branch_passes import BranchPasses
@@ -140,17 +141,13 @@ class StageWork:
             return [TensorSpec((streams,), torch.long), *positions]
         return [self._hidden_spec(streams, 1) if item.op == "D" else scored, *positions]
 
-    def made_up_message(self, item: Pass, spread: bool) -> list[Tensor]:
-        """Any that the pass can run on, with positions that are `spread` or early."""
+    def made_up_message(self, item: Pass, positions: Sequence[int]) -> list[Tensor]:
+        """Any that the pass can run on, with these positions in every text."""
         made = []
         for shape, dtype in self.input_specs(item):
             x = torch.ones(shape, dtype=dtype, device=device())
             if dtype == torch.long and len(shape) == 2:  # positions
-                first, last = self._config.margin_left, self._spans[-1][1]
-                last -= self._config.margin_right
-                step = (last - first) / shape[1] if spread else 1.0
-                places = [min(last, first + int((i + 0.7) * step)) for i in range(shape[1])]
-                x *= to_device(places, x.device)
+                x *= to_device(positions, x.device)
             made.append(x)
         return made
 
@@ -313,6 +310,24 @@ class StageWork:
             piece.backward(gradient)
         of_text = None if piece.hidden is None else piece.hidden.grad
         return [x for x in (of_text, of_branches) if x is not None]
+
+
+def made_up_positions(
+    architecture: Architecture, config: RefineConfig, length: int
+) -> list[list[int]]:
+    """Positions of a text that between them have rollouts run every kernel: all over it; early; and
+    where LaCT writes weights, one just before the end of its first chunk, or of the last whole one.
+    """
+    first, last, c = config.margin_left, length - config.margin_right, config.num_chunks
+    spread, early = (
+        [min(last, first + int((i + 0.7) * step)) for i in range(c)]
+        for step in ((last - first) / c, 1.0)
+    )
+    chunk = getattr(architecture.mixer, "chunk_size", length)
+    if not first < chunk <= last:
+        return [spread, early]
+    ends = chunk - 1, last - last % chunk - 1
+    return [spread, early, *(sorted([*early[1:], end]) for end in ends)]
 
 
 def _cut_or_reconnect(cut: Cut | None, value: object) -> Cut:

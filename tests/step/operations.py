@@ -4,8 +4,9 @@ have shapes and no contents, so that the sizes are the real ones."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ class OperationCounter(TorchDispatchMode):
         super().__init__()
         self.counts: dict[str, Counter[str]] = {}
         self.current: Counter[str] = Counter()
+        self.launched: set[str] = set()  # each kernel with what Triton compiles it for
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -88,9 +90,16 @@ class OperationCounter(TorchDispatchMode):
             self.current[name] += 1
         return func(*args, **(kwargs or {}))
 
-    def launch(self, kernel: Any, *_: Any, **__: Any) -> None:
+    def launch(self, kernel: Any, _: Any, *arguments: Any, **constants: Any) -> None:
         """In place of `refine_kernels.launch.run`."""
-        self.current[kernel.fn.__name__] += 1
+        name = kernel.fn.__name__
+        self.current[name] += 1
+        # as it stands on a kernel for the interpreter, and on one that is compiled
+        options = getattr(kernel, "kwargs", None) or vars(kernel)
+        alike = options.get("do_not_specialize") or ()
+        pairs = zip(kernel.arg_names, arguments, strict=False)
+        given = [f"{name}: {_specialised(x, name in alike)}" for name, x in pairs]
+        self.launched.add(f"{name} {given} {sorted(constants.items())}")
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """In place of `platform.graph_capture`."""
@@ -115,6 +124,16 @@ class OperationCounter(TorchDispatchMode):
         return sum(sum(of_pass.values()) for of_pass in self.counts.values())
 
 
+def _specialised(argument: Any, alike: bool) -> str:
+    """What Triton sees of an argument: unless all are `alike` to it, 1 is another than those that
+    16 divides, and these than the others."""
+    if isinstance(argument, Tensor):
+        return str(argument.dtype)
+    if not isinstance(argument, int) or alike:
+        return type(argument).__name__
+    return "1" if argument == 1 else "multiple of 16" if argument % 16 == 0 else "int"
+
+
 def _tensors(args: Any, kwargs: Any) -> Iterator[Any]:
     for x in (*args, *(kwargs or {}).values()):
         if isinstance(x, list | tuple):
@@ -132,9 +151,14 @@ def count_operations(
     rolls_out: bool,
     tape_interval: int,
     refine: RefineConfig | None = None,
+    slices: int = 1,
+    positions: Sequence[Sequence[int]] | None = None,
 ) -> OperationCounter:
     """Of the passes of one micro-batch, a text of so many tokens, in bfloat16, after one that has
-    set things up. Gradients gather in Megatron's buffers; a decode pass that is captured is one."""
+    set things up. Gradients gather in Megatron's buffers; a decode pass that is captured is one.
+
+    With `positions` of one micro-batch after the other none is captured, as in a pipeline.
+    """
     counter, config = OperationCounter(), refine or RefineConfig()
     for module in _KERNELS:
         monkeypatch.setattr(module, "_disagreement", lambda *_: None)
@@ -144,7 +168,8 @@ def count_operations(
     monkeypatch.setattr(flash, "refusal", lambda *_, **__: None)
     dispatch.use(**dispatch.ON_A_GPU)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: META)
-    monkeypatch.setattr(head, "choose_branches", _branches)
+    left = iter([] if positions is None else positions)
+    monkeypatch.setattr(head, "choose_branches", partial(_branches_at, left))
     model = build_model(
         transformer_config(architecture, dtype=torch.bfloat16, tape_interval=tape_interval), groups
     )
@@ -158,13 +183,14 @@ def count_operations(
     monkeypatch.setattr(model.config, "finalize_model_grads_func", lambda *_: None)
     monkeypatch.setattr(platform, "graph_capture", lambda: counter.capture)
     monkeypatch.setattr(decoding, "_difference", lambda *_: 0.0)
-    engine = PipelineEngine(wrapped, groups)
+    engine = PipelineEngine(wrapped, groups, slices=slices, decode_graphs=positions is None)
     engine.observe = counter.observe
     context = StepContext(model, config, Randomness(0, 0), groups.dp)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: None)
     try:
         # of three micro-batches one by one the second captures its decode passes
-        for _ in range(3 if rolls_out else 1):
+        once = 3 if rolls_out else 1
+        for _ in range(once if positions is None else len(positions)):
             counter.counts.clear()
             wrapped.zero_grad_buffer()
             with counter:
@@ -176,11 +202,18 @@ def count_operations(
     return counter
 
 
-def _branches(
-    model: Any, entropy: Tensor, batch: TextBatch, config: RefineConfig, randomness: Any
+def _branches_at(
+    left: Iterator[Sequence[int]],
+    model: Any,
+    entropy: Tensor,
+    batch: TextBatch,
+    config: RefineConfig,
+    randomness: Any,
 ) -> tuple[Branches, int]:
-    """Spread over the text, away from chunk borders and from the states that tapes keep: there are
-    no entropies to choose by."""
-    step = batch.tokens.shape[1] // config.num_chunks
-    positions = [step * i + step // 2 + 333 for i in range(config.num_chunks)]
+    """At the next positions, or else spread over the text, away from chunk borders and from the
+    states that tapes keep: there are no entropies to choose by."""
+    positions = next(left, None)
+    if positions is None:
+        step = batch.tokens.shape[1] // config.num_chunks
+        positions = [step * i + step // 2 + 333 for i in range(config.num_chunks)]
     return Branches.at([positions]), batch.tokens.shape[1]
