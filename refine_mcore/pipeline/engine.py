@@ -156,10 +156,12 @@ class PipelineEngine:
         spans = self._spans(length, len(work))
         keeps_graph = phase != "rollout" and not self._recompute
 
-        def on_this_stage(item: MicroBatch, metrics: StepAccumulator) -> StageWork:
+        def on_this_stage(
+            item: MicroBatch, metrics: StepAccumulator, positions: Sequence[int] | None = None
+        ) -> StageWork:
             head = None
             if self._stage == self._stages - 1:
-                head = Head(context, item, objective, metrics)
+                head = Head(context, item, objective, metrics, positions)
             return StageWork(self._wrapped, self.decoder, item, spans, config, head, keeps_graph)
 
         plan = self.plan(config, length, [item.rolls_out for item in work], phase)
@@ -169,7 +171,7 @@ class PipelineEngine:
                 self._rehearsed.add(kind)
                 architecture = self._wrapped.module.config.arch
                 for positions in made_up_positions(architecture, config, length):
-                    rehearsed = on_this_stage(item, StepAccumulator())
+                    rehearsed = on_this_stage(item, StepAccumulator(), positions)
                     self._rehearse(plan, index, rehearsed, positions)
         on_stage = [on_this_stage(item, metrics) for item in work]
         self._follow(plan, on_stage)

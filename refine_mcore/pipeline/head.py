@@ -4,7 +4,8 @@ need them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from refine_kernels.host import without_waiting
@@ -61,6 +62,8 @@ class Head:
     micro_batch: MicroBatch
     objective: Objective | None
     metrics: StepAccumulator
+    # In a rehearsal, where new rollouts leave every text instead of where they would.
+    positions: Sequence[int] | None = None
     # The rollouts to train on: stored ones, else those that `score` has rewarded.
     scored: ScoredRollouts | None = None
     _entropy: list[Tensor] = field(default_factory=list)
@@ -106,6 +109,8 @@ class Head:
         context, config, texts = self.context, self.context.config, self.micro_batch.texts
         entropy = torch.cat(self._entropy, dim=1)
         branches, known = choose_branches(context.model, entropy, texts, config, context.randomness)
+        if self.positions is not None:
+            branches = replace(branches, position=tuple(self.positions) * len(entropy))
         if entropy.shape == texts.tokens.shape:
             hidden = torch.cat(self._hidden, dim=1)
             behind = torch.cat(self._text_log_probs, dim=1) if config.tokens_behind else None

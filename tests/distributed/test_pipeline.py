@@ -24,7 +24,7 @@ from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.pipeline import slices as slicing
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.pipeline.micro_batch import MicroBatch
-from refine_mcore.pipeline.stage import made_up_positions
+from refine_mcore.pipeline.stage import StageWork, made_up_positions
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import ReducedMetrics, StepAccumulator
@@ -178,10 +178,21 @@ def _phases(stage: _Stage, recompute: bool, rehearses: bool) -> list[Any]:
         work = [MicroBatch(x, True, s) for x, s in zip(batches, stored, strict=True)]
         engine.forward_backward(stage.context, work, 1.0, metrics)
 
-    with mock.patch.object(engine, "_rehearse", wraps=engine._rehearse) as rehearsal:
+    leave, left = StageWork._leave, set()
+
+    def noting(self: StageWork) -> Any:
+        assert self._branched_at is not None
+        left.add(self._branched_at.position)
+        return leave(self)
+
+    with (
+        mock.patch.object(engine, "_rehearse", wraps=engine._rehearse) as rehearsal,
+        mock.patch.object(StageWork, "_leave", noting),
+    ):
         found = [stage.step(run) for run in (fused, two_phase, fused)]
-    sets = len(made_up_positions(stage.model.config.arch, REFINE, LENGTH))
-    assert rehearsal.call_count == (4 * sets if rehearses else 0) and sets > 1
+    sets = made_up_positions(stage.model.config.arch, REFINE, LENGTH)
+    assert rehearsal.call_count == (4 * len(sets) if rehearses else 0) and len(sets) > 1
+    assert ({2 * tuple(positions) for positions in sets} <= left) == rehearses
     return found
 
 
