@@ -166,12 +166,12 @@ class PipelineEngine:
 
         plan = self.plan(config, length, [item.rolls_out for item in work], phase)
         for index, item in enumerate(work if self._rehearses else ()):
-            kind = phase, item.texts.tokens.shape, item.rolls_out, length, len(spans)
+            kind = phase, item.texts.tokens.shape, item.rolls_out, len(spans)
             if kind not in self._rehearsed:
                 self._rehearsed.add(kind)
-                architecture = self._wrapped.module.config.arch
-                for positions in made_up_positions(architecture, config, length):
-                    rehearsed = on_this_stage(item, StepAccumulator(), positions)
+                sets = made_up_positions(self._wrapped.module.config.arch, config, length)
+                for positions in sets if item.rolls_out else sets[:1]:
+                    rehearsed = on_this_stage(item.at(positions), StepAccumulator(), positions)
                     self._rehearse(plan, index, rehearsed, positions)
         on_stage = [on_this_stage(item, metrics) for item in work]
         self._follow(plan, on_stage)

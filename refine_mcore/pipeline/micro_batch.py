@@ -3,7 +3,8 @@ phases of the paper's regime."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -29,3 +30,11 @@ class MicroBatch:
     texts: TextBatch
     rolls_out: bool
     stored: StoredRollouts | None = None
+
+    def at(self, positions: Sequence[int]) -> MicroBatch:
+        """The same, with stored rollouts as if they had left every text at these positions."""
+        if self.stored is None:
+            return self
+        at = tuple(positions) * self.texts.tokens.shape[0]
+        branches = replace(self.stored.branches, position=at)
+        return replace(self, stored=replace(self.stored, branches=branches))

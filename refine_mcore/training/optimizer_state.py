@@ -34,7 +34,7 @@ def sharded_optimizer_state(
 ) -> dict[str, Any]:
     """What a checkpoint keeps of a Megatron optimizer, of the model whose `sharded_state_dict` is
     `weights`. Tensors of a sharded optimizer are its own: loading writes them."""
-    compat.prime_optimizer(optimizer)  # of which every step so far was skipped, or to load into
+    compat.prime_optimizer(optimizer)  # before its first step it has no state to list
     sharded = _as_sharded(optimizer)
     if sharded is None:
         return optimizer.sharded_state_dict(

@@ -91,8 +91,10 @@ def test_tensorboard_holds_the_numbers_and_purges_on_resume(tmp_path):
 def test_log_lines_where_there_is_no_terminal(tmp_path, capsys):
     with closing(MetricsWriter(tmp_path, False, True, total_steps=5, log_interval=2)) as writer:
         for step in range(5):
-            writer.write(replace(NTP if step < 3 else REFINE, step=step))
+            held_out = {"evaluation/loss": 2.5, "evaluation/loss/64": 3.0} if step == 2 else None
+            writer.write(replace(NTP if step < 3 else REFINE, step=step), held_out)
     lines = capsys.readouterr().err.splitlines()
+    assert lines.pop(1) == "evaluation after step 3 | loss 2.5000"
     assert [line.split(" | ")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5"]
     assert lines[0].startswith("step 2/5 | NTP loss 3.2500 | 12,346 tokens/s | ETA 00:0")
     assert "| reward 0.5000 |" in lines[1]

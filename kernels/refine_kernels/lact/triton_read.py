@@ -50,8 +50,8 @@ def refusal(product: Product, weights: FastWeights, x: Tensor) -> str | None:
     """Why the kernels are not for these arguments here, None if they are."""
     w02, w1 = weights.read()
     given = product, w1.shape[-2:], (x.dtype, w02.dtype, w1.dtype), x.device
-    # All at once: how many tokens meet in one chunk's weights depends on the positions, and later
-    # may be too late to load another kernel (pipeline/engine.py).
+    # All at once: how many tokens meet in one chunk's weights depends on the positions, and later,
+    # in a pipeline whose messages wait, may be too late to load another kernel.
     return {rows: _disagreement(*given, rows) for rows in _ROWS}[padded(x.shape[1])]
 
 
