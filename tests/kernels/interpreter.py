@@ -23,15 +23,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def interpreter_and_poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """numpy 2.4 makes no integer of an array of one element, which the interpreter counts on for
-    the bounds of loops.  What runs is again the automatic choice afterwards."""
+    """What runs is again the automatic choice afterwards."""
     from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def with_index(tensor: Any) -> None:
-        patch(tensor)
-        tensor.__index__ = lambda self: int(self.handle.data.item())
 
     def poisoned(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         poison = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min + 1
@@ -47,7 +40,6 @@ def interpreter_and_poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         values = torch.from_numpy(np.ascontiguousarray(x)).view(torch.float32)
         return values.bfloat16().view(torch.uint16).numpy()
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
     monkeypatch.setattr(launch, "empty", poisoned)
     yield
