@@ -17,11 +17,11 @@ import torch
 from refine_mcore import platform
 from refine_mcore.config import Config, data_parallel_layout, require_data
 from refine_mcore.data import batch_iterator, load_tokenizer
+from refine_mcore.models.sharding import main_gradient
 from refine_mcore.pipeline.engine import PASS_NAMES, PipelineEngine
 from refine_mcore.pipeline.passes import Pass
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.refine_loss import TextBatch
-from refine_mcore.training.optimizer import main_gradient
 from refine_mcore.training.phases import MidTraining
 from refine_mcore.training.setup import build_training, resolve_architecture
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -36,6 +36,7 @@ def megatron_1f1b(
         no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
         return loss, lambda loss: (loss, no_tokens, {})
 
+    wrapped.config.no_sync_func = wrapped.no_sync
     get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
@@ -44,3 +45,4 @@ def megatron_1f1b(
         seq_length=batches[0].tokens.numel(),
         micro_batch_size=1,
     )
+    finalize_model_grads([wrapped])

@@ -111,8 +111,7 @@ def _gradient(bench: Bench, engine: PipelineEngine, rolls_out: bool) -> torch.Te
 
 def _forward_backward(bench: Bench, engine: PipelineEngine, rolls_out: bool) -> None:
     work = [MicroBatch(batch, rolls_out) for batch in bench.batches]
-    weight = bench.config.refine.ntp_weight if rolls_out else 1.0
-    engine.forward_backward(bench.context, work, weight, StepAccumulator())
+    engine.forward_backward(bench.context, work, StepAccumulator())
 
 
 def _predict(bench: Bench, mode: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from refine_mcore.config.checks import (
     runs_in_slices,
     validate,
 )
-from refine_mcore.config.loader import config_from_dict, load_config, save_config, to_dict
+from refine_mcore.config.loader import config_from_dict, flatten, load_config, save_config, to_dict
 from refine_mcore.config.run_directory import TOKENS, prepare_run_directory
 from refine_mcore.config.schema import (
     CheckpointConfig,
@@ -45,6 +45,7 @@ __all__ = [
     "TrainingConfig",
     "config_from_dict",
     "data_parallel_layout",
+    "flatten",
     "load_config",
     "prepare_run_directory",
     "require_data",

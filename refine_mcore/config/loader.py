@@ -189,7 +189,7 @@ def _convert(value: Any, annotation: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise UserError(f"{where} must be a mapping, got {_describe(value)}")
-        return _flatten(value)
+        return flatten(value)
     return _convert_scalar(value, annotation, where)
 
 
@@ -225,12 +225,12 @@ def _limited(value: Any, limits: tuple[Limit, ...], where: str) -> Any:
     return value
 
 
-def _flatten(mapping: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(mapping: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one level of dotted names, as overrides spell them."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
         name = f"{prefix}{key}"
-        flat.update(_flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
+        flat.update(flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
     return flat
 
 

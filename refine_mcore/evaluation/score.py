@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from refine_mcore.config import OptimizerConfig, RefineConfig
 from refine_mcore.conversion.parameters import HFParameter, hf_parameter_map, to_hf_tensors
 from refine_mcore.models.fast_weight_model import FastWeightModel, LanguageModel
-from refine_mcore.models.sharding import full_tensors
+from refine_mcore.models.sharding import full_tensors, main_gradient
 from refine_mcore.models.whole_model import whole_model
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
 from refine_mcore.step.refine_loss import (
     TextBatch,
     TextPass,
-    branch_states,
     ntp_loss,
     text_pass,
 )
-from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
+from refine_mcore.training.optimizer import wrap_data_parallel
 
 
 def score_tokens(
@@ -73,7 +73,7 @@ def score_tokens(
     if wrapped is not None:
         loss.backward()
         # sums the shares of norms under sequence parallelism and of tied embeddings
-        stage.config.finalize_model_grads_func([wrapped])
+        finalize_model_grads([wrapped])
         by_key = full_tensors(stage, main_gradient)
         if by_key:
             table = parameters or hf_parameter_map(model.config.arch)
@@ -94,10 +94,11 @@ def _roll_out_at(
     branches = Branches.at([[position]] * batch.tokens.shape[0])
     randomness = None if seed is None else Randomness(seed, 0)
     emitted: list[Tensor] = []
+    assert text.tape is not None
     with torch.no_grad():
         tokens, _ = decode(
             model,
-            branch_states(text, branches, 1),
+            text.tape.at(branches.batch_index, branches.position),
             branches.rows_before(logits),
             k,
             None

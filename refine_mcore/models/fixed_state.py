@@ -1,5 +1,5 @@
 """States in fixed places, which decode passes go on from that are captured once and replayed for
-other rollouts (pipeline/decoding.py).
+other rollouts (rollout/decode_passes.py).
 
 A captured pass repeats what it did to the same memory, and what the host knew is as it was. So all
 that tells rollouts apart is here the contents of tensors, how many tokens a stream has made and

@@ -19,6 +19,12 @@ from refine_mcore import compat
 from refine_mcore.models.fast_weight_model import FastWeightModel
 
 
+def main_gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """The gradient that has gathered in Megatron's buffer."""
+    gradient: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+    return gradient
+
+
 def sharded_tensors(
     model: FastWeightModel, of: Callable[[torch.nn.Parameter], Tensor] = lambda p: p.data
 ) -> list[ShardedTensor]:

@@ -13,8 +13,8 @@ from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.pipeline.cut import Root, run_backward
-from refine_mcore.pipeline.decoding import Decoder, Decoding
 from refine_mcore.pipeline.head import Head
+from refine_mcore.rollout.decode_passes import Decoder, Decoding
 
 
 class BranchPasses:

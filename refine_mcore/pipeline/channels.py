@@ -4,7 +4,7 @@ Megatron's `P2PCommunicator` has one communicator for everything and, at two sta
 the world's: the kinds of message that overtake each other in a sliced pipeline would cross there
 and, where sends wait for their receivers, block for ever. Here every channel has a process group
 over the stages, so a pair of ranks uses each in one direction only and messages meet by their
-order, as the plan's checker assumes.
+order, as the plan's proof assumes.
 
 On a GPU a posted receive is a kernel that waits. Whatever waits for it in turn - a stream in the
 same hardware queue, a kernel that is loaded, a communicator that is set up - would hold back the
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,13 +26,6 @@ from torch import Tensor
 from refine_mcore.pipeline.order import CHANNELS, RECEIVES_AHEAD, routes
 from refine_mcore.pipeline.passes import Pass
 from refine_mcore.platform import device
-
-
-class TensorSpec(NamedTuple):
-    """What a receiver must know of a tensor beforehand."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class Channels:
@@ -48,12 +41,14 @@ class Channels:
         timeout_s: float,
     ) -> None:
         self._ranks = dist.get_process_group_ranks(pp_group)
-        self._groups = _groups_of_all_pipelines(self._ranks, timeout_s)
+        self._groups: dict[str, dist.ProcessGroup] = {}
         self._posted: dict[Pass, tuple[list[Any], list[Tensor]]] = {}
         self._sent: dict[str, deque[tuple[list[Any], list[Tensor]]]] = {
             channel: deque() for channel in CHANNELS
         }
-        self._connect(dist.get_rank(pp_group), working_groups)
+        if len(self._ranks) > 1:
+            self._groups = _groups_of_all_pipelines(self._ranks, timeout_s)
+            self._connect(dist.get_rank(pp_group), working_groups)
 
     def _connect(self, stage: int, working_groups: Sequence[dist.ProcessGroup]) -> None:
         """Let every pair of stages meet once on each channel, and every working group.
@@ -76,16 +71,17 @@ class Channels:
         channel: str,
         item: Pass,
         stage: int,
-        specs: Sequence[TensorSpec],
+        like: Sequence[Tensor],
     ) -> None:
-        """Make room for the input of `item`, which `stage` will send."""
-        buffers = [torch.empty(shape, dtype=dtype, device=device()) for shape, dtype in specs]
+        """Make room for the input of `item`, which `stage` will send: tensors of the shapes and
+        dtypes of `like`."""
+        buffers = [torch.empty_like(x, device=device()) for x in like]
         source, group = self._ranks[stage], self._groups[channel]
         self._posted[item] = [dist.irecv(x, source, group=group) for x in buffers], buffers
 
     def take(self, item: Pass) -> list[Tensor]:
-        """The input of `item`, once it is there."""
-        works, buffers = self._posted.pop(item)
+        """The input of `item`, once it is there; nothing if it comes from this stage."""
+        works, buffers = self._posted.pop(item, ([], []))
         for work in works:
             work.wait()
         return buffers

@@ -16,14 +16,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 from torch.profiler import record_function
 
 from refine_mcore import platform
 from refine_mcore.config import RefineConfig
 from refine_mcore.pipeline.channels import Channels
-from refine_mcore.pipeline.decoding import Decoder
 from refine_mcore.pipeline.head import Head, Objective
 from refine_mcore.pipeline.instructions import Action
 from refine_mcore.pipeline.micro_batch import MicroBatch, StoredRollouts
@@ -31,6 +30,7 @@ from refine_mcore.pipeline.passes import Costs, Pass, Phase, Shape
 from refine_mcore.pipeline.plan import Plan, make_plan
 from refine_mcore.pipeline.slices import default_slices, slice_spans
 from refine_mcore.pipeline.stage import StageWork, made_up_positions
+from refine_mcore.rollout.decode_passes import Decoder
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
@@ -74,13 +74,11 @@ class PipelineEngine:
         alone = self._stages == 1 and pg_collection.tp.size() == 1
         capture = platform.graph_capture() if alone and decode_graphs else None
         self.decoder = Decoder(wrapped.module, capture)
-        self._channels: Channels | None = None
         self._rehearsed: set[Any] = set()
         self._rehearses = self._stages > 1 and platform.loading_waits()
-        if self._stages > 1:
-            # layers sum over tp; the first forward gathers parameters over intra_dp_cp
-            working = (pg_collection.tp, pg_collection.intra_dp_cp)
-            self._channels = Channels(pg_collection.pp, working, timeout_s)
+        # layers sum over tp; the first forward gathers parameters over intra_dp_cp
+        working = (pg_collection.tp, pg_collection.intra_dp_cp)
+        self._channels = Channels(pg_collection.pp, working, timeout_s)
 
     @torch.no_grad()
     def roll_out(
@@ -95,21 +93,19 @@ class PipelineEngine:
         self,
         context: StepContext,
         work: Sequence[MicroBatch],
-        ntp_weight: float,
         metrics: StepAccumulator,
     ) -> None:
         """Losses and gradients of an optimizer step. `metrics` fills on the last stage."""
+        rolling = [item.texts for item in work if item.rolls_out]
         objective = Objective(
-            ntp_weight,
+            context.config.ntp_weight if rolling else 1.0,
             context.global_targets([item.texts for item in work]),
-            context.policy_denominator([item.texts for item in work if item.rolls_out]),
+            context.policy_denominator(rolling),
         )
         phase: Phase = "train" if any(item.stored for item in work) else "fused"
         self._run(context, work, phase, objective, metrics)
-        finalize = self._wrapped.config.finalize_model_grads_func
-        assert finalize is not None, "wrap_data_parallel sets it"
         with record_function("refine/reduce gradients"):
-            finalize([self._wrapped], None)
+            finalize_model_grads([self._wrapped])
 
     def plan(
         self,
@@ -201,20 +197,11 @@ class PipelineEngine:
         for action, item, channel, peer in instructions:
             work = works[item.microbatch]
             if action is Action.RUN:
-                message = self._message(plan.shape, item)
+                message = self._channels.take(item)
                 with self.observe(item):
                     handed_on = work.run(item, message, last_backward=item == last)
-                continue
-            assert self._channels is not None
-            if action is Action.SEND:
+            elif action is Action.SEND:
                 self._channels.send(channel, peer, handed_on)
             else:
-                self._channels.post_receive(channel, item, peer, work.input_specs(item))
-        if self._channels is not None:
-            self._channels.drain()
-
-    def _message(self, shape: Shape, item: Pass) -> list[Tensor]:
-        if shape.input_channel(self._stage, item) is None:
-            return []
-        assert self._channels is not None
-        return self._channels.take(item)
+                self._channels.post_receive(channel, item, peer, work.input_like(item))
+        self._channels.drain()

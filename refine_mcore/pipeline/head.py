@@ -15,14 +15,13 @@ from refine_mcore.models.fast_weight_model import ModelOutput
 from refine_mcore.pipeline.micro_batch import MicroBatch
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import draw_tokens
-from refine_mcore.rollout.scoring import future_log_probs, score_hidden
+from refine_mcore.rollout.scoring import score_hidden
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import (
     Continuation,
     Rollouts,
     ScoredRollouts,
-    TextPass,
     choose_branches,
     continuation,
     ntp_loss,
@@ -81,27 +80,21 @@ class Head:
     def read(self, out: ModelOutput, start: int, *, again: bool) -> Tensor | None:
         """The weighted next-token loss of a slice from token `start` on. What rollouts and the log
         need is kept, but not where the slice is read `again`, for its backward."""
-        texts, new_rollouts = self.micro_batch.texts, self._makes_rollouts and not again
-        text = predict(self.context.model, out, texts, with_entropy=new_rollouts, start=start)
-        if new_rollouts:
-            self._keep(text)
+        texts = self.micro_batch.texts
+        kept = self.micro_batch.rolls_out and self.micro_batch.stored is None and not again
+        text = predict(self.context.model, out, texts, with_entropy=kept, start=start)
+        if kept:
+            assert text.entropy is not None
+            self._entropy.append(text.entropy)
+            self._hidden.append(text.hidden.detach())
+            if self.context.config.tokens_behind:
+                self._text_log_probs.append(text.log_probs.detach())
         if self.objective is None:
             return None
         loss = ntp_loss(text, texts, self.objective.targets)
         if not again:
             self.metrics.add({"loss_ntp": loss.detach()})
         return self.objective.ntp_weight * loss
-
-    @property
-    def _makes_rollouts(self) -> bool:
-        return self.micro_batch.rolls_out and self.micro_batch.stored is None
-
-    def _keep(self, text: TextPass) -> None:
-        assert text.entropy is not None
-        self._entropy.append(text.entropy)
-        self._hidden.append(text.hidden.detach())
-        if self.context.config.tokens_behind:
-            self._text_log_probs.append(text.log_probs.detach())
 
     def choose_branches(self) -> tuple[Branches, int]:
         """Where new rollouts leave the texts, and up to which position that follows from the slices
@@ -145,17 +138,18 @@ class Head:
         goes on through the text tokens that the reward reads."""
         context, config = self.context, self.context.config
         rollouts = self._made() if self.scored is None else self.scored.rollouts
-        future = None
-        if self._branched is not None and self._branched.text.future is not None:
-            future = future_log_probs(context.model, hidden, self._branched.text.future)
-            hidden = hidden[:, : config.rollout_tokens]
         scores = score_hidden(
-            context.model, hidden, prefix_hidden, rollouts.tokens, config.rollout_temperature
+            context.model,
+            hidden,
+            prefix_hidden,
+            rollouts.tokens,
+            config.rollout_temperature,
+            None if self._branched is None else self._branched.text.future,
         )
         if self.scored is None:
             branched, texts = self._branched, self.micro_batch.texts
             assert branched is not None
-            self.scored = reward_rollouts(branched.text, texts, rollouts, scores, future, config)
+            self.scored = reward_rollouts(branched.text, texts, rollouts, scores, config)
             self.metrics.add(*rollout_metrics(texts, branched.entropy, self.scored))
         if self.objective is None:
             return None

@@ -39,7 +39,6 @@ class Part:
     phase: Phase
     micro_batches: tuple[int, ...]
     rolls_out: tuple[bool, ...]
-    ntp_weight: float
 
 
 def parts_of_step(
@@ -50,23 +49,20 @@ def parts_of_step(
     everything, per_step = tuple(range(micro_batches)), micro_batches
     takes_mini_batches = mode == "two_phase" or mode == config.mode == "ntp"
     if takes_mini_batches and config.mini_batch_size is not None:
-        assert config.mini_batch_size % sequences_per_micro_batch == 0, (
-            "data_parallel_layout refuses the rest"
-        )
         per_step = config.mini_batch_size // sequences_per_micro_batch
     steps = [everything[start : start + per_step] for start in range(0, micro_batches, per_step)]
     if mode in ("ntp", "sft"):
-        return [Part("fused", step, (False,) * len(step), 1.0) for step in steps]
+        return [Part("fused", step, (False,) * len(step)) for step in steps]
     rolling = rollout_micro_batches(config, per_step)
     phase: Phase = "train" if mode == "two_phase" else "fused"
-    training = [_train(phase, step[:rolling], step[rolling:], config.ntp_weight) for step in steps]
+    training = [_train(phase, step[:rolling], step[rolling:]) for step in steps]
     if mode == "fused":
         return training
     first = tuple(index for step in steps for index in step[:rolling])
-    return [Part("rollout", first, (True,) * len(first), config.ntp_weight), *training]
+    return [Part("rollout", first, (True,) * len(first)), *training]
 
 
-def _train(phase: Phase, rolling: Sequence[int], others: Sequence[int], ntp_weight: float) -> Part:
+def _train(phase: Phase, rolling: Sequence[int], others: Sequence[int]) -> Part:
     """Both kinds spread evenly over the step, beginning with one that rolls out."""
     placed = [
         (place / len(kind), index, rolls_out)
@@ -75,4 +71,4 @@ def _train(phase: Phase, rolling: Sequence[int], others: Sequence[int], ntp_weig
     ]
     placed.sort(key=lambda item: item[0])
     _, order, kinds = zip(*placed, strict=True)
-    return Part(phase, order, kinds, ntp_weight)
+    return Part(phase, order, kinds)

@@ -11,7 +11,7 @@ simulated run in which each free stage chooses by three rules:
     and W end where nothing is sent on, so along each channel some stage can always go on.
 
 With other costs than planned for sends may wait, but what deadlocks is decided by the lists alone:
-a list that one run can follow to its end, every run can. `checker` proves it for each plan.
+a list that one run can follow to its end, every run can. `simulator` proves it for each plan.
 
 Time is counted in integer ticks, so that ties are ties on every machine.
 """
@@ -159,23 +159,13 @@ class _Run:
         assert item is not None
         self.running[stage] = None
         awake.append(stage)
-        last = self.shape.stages - 1
         if stage == 0 and self.shape.ends(item):
             self.held -= 1
-        if item.op == "W":
-            if stage > 0:
-                self.up[stage - 1].waiting.append(item)
-                awake.append(stage - 1)
-            return
-        if stage < last:
-            (self.down if item.op == "F" else self.branches)[stage + 1].waiting.append(item)
-            awake.append(stage + 1)
-        if (following := self.shape.follows(stage, item)) is None:
-            return
-        target, first = following
-        if first.op == "W":
-            passes = self.shape.passes(item.microbatch)
-            self.up[target].waiting.extend(passes[-self.shape.slices :])
-        else:
-            self.branches[target].waiting.append(first)
-            awake.append(target)
+        lanes = {"F": self.down, "D": self.branches, "S": self.branches, "W": self.up}
+        if message := self.shape.message(stage, item):
+            lanes[message.item.op][message.receiver].waiting.append(message.item)
+            awake.append(message.receiver)
+        if (following := self.shape.follows(stage, item)) and following[0] == stage:
+            first = following[1]
+            backward = self.shape.passes(item.microbatch)[-self.shape.slices :]
+            lanes[first.op][stage].waiting += backward if first.op == "W" else [first]

@@ -4,7 +4,7 @@
         --rollout-tokens 5 [--draw timeline.svg] [--json]
 
 `make_plan` turns the size of a step and the costs of its passes into what each stage executes, one
-instruction after the other, and proves the result (`checker`) before it hands it out. Terms are
+instruction after the other, and proves the result (`simulator`) before it hands it out. Terms are
 those of `passes` and `instructions`. Time is in the unit of the costs; by default a micro-batch's
 forward takes 1 on a stage. Needs neither torch nor Megatron.
 
@@ -31,12 +31,11 @@ from typing import Any, NoReturn
 
 from refine_mcore.errors import UserError, cli
 from refine_mcore.files import written_whole
-from refine_mcore.pipeline.checker import check
 from refine_mcore.pipeline.drawing import draw
 from refine_mcore.pipeline.instructions import Instruction, add_messages
 from refine_mcore.pipeline.order import CHANNELS, order_passes, receives_ahead
 from refine_mcore.pipeline.passes import Costs, Shape
-from refine_mcore.pipeline.simulator import Timeline
+from refine_mcore.pipeline.simulator import Timeline, check
 
 _WORTHWHILE = 0.01  # share of the step time that twice the slices must save
 

@@ -33,16 +33,17 @@ from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel, ModelOutput
 from refine_mcore.models.state import inverse
 from refine_mcore.pipeline.branch_passes import BranchPasses
-from refine_mcore.pipeline.channels import TensorSpec
 from refine_mcore.pipeline.cut import Cut, Root, run_backward
-from refine_mcore.pipeline.decoding import Decoder
 from refine_mcore.pipeline.head import Head
 from refine_mcore.pipeline.micro_batch import MicroBatch, StoredRollouts
 from refine_mcore.pipeline.passes import Pass
 from refine_mcore.platform import device
 from refine_mcore.rollout.branches import Branches
+from refine_mcore.rollout.decode_passes import Decoder
 
 Span = tuple[int, int]
+
+_TOKENS: Any = {"dtype": torch.long, "device": "meta"}
 
 
 @dataclass
@@ -122,33 +123,31 @@ class StageWork:
         self._slices, self._branches = {}, None
         return stored
 
-    def input_specs(self, item: Pass) -> list[TensorSpec]:
-        """What the message of a pass on this stage holds."""
+    def input_like(self, item: Pass) -> list[Tensor]:
+        """Tensors without memory, of the shapes and dtypes that the message of a pass holds."""
         start, stop = self._spans[item.slice]
         texts = self._batch.tokens.shape[0]
-        text = self._hidden_spec(texts, stop - start)
+        text = self._hidden_like(texts, stop - start)
         if item.op == "F" or not self._rolls_out:
             return [text]
         config, last = self._config, len(self._spans) - 1
         streams = texts * config.num_chunks * config.rollouts_per_position
-        scored = self._hidden_spec(streams, self._scored_tokens)
+        scored = self._hidden_like(streams, self._scored_tokens)
         if item.op == "W":
             return [text, scored][: 1 + (item.slice == last)]
         begins = item.step == 0 and (item.op == "D" or config.rollout_tokens == 1)
         tell_positions = begins and self._stored is None
-        positions = [TensorSpec((texts, config.num_chunks), torch.long)] * tell_positions
+        positions = [torch.empty(texts, config.num_chunks, **_TOKENS)] * tell_positions
         if self._model.pre_process:
-            return [TensorSpec((streams,), torch.long), *positions]
-        return [self._hidden_spec(streams, 1) if item.op == "D" else scored, *positions]
+            return [torch.empty(streams, **_TOKENS), *positions]
+        return [self._hidden_like(streams, 1) if item.op == "D" else scored, *positions]
 
     def made_up_message(self, item: Pass, positions: Sequence[int]) -> list[Tensor]:
         """Any that the pass can run on, with these positions in every text."""
-        made = []
-        for shape, dtype in self.input_specs(item):
-            x = torch.ones(shape, dtype=dtype, device=device())
-            if dtype == torch.long and len(shape) == 2:  # positions
+        made = [torch.ones_like(x, device=device()) for x in self.input_like(item)]
+        for x in made:
+            if x.dtype == torch.long and x.dim() == 2:  # positions
                 x *= to_device(positions, x.device)
-            made.append(x)
         return made
 
     @property
@@ -158,9 +157,9 @@ class StageWork:
         behind = 0 if self._stored is not None else self._config.tokens_behind
         return self._config.rollout_tokens + behind
 
-    def _hidden_spec(self, streams: int, length: int) -> TensorSpec:
+    def _hidden_like(self, streams: int, length: int) -> Tensor:
         shape = self._model.between_stages(streams, length)
-        return TensorSpec(shape, self._model.config.pipeline_dtype)
+        return torch.empty(shape, dtype=self._model.config.pipeline_dtype, device="meta")
 
     def _forward(self, index: int, hidden: Tensor | None = None) -> list[Tensor]:
         before = self._slices[index - 1].outgoing if index else None

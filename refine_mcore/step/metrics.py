@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 
@@ -112,9 +113,4 @@ class StepAccumulator:
 
 def _gather(parts: list[Tensor], dp_group: dist.ProcessGroup) -> Tensor:
     """All ranks' rows, on the host."""
-    local = torch.cat(parts)
-    if dp_group.size() == 1:
-        return local.cpu()
-    shards = [torch.empty_like(local) for _ in range(dp_group.size())]
-    dist.all_gather(shards, local.contiguous(), group=dp_group)
-    return torch.cat(shards).cpu()
+    return gather_from_sequence_parallel_region(torch.cat(parts), group=dp_group).cpu()

@@ -7,8 +7,9 @@ micro-batches and ranks add up to the same loss at every layout.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,17 +19,14 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from refine_mcore.config import RefineConfig
-from refine_mcore.errors import UserError
 from refine_mcore.models.fast_weight_model import LanguageModel, ModelOutput
 from refine_mcore.models.packing import Documents
-from refine_mcore.models.state import FastWeightState, StateTape
+from refine_mcore.models.state import StateTape
 from refine_mcore.objective.advantages import group_ids, group_relative_advantages
 from refine_mcore.objective.losses import clipped_policy_loss
 from refine_mcore.objective.positions import (
-    check_lengths,
     known_up_to,
     rollout_lengths,
-    room_for_rollouts,
     select_positions,
 )
 from refine_mcore.objective.rewards import sequence_reward
@@ -86,8 +84,7 @@ class TextBatch:
     def prompts(self) -> TextBatch:
         """The texts without their answers, as texts to train on."""
         assert self.targets is not None
-        mask = self.mask & ~self.targets
-        return TextBatch(self.tokens, mask, self.sample_index, documents=self.documents)
+        return replace(self, mask=self.mask & ~self.targets, targets=None)
 
 
 @dataclass(frozen=True)
@@ -212,66 +209,37 @@ def choose_branches(
     read = entropy.shape[1]
     entropy = F.pad(entropy, (0, length - read))
     margins = (config.margin_left, config.margin_right)
-    room = batch.mask.sum(dim=1)
-    if batch.document_numbers is not None:
-        room = room_for_rollouts(batch.mask, batch.document_numbers, margins).sum(dim=1)
-    window = config.smoothing_window or config.rollout_tokens
     uniforms = randomness.position_uniforms(batch.sample_index, config.num_chunks)
+    choice: dict[str, Any] = {
+        "mask": batch.mask,
+        "num_chunks": config.num_chunks,
+        "window": config.smoothing_window or config.rollout_tokens,
+        "mode": config.selection,
+        "margin": margins,
+        "entropy_of": config.entropy_of,
+        "documents": batch.document_numbers,
+    }
     positions = select_positions(
         entropy,
-        batch.mask,
-        config.num_chunks,
-        window,
-        config.selection_temperature,
-        config.selection,
-        margins,
-        without_waiting(uniforms, entropy.device),
+        temperature=config.selection_temperature,
+        uniforms=without_waiting(uniforms, entropy.device),
         ignore_masked=config.pooling_ignores_padding,
-        entropy_of=config.entropy_of,
-        documents=batch.document_numbers,
+        **choice,
     )
-    known = known_up_to(
-        read,
-        batch.mask,
-        config.num_chunks,
-        window,
-        config.selection,
-        margins,
-        entropy_of=config.entropy_of,
-        documents=batch.document_numbers,
-    )
+    known = known_up_to(read, **choice)
     k, c = config.rollout_tokens, config.num_chunks
-    parts = [positions, room[:, None], known[:, None]]
+    parts = [positions, known[:, None]]
     if config.rollout_entropy is not None:
-        # columns of texts that are too short to roll out in, which is said below
-        inside = positions.clamp(1, entropy.shape[1] - k + 1)
-        parts.append(rollout_lengths(entropy, inside, config.rollout_entropy, k))
+        parts.append(rollout_lengths(entropy, positions, config.rollout_entropy, k))
     table = torch.cat(parts, dim=1)
     if model.tp_group.size() > 1:
         # ranks must branch alike even if a bit of an entropy differed between them
         dist.broadcast(table, group=model.tp_group, group_src=0)
     rows = table.tolist()  # the one planned wait for the device: of a micro-batch, or of a slice
-    room_of = [row[c] for row in rows]
-    try:
-        if batch.documents is None:
-            check_lengths(room_of, c, margins, k + config.tokens_behind)
-        elif not all(room_of):
-            raise ValueError(
-                f"text {room_of.index(0)} is packed of documents that are all shorter than the "
-                f"position margins of {margins[0]} before and {margins[1]} after"
-            )
-    except ValueError as error:
-        raise UserError(f"a batch of training texts: {error}") from None
-    lengths = None if config.rollout_entropy is None else [row[c + 2 :] for row in rows]
-    return Branches.at([row[:c] for row in rows], lengths), min(row[c + 1] for row in rows)
-
-
-@record_function("refine/read states")
-def branch_states(text: TextPass, branches: Branches, n: int) -> list[FastWeightState]:
-    """Per layer, the states of n streams at every branch, read from the tape of `text` with its
-    gradients."""
-    assert text.tape is not None
-    return [state.fork(n) for state in text.tape.at(branches.batch_index, branches.position)]
+    # data that is read for rollouts has no text without room for them
+    assert all(margins[0] <= p <= length - margins[1] for row in rows for p in row[:c])
+    lengths = None if config.rollout_entropy is None else [row[c + 1 :] for row in rows]
+    return Branches.at([row[:c] for row in rows], lengths), min(row[c] for row in rows)
 
 
 def continuation(
@@ -301,11 +269,10 @@ def reward_rollouts(
     batch: TextBatch,
     rollouts: Rollouts,
     scores: BranchScores,
-    future_log_probs: Tensor | None,
     config: RefineConfig,
 ) -> ScoredRollouts:
     """Rewards against the text's own continuation (Eq. 9, 11, 12), and group-relative advantages;
-    no gradient. `future_log_probs` [R n, m], of the text behind the rollouts, if it was read."""
+    no gradient."""
     n, k = config.rollouts_per_position, config.rollout_tokens
     branches = rollouts.branches.fork(n)
     with torch.no_grad():
@@ -319,7 +286,7 @@ def reward_rollouts(
             cosine_weight=config.reward_weights[0],
             binary_weight=config.reward_weights[1],
             lengths=lengths,
-            future_log_probs=future_log_probs,
+            future_log_probs=scores.future,
             text_log_probs=text.log_probs,
         )
         groups = group_ids(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +39,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from refine_mcore import compat, platform
-from refine_mcore.config import CheckpointConfig
+from refine_mcore.config import CheckpointConfig, flatten
 from refine_mcore.conversion import checkpoint_shapes, hf_parameter_map
 from refine_mcore.conversion.description import (
     LATEST_FILE,
@@ -49,11 +49,11 @@ from refine_mcore.conversion.description import (
     read_description,
     write_description,
 )
+from refine_mcore.conversion.parameters import VOCABULARY_KEYS
 from refine_mcore.conversion.torch_dist import most_precise_key, read_metadata
 from refine_mcore.errors import UserError, failed_elsewhere
 from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel
-from refine_mcore.models.sharding import sharded_tensors
 from refine_mcore.training.optimizer_state import (
     fill_main_weights,
     load_optimizer_state,
@@ -77,7 +77,6 @@ def _read_weights(
     """The model's weights by name, each read into the `target_of` its parameter."""
     directory = find_checkpoint(checkpoint)
     stored = read_metadata(directory).state_dict_metadata
-    _check_all_wanted(model.config.arch, stored, directory)
     sharded = model.sharded_state_dict(metadata=compat.checkpoint_metadata())
     for entry in nested_values(sharded):
         entry.data = target_of(entry.data)
@@ -90,23 +89,28 @@ def _read_weights(
     return found
 
 
-def _check_all_wanted(
-    architecture: Architecture, stored: Mapping[str, Any], directory: Path
-) -> None:
-    """Raise UserError for weights that the model has no place for: of another one than it is."""
-    places = checkpoint_shapes(hf_parameter_map(architecture))
-    extra = sorted(
-        key
-        for key, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata)
-        and not key.startswith("optimizer.")
-        and key not in places
-    )
-    if extra:
+def _check_weights(architecture: Architecture, directory: Path) -> None:
+    """Raise UserError unless a checkpoint's weights are those of the architecture."""
+    # also refuses foreign pickles before Megatron opens any
+    found = {
+        key: tuple(entry.size)
+        for key, entry in read_metadata(directory).state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
+    }
+    wanted = checkpoint_shapes(hf_parameter_map(architecture))
+    if extra := sorted(found.keys() - wanted.keys()):
         raise UserError(
             f"checkpoint {directory} holds {len(extra)} tensors, such as {extra[0]}, that the "
             "model has no place for: model.overrides must not make it smaller"
         )
+    for key, shape in wanted.items():
+        if key not in found:
+            raise UserError(f"checkpoint {directory} lacks the tensor {key}")
+        if found[key] != shape and key not in VOCABULARY_KEYS:  # those are padded for each layout
+            raise UserError(
+                f"checkpoint {directory} holds {key} of shape {list(found[key])}, "
+                f"the model needs {list(shape)}"
+            )
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -288,19 +292,8 @@ def load_training(checkpoint: Path, model: FastWeightModel, optimizer: Any, sche
 
 def _check_architecture(architecture: Architecture, directory: Path) -> None:
     """Raise UserError unless the run goes on with the model that the checkpoint holds."""
-
-    def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        return {
-            name: value
-            for key, item in data.items()
-            for name, value in (
-                flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
-            ).items()
-        }
-
     stored, own = (
-        flat(read_description(directory).architecture.to_dict()),
-        flat(architecture.to_dict()),
+        flatten(of.to_dict()) for of in (read_description(directory).architecture, architecture)
     )
     differing = sorted(key for key in stored | own if stored.get(key) != own.get(key))
     if "family" in differing:  # all else differs with it
@@ -339,17 +332,7 @@ def _training_state(
 
 
 def _load(model: FastWeightModel, template: dict[str, Any], directory: Path) -> dict[str, Any]:
-    # Also refuses foreign pickles before Megatron opens any.
-    stored = read_metadata(directory).state_dict_metadata
-    for shard in sharded_tensors(model):
-        found = stored.get(shard.key)
-        if not isinstance(found, TensorStorageMetadata):
-            raise UserError(f"checkpoint {directory} lacks the tensor {shard.key}")
-        if found.size != torch.Size(shard.global_shape) and not shard.allow_shape_mismatch:
-            raise UserError(
-                f"checkpoint {directory} holds {shard.key} of shape {list(found.size)}, "
-                f"the model needs {list(shard.global_shape)}"
-            )
+    _check_weights(model.config.arch, directory)
     try:
         # what data-parallel ranks have in common is read once and handed round
         strategy = FullyParallelLoadStrategyWrapper(

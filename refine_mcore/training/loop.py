@@ -31,6 +31,7 @@ from refine_mcore.data import (
 )
 from refine_mcore.errors import UserError
 from refine_mcore.evaluation.in_training import HeldOut
+from refine_mcore.evaluation.show import show_rollouts
 from refine_mcore.models.transformer_config import check_layout
 from refine_mcore.pipeline.modes import parts_of_step
 from refine_mcore.pipeline.plan import describe
@@ -59,7 +60,6 @@ from refine_mcore.training.setup import (
     training_source,
     with_own_tokenizer,
 )
-from refine_mcore.training.show import show_rollouts
 from refine_mcore.training.stop import StopRequests
 
 logger = logging.getLogger(__name__)
@@ -161,8 +161,9 @@ class Run:
         self._say_plan()
         self._warn_of_epochs()
         batches = self._batches(self.progress.consumed_samples)
-        writer = self._writer() if self.first_rank else None
-        signal = None
+        writer = signal = None
+        if self.first_rank:
+            writer = MetricsWriter(self.directory, config.run, config.training, step)
         try:
             while step < config.training.steps and signal is None:
                 started = time.perf_counter()
@@ -282,17 +283,6 @@ class Run:
             # Else only the next forward pass would gather what the other ranks have updated.
             self.wrapped.start_param_sync(force_sync=True)
         self.checkpoints.save(self.progress, self.model, self.optimizer, self.scheduler)
-
-    def _writer(self) -> MetricsWriter:
-        run, training = self.config.run, self.config.training
-        return MetricsWriter(
-            self.directory,
-            run.tensorboard,
-            run.progress,
-            training.steps,
-            self.progress.step,
-            training.log_interval,
-        )
 
     def _step_metrics(
         self,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from refine_mcore.config import RunConfig, TrainingConfig
 from refine_mcore.errors import UserError
 from refine_mcore.files import written_whole
 from refine_mcore.step.metrics import StepFigures
@@ -69,29 +70,26 @@ class MetricsWriter:
     def __init__(
         self,
         run_dir: Path,
-        tensorboard: bool,
-        progress: bool,
-        total_steps: int,
+        shown: RunConfig,
+        training: TrainingConfig,
         first_step: int = 0,
-        log_interval: int = 1,
     ) -> None:
-        self._total_steps = total_steps
-        self._log_interval = log_interval
+        self._total_steps, self._log_interval = training.steps, training.log_interval
         self._start = time.monotonic()
         self._first_step = first_step
         path = run_dir / "metrics.jsonl"
         try:
             _truncate(path, first_step)
             self._file = path.open("a", encoding="utf-8")
-            self._events = (
-                _event_writer(run_dir / "tensorboard", first_step) if tensorboard else None
-            )
+            events = run_dir / "tensorboard"
+            self._events = _event_writer(events, first_step) if shown.tensorboard else None
         except OSError as error:
             raise UserError(f"cannot write metrics in {run_dir}: {error.strerror}") from None
         self._bar: tqdm | None = None
-        self._log_lines = progress and not sys.stderr.isatty()
-        if progress and sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._log_lines = shown.progress and not sys.stderr.isatty()
+        if shown.progress and sys.stderr.isatty():
+            total = self._total_steps
+            self._bar = tqdm(total=total, initial=first_step, unit="step", dynamic_ncols=True)
 
     def write(self, metrics: StepMetrics, evaluation: Mapping[str, float] | None = None) -> None:
         """Records and shows one finished step, with the figures of an evaluation behind it."""

@@ -5,11 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -38,22 +34,7 @@ def wrap_data_parallel(
     )
     if config.gradient_accumulation_fusion:
         compat.fuse_weight_gradients(model)
-    model.config.no_sync_func = wrapped.no_sync
-    model.config.finalize_model_grads_func = _finalize_summed_gradients
     return wrapped
-
-
-def main_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The gradient that has gathered in Megatron's buffer."""
-    gradient: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
-    return gradient
-
-
-def _finalize_summed_gradients(model: list[Any], num_tokens: Any = None, **options: Any) -> None:
-    """`finalize_model_grads` without its division by a token count: losses are divided where they
-    are made."""
-    del num_tokens
-    finalize_model_grads(model, None, **options)
 
 
 def build_optimizer(

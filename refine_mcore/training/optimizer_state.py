@@ -137,20 +137,13 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
     if len(shape) <= 1:
         yield Box((start,) * len(shape), (stop - start,) * len(shape))
         return
-    row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows, if first < last
-    if first > last:  # within one row
-        yield from _inside(shape, last, start - last * row, stop - last * row)
-        return
-    if start % row:
-        yield from _inside(shape, first - 1, start % row, row)
-    if first < last:
-        yield Box((first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
-    if stop % row:
-        yield from _inside(shape, last, 0, stop % row)
-
-
-def _inside(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterator[Box]:
-    """The boxes of entries [start, stop) of row `index`."""
-    for offset, size in boxes(shape[1:], start, stop):
-        yield Box((index, *offset), (1, *size))
+    size = math.prod(shape[1:])
+    row, first = divmod(start, size)
+    rows = 0 if first else (stop - start) // size
+    end = (row + (rows or 1)) * size
+    if rows:
+        yield Box((row, *(0 for _ in shape[1:])), (rows, *shape[1:]))
+    else:
+        for offset, inner in boxes(shape[1:], first, min(stop, end) - row * size):
+            yield Box((row, *offset), (1, *inner))
+    yield from boxes(shape, end, stop)

@@ -32,7 +32,10 @@ class Update:
 class Phase(Protocol):
     """A phase of training, as a run's configuration has it."""
 
-    def __init__(self, config: Config) -> None: ...
+    _config: Config
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
 
     @property
     def modes(self) -> list[str]:
@@ -46,16 +49,14 @@ class Phase(Protocol):
 
     def texts(self, batch: TextBatch) -> TextBatch:
         """What of a batch is rolled out."""
+        return batch
 
     def updates(self, micro_batches: Sequence[TextBatch], step: int) -> list[Update]:
         """Of this rank's share of batch `step`."""
 
 
-class MidTraining:
+class MidTraining(Phase):
     """Next-token warm-up, then ReFINE steps, on long documents."""
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
 
     @property
     def modes(self) -> list[str]:
@@ -75,24 +76,15 @@ class MidTraining:
         return refine.margin_left + refine.margin_right
 
     def identity(self) -> dict[str, Any]:
-        if self._config.data.packing == "none":
-            return {}
-        return packing_identity(self._config) | {
-            "refine.margin_left + margin_right": self._shortest
-        }
-
-    def texts(self, batch: TextBatch) -> TextBatch:
-        return batch
+        identity = packing_identity(self._config)
+        return identity and identity | {"refine.margin_left + margin_right": self._shortest}
 
     def updates(self, micro_batches: Sequence[TextBatch], step: int) -> list[Update]:
         return [Update(micro_batches, _mode(self._config, step))]
 
 
-class PostTraining:
+class PostTraining(Phase):
     """An inner update on the prompts, unless switched off, and an outer one on their answers."""
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
 
     @property
     def modes(self) -> list[str]:

@@ -10,18 +10,16 @@ those of the `fused` mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from torch import Tensor
 
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import decode
-from refine_mcore.rollout.scoring import BranchScores, future_log_probs, score_hidden
+from refine_mcore.rollout.scoring import BranchScores, score_hidden
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import (
@@ -37,9 +35,6 @@ from refine_mcore.step.refine_loss import (
     text_pass,
 )
 
-# The loss of one of Megatron's micro-batches.
-Work = Callable[[], Tensor]
-
 
 def prefix_copy(
     model: DistributedDataParallel,
@@ -47,31 +42,22 @@ def prefix_copy(
     batches: Sequence[TextBatch],
     metrics: StepAccumulator,
 ) -> None:
-    """Forward and backward of one optimizer step on the ReFINE loss, by Megatron's own schedule: a
-    micro-batch per text and one per branch. Gradients are summed over them and over ranks."""
-
-    def forward_step(items: Iterator[Work], model: Any) -> tuple[Tensor, Any]:
-        loss = next(items)()
-        no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
-        return loss, lambda loss: (loss, no_tokens, {})
-
-    work = _work(context, batches, metrics)
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(work),
-        model=[model],
-        num_microbatches=len(work),
-        seq_length=1,
-        micro_batch_size=1,
-    )
+    """Forward and backward of one optimizer step on the ReFINE loss: a backward per text and one
+    per branch. Gradients are summed over them and over ranks."""
+    *others, last = _losses(context, batches, metrics)
+    with model.no_sync():
+        for loss in others:
+            loss().backward()
+    last().backward()
+    finalize_model_grads([model])
 
 
-def _work(
+def _losses(
     context: StepContext, batches: Sequence[TextBatch], metrics: StepAccumulator
-) -> list[Work]:
+) -> list[Callable[[], Tensor]]:
     targets = context.global_targets(batches)
     denominator = context.policy_denominator(batches)
-    items: list[Work] = []
+    items: list[Callable[[], Tensor]] = []
     for batch in batches:
         with torch.no_grad():
             scored = _collect(context, batch, metrics)
@@ -96,11 +82,10 @@ def _collect(context: StepContext, batch: TextBatch, metrics: StepAccumulator) -
     rollouts = Rollouts(branches, tokens, log_probs)
     behind = continuation(branches, text.hidden, text.log_probs, batch, context.config)
     scores = [_score(context, batch, rollouts, row, behind.future) for row in rows]
-    joined = BranchScores(*(torch.cat(part) for part in zip(*(s for s, _ in scores), strict=True)))
-    future = [log_probs for _, log_probs in scores if log_probs is not None]
-    scored = reward_rollouts(
-        behind, batch, rollouts, joined, torch.cat(future) if future else None, context.config
-    )
+    of_rollouts, hidden, of_future = zip(*scores, strict=True)
+    future = None if behind.future is None else torch.cat(of_future)
+    joined = BranchScores(torch.cat(of_rollouts), torch.cat(hidden), future)
+    scored = reward_rollouts(behind, batch, rollouts, joined, context.config)
     metrics.add(*rollout_metrics(batch, text.entropy, scored))
     return scored
 
@@ -124,7 +109,7 @@ def _train_on_branch(
 ) -> Tensor:
     n = context.config.rollouts_per_position
     rows = slice(row * n, row * n + n)
-    scores, _ = _score(context, batch, scored.rollouts, row)
+    scores = _score(context, batch, scored.rollouts, row)
     loss, sums = policy_loss(scores.log_probs, scored.rows(rows), context.config, denominator)
     metrics.add(sums)
     return context.config.policy_weight * loss
@@ -155,25 +140,23 @@ def _score(
     rollouts: Rollouts,
     row: int,
     future: Tensor | None = None,
-) -> tuple[BranchScores, Tensor | None]:
+) -> BranchScores:
     """Scores [n, k] of one branch's rollouts from a full pass over prefix and rollout, and over
-    the text tokens `future` [R n, m] behind them, whose log-probs [n, m] come second."""
+    the text tokens `future` [R n, m] behind them."""
     n = context.config.rollouts_per_position
     prefix = _prefix(batch, rollouts.branches, row)
     tokens = rollouts.tokens[row * n : row * n + n]
-    behind = tokens[:, :0] if future is None else future[row * n : row * n + n]
-    read = torch.cat([prefix.expand(n, -1), tokens, behind], dim=1)
-    hidden, stop = context.model(read).hidden, len(prefix) + tokens.shape[1]
-    scores = score_hidden(
+    behind = None if future is None else future[row * n : row * n + n]
+    read = [x for x in (prefix.expand(n, -1), tokens, behind) if x is not None]
+    hidden = context.model(torch.cat(read, dim=1)).hidden
+    return score_hidden(
         context.model,
-        hidden[:, len(prefix) : stop],
+        hidden[:, len(prefix) :],
         hidden[:, len(prefix) - 1],
         tokens,
         context.config.rollout_temperature,
+        behind,
     )
-    if future is None:
-        return scores, None
-    return scores, future_log_probs(context.model, hidden, behind)
 
 
 def _prefix(batch: TextBatch, branches: Branches, row: int) -> Tensor:

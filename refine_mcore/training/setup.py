@@ -69,26 +69,22 @@ def resolve_architecture(config: Config, source: Path | None = None) -> Architec
     A run that goes on from `source` needs the checkpoint that it began from no more, and takes the
     architecture from `source` if nothing else says it.
     """
-    model = config.model
-    overrides = dict(model.overrides)
-    architecture = None
-    if model.preset is not None:
-        architecture = preset(model.preset).with_overrides(overrides)
-    if model.checkpoint is not None and (source is None or os.path.exists(model.checkpoint)):
-        stored = read_description(find_checkpoint(Path(model.checkpoint))).architecture
-        stored = stored.with_overrides(overrides)
-        if architecture is not None and architecture != stored:
-            raise UserError(
-                f"model.preset {model.preset} is not the architecture of "
-                f"model.checkpoint {model.checkpoint}"
-            )
-        architecture = stored
-    if architecture is None:
-        if source is None:
-            raise UserError("model.preset or model.checkpoint must be given")
-        stored = read_description(find_checkpoint(source)).architecture
-        architecture = stored.with_overrides(overrides)
-    return architecture
+    model, overrides = config.model, config.model.overrides
+    named = None if model.preset is None else preset(model.preset).with_overrides(overrides)
+    holder = None if model.checkpoint is None else Path(model.checkpoint)
+    if holder is None or (source is not None and not os.path.exists(holder)):
+        if named is not None:
+            return named
+        holder = source
+    if holder is None:
+        raise UserError("model.preset or model.checkpoint must be given")
+    stored = read_description(find_checkpoint(holder)).architecture.with_overrides(overrides)
+    if named is not None and named != stored:
+        raise UserError(
+            f"model.preset {model.preset} is not the architecture of "
+            f"model.checkpoint {model.checkpoint}"
+        )
+    return stored
 
 
 def tape_interval(config: Config) -> int:
@@ -130,20 +126,6 @@ def training_model(
     return model
 
 
-def build_engine(
-    config: Config, wrapped: DistributedDataParallel, pg_collection: Any
-) -> PipelineEngine:
-    """What runs the passes of a step. Every rank calls it."""
-    return PipelineEngine(
-        wrapped,
-        pg_collection,
-        slices=config.parallel.slices,
-        recompute=config.training.recompute == "full",
-        decode_graphs=config.training.decode_graphs,
-        timeout_s=config.parallel.timeout,
-    )
-
-
 class Training(NamedTuple):
     """What trains a model, on this rank."""
 
@@ -163,6 +145,13 @@ def build_training(config: Config, pg_collection: Any, source: Path | None = Non
     begun_from = config.model.checkpoint
     if source is None and begun_from is not None and config.training.dtype == "bfloat16":
         load_main_weights(model, optimizer, Path(begun_from))
-    engine = build_engine(config, wrapped, pg_collection)
+    engine = PipelineEngine(
+        wrapped,
+        pg_collection,
+        slices=config.parallel.slices,
+        recompute=config.training.recompute == "full",
+        decode_graphs=config.training.decode_graphs,
+        timeout_s=config.parallel.timeout,
+    )
     step = TrainStep(wrapped, optimizer, config.refine, config.training.seed, pg_collection, engine)
     return Training(model, wrapped, optimizer, scheduler, step)

@@ -91,7 +91,7 @@ class TrainStep:
                 MicroBatch(batches[index], rolls_out, stored.pop(index, None))
                 for index, rolls_out in zip(part.micro_batches, part.rolls_out, strict=True)
             ]
-            yield partial(self.engine.forward_backward, context, work, part.ntp_weight, metrics)
+            yield partial(self.engine.forward_backward, context, work, metrics)
 
 
 def step_if_finite(optimizer: Any) -> float:

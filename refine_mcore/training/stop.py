@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,12 +34,7 @@ class StopRequests:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self._restore()
         # torchrun stops the ranks that lost another by SIGTERM: there is nothing left to finish.
         if self._received and error is not None and failed_elsewhere(error):

@@ -27,15 +27,11 @@ from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.packing import Documents
 from refine_mcore.models.presets import preset
-from refine_mcore.models.sharding import full_tensors
+from refine_mcore.models.sharding import full_tensors, main_gradient
 from refine_mcore.models.transformer_config import transformer_config
+from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.step.refine_loss import TextBatch
-from refine_mcore.training.optimizer import (
-    build_optimizer,
-    main_gradient,
-    wrap_data_parallel,
-)
-from refine_mcore.training.setup import build_engine
+from refine_mcore.training.optimizer import build_optimizer, wrap_data_parallel
 from refine_mcore.training.step import TrainStep
 from tests.distributed.harness import run_distributed
 from tests.models.zoo import short_chunks
@@ -173,7 +169,12 @@ class Run:
         self.model = self._build(FAMILIES[family], groups)
         wrapped = wrap_data_parallel(self.model, self.config.optimizer, groups)
         optimizer, _ = build_optimizer(wrapped, self.config)
-        engine = build_engine(self.config, wrapped, groups)
+        engine = PipelineEngine(
+            wrapped,
+            groups,
+            slices=parallel.slices,
+            recompute=self.config.training.recompute == "full",
+        )
         train = TrainStep(wrapped, optimizer, self.config.refine, 1, groups, engine)
         self.results: dict[str, Tensor] = {}
         for step in range(steps):

@@ -87,13 +87,12 @@ class _Stage:
         batches: list[TextBatch],
         rolls_out: list[bool],
         slices: int | None,
-        ntp_weight: float = 1.0,
+        config: RefineConfig = REFINE,
     ) -> tuple[ReducedMetrics, Gradients]:
         engine = self.engine(slices)
         work = [MicroBatch(*item) for item in zip(batches, rolls_out, strict=True)]
-        return self.step(
-            lambda metrics: engine.forward_backward(self.context, work, ntp_weight, metrics)
-        )
+        context = replace(self.context, config=config)
+        return self.step(partial(engine.forward_backward, context, work))
 
 
 def _batches(count: int, texts: int = 1) -> list[TextBatch]:
@@ -171,12 +170,12 @@ def _phases(stage: _Stage, recompute: bool, rehearses: bool) -> list[Any]:
 
     def fused(metrics: StepAccumulator) -> None:
         work = [MicroBatch(x, i != 1) for i, x in enumerate(batches)]
-        engine.forward_backward(stage.context, work, 1.0, metrics)
+        engine.forward_backward(stage.context, work, metrics)
 
     def two_phase(metrics: StepAccumulator) -> None:
         stored = engine.roll_out(stage.context, batches, metrics)
         work = [MicroBatch(x, True, s) for x, s in zip(batches, stored, strict=True)]
-        engine.forward_backward(stage.context, work, 1.0, metrics)
+        engine.forward_backward(stage.context, work, metrics)
 
     leave, left = StageWork._leave, []
 
@@ -198,7 +197,8 @@ def _phases(stage: _Stage, recompute: bool, rehearses: bool) -> list[Any]:
 
 
 def _policy_gradient(stage: _Stage, batches: list[TextBatch]) -> Any:
-    return stage.sliced(batches, [True] * len(batches), 1, ntp_weight=0.0)[1]
+    policy_only = replace(REFINE, ntp_weight=0.0)
+    return stage.sliced(batches, [True] * len(batches), 1, policy_only)[1]
 
 
 def _overlaps() -> None:

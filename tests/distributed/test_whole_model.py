@@ -9,19 +9,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from refine_mcore import platform
 from refine_mcore.config import OptimizerConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel, build_model
 from refine_mcore.models.initialization import initialize
-from refine_mcore.models.sharding import full_tensors
+from refine_mcore.models.sharding import full_tensors, main_gradient
 from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.models.whole_model import WholeModel, whole_model
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.rollout.decode import decode
-from refine_mcore.step.refine_loss import TextBatch, branch_states, ntp_loss, text_pass
-from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
+from refine_mcore.step.refine_loss import TextBatch, ntp_loss, text_pass
+from refine_mcore.training.optimizer import wrap_data_parallel
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_layouts import FAMILIES
 from tests.models.zoo import score, short_chunks
@@ -104,7 +105,7 @@ def _results(family: str, layout: Layout) -> dict[str, Tensor]:
     initialize(stage, seed=1)
     wrapped = wrap_data_parallel(stage, OptimizerConfig(), groups)
     results = _text_and_branches(stage)
-    stage.config.finalize_model_grads_func([wrapped])
+    finalize_model_grads([wrapped])
     gradients = full_tensors(stage, main_gradient)
     results |= {f"gradient.{name}": gradient for name, gradient in gradients.items()}
     return {name: value.detach().clone() for name, value in results.items()}
@@ -119,7 +120,8 @@ def _text_and_branches(stage: FastWeightModel) -> dict[str, Tensor]:
     batch, model = _batch(), whole_model(stage)
     assert isinstance(model, WholeModel) == (stage.pp_group.size() > 1)
     text = text_pass(model, batch, with_entropy=True, record=True)
-    states = branch_states(text, BRANCHES, 1)
+    assert text.tape is not None
+    states = text.tape.at(BRANCHES.batch_index, BRANCHES.position)
     assert len(states) == len(stage.decoder.layers)
     tokens, drawn = decode(
         model,

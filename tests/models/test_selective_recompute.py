@@ -33,7 +33,7 @@ def step(model: FastWeightModel, *, pieces: int) -> tuple[list[Tensor], dict[str
         states, hidden = out.states, [*hidden, out.hidden]
     text = torch.cat(hidden, dim=1)
     states = out.tape.at(branches.batch_index, branches.position)
-    seen = [text, *score(model, states, branches.rows_before(text), rollouts)]
+    seen = [text, *score(model, states, branches.rows_before(text), rollouts)[:2]]
     loss = torch.stack([(x * weights_like(x, i)).sum() for i, x in enumerate(seen)]).sum()
     return seen, gradients(model, loss)
 

@@ -4,11 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refine_mcore.pipeline.checker import check
 from refine_mcore.pipeline.instructions import Action, Instruction, add_messages
 from refine_mcore.pipeline.passes import Costs, Pass, Shape
 from refine_mcore.pipeline.plan import make_plan
-from refine_mcore.pipeline.simulator import InvalidPlan, simulate
+from refine_mcore.pipeline.simulator import InvalidPlan, check, simulate
 
 SHAPE = Shape(3, 4, 3, rollout_tokens=2, ntp_only=frozenset({1}))
 GOOD = make_plan(SHAPE)
@@ -141,3 +140,16 @@ def test_a_send_that_comes_after_another_pass_is_found() -> None:
     following = actions.index(Action.RUN, index)
     of_stage.insert(following, of_stage.pop(index))
     assert "its last pass did not make" in _refused(_damaged(0, of_stage))
+
+
+def test_receives_in_another_order_than_their_passes_are_found() -> None:
+    """Both ends of the channel agree, and every pass has its receive: but the first message that
+    comes is not the one that the first pass takes."""
+    shape = Shape(2, 2)
+    first, second = ([Pass(op, m, 0, 0) for op in "FW"] for m in range(2))
+    orders = [[first[0], second[0], second[1], first[1]], [*second, *first]]
+    instructions = add_messages(shape, orders)
+    of_last = [x for x in instructions[1] if x.action is not Action.RECV]
+    receives = {x.item: x for x in instructions[1] if x.action is Action.RECV}
+    instructions[1] = [receives[first[0]], receives[second[0]], *of_last]
+    assert "without a receive before it" in _refused(instructions, shape)

@@ -30,10 +30,12 @@ from refine_mcore.config import OptimizerConfig, RefineConfig
 from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.transformer_config import transformer_config
-from refine_mcore.pipeline import decoding, head
+from refine_mcore.pipeline import engine as engine_module
+from refine_mcore.pipeline import head
 from refine_mcore.pipeline.engine import PASS_NAMES, PipelineEngine
 from refine_mcore.pipeline.micro_batch import MicroBatch
 from refine_mcore.pipeline.passes import Pass
+from refine_mcore.rollout import decode_passes
 from refine_mcore.rollout.branches import Branches, Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
@@ -180,9 +182,9 @@ def count_operations(
     for module in (compat, sums):  # as on a GPU
         monkeypatch.setattr(module, "multiplies_into", lambda *_: True)
     wrapped = wrap_data_parallel(model, OptimizerConfig(), groups)
-    monkeypatch.setattr(model.config, "finalize_model_grads_func", lambda *_: None)
+    monkeypatch.setattr(engine_module, "finalize_model_grads", lambda *_: None)
     monkeypatch.setattr(platform, "graph_capture", lambda: counter.capture)
-    monkeypatch.setattr(decoding, "_difference", lambda *_: 0.0)
+    monkeypatch.setattr(decode_passes, "_difference", lambda *_: 0.0)
     engine = PipelineEngine(wrapped, groups, slices=slices, decode_graphs=positions is None)
     engine.observe = counter.observe
     context = StepContext(model, config, Randomness(0, 0), groups.dp)
@@ -195,7 +197,7 @@ def count_operations(
             wrapped.zero_grad_buffer()
             with counter:
                 engine.forward_backward(
-                    context, [MicroBatch(batch, rolls_out=rolls_out)], 1.0, StepAccumulator()
+                    context, [MicroBatch(batch, rolls_out=rolls_out)], StepAccumulator()
                 )
     finally:
         dispatch.use()

@@ -15,7 +15,7 @@ from refine_mcore.models.presets import preset
 from refine_mcore.models.transformer_config import transformer_config
 from refine_mcore.rollout.branches import Branches
 from refine_mcore.rollout.decode import decode
-from refine_mcore.step.refine_loss import TextBatch, branch_states, text_pass
+from refine_mcore.step.refine_loss import TextBatch, text_pass
 from tests.models.zoo import score
 
 
@@ -31,7 +31,8 @@ def copies(name: str, layers: int, groups: Any) -> int:
     for cache in caches:
         cache.cache_clear()
     text = text_pass(model, batch, with_entropy=True, record=True)
-    states = branch_states(text, branches, 2)
+    assert text.tape is not None
+    states = [x.fork(2) for x in text.tape.at(branches.batch_index, branches.position)]
     streams = branches.fork(2)
     logits = model.logits(streams.rows_before(text.hidden)[:, None])[:, 0]
     rollouts, _ = decode(model, states, logits, 4, None)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.sharding import main_gradient
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
-from refine_mcore.training.optimizer import main_gradient
 from refine_mcore.training.step import TrainStep
 from tests.models.zoo import NAMES, assert_same_gradients, gradients, random_tokens, wrapped
 

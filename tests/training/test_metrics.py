@@ -12,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from refine_mcore.config import RunConfig, TrainingConfig
 from refine_mcore.errors import UserError
 from refine_mcore.training.metrics import MetricsWriter, StepMetrics, short_hash
 
@@ -35,8 +36,22 @@ def read(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def writer_of(
+    run: Path,
+    steps: int,
+    first_step: int = 0,
+    *,
+    tensorboard: bool = False,
+    progress: bool = False,
+    log_interval: int = 1,
+) -> MetricsWriter:
+    shown = RunConfig(tensorboard=tensorboard, progress=progress)
+    training = TrainingConfig(steps=steps, log_interval=log_interval)
+    return MetricsWriter(run, shown, training, first_step)
+
+
 def quiet(run: Path, first_step: int = 0) -> closing[MetricsWriter]:
-    return closing(MetricsWriter(run, False, False, total_steps=9, first_step=first_step))
+    return closing(writer_of(run, 9, first_step))
 
 
 def test_a_line_a_step_with_nulls_before_refine(tmp_path):
@@ -77,7 +92,7 @@ def test_a_crash_in_the_middle_of_a_line_costs_that_line_only(tmp_path):
 
 def test_tensorboard_holds_the_numbers_and_purges_on_resume(tmp_path):
     for first_step, steps, loss in ((0, range(4), 3.0), (2, range(2, 5), 1.0)):
-        with closing(MetricsWriter(tmp_path, True, False, 5, first_step)) as writer:
+        with closing(writer_of(tmp_path, 5, first_step, tensorboard=True)) as writer:
             for step in steps:
                 writer.write(replace(REFINE, step=step, loss_ntp=loss))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -89,7 +104,7 @@ def test_tensorboard_holds_the_numbers_and_purges_on_resume(tmp_path):
 
 
 def test_log_lines_where_there_is_no_terminal(tmp_path, capsys):
-    with closing(MetricsWriter(tmp_path, False, True, total_steps=5, log_interval=2)) as writer:
+    with closing(writer_of(tmp_path, 5, progress=True, log_interval=2)) as writer:
         for step in range(5):
             held_out = {"evaluation/loss": 2.5, "evaluation/loss/64": 3.0} if step == 2 else None
             writer.write(replace(NTP if step < 3 else REFINE, step=step), held_out)
@@ -102,7 +117,7 @@ def test_log_lines_where_there_is_no_terminal(tmp_path, capsys):
 
 def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with closing(MetricsWriter(tmp_path, False, True, total_steps=4, first_step=2)) as writer:
+    with closing(writer_of(tmp_path, 4, 2, progress=True)) as writer:
         writer.write(replace(REFINE, step=2))
         writer.write(replace(REFINE, step=3))
     text = capsys.readouterr().err

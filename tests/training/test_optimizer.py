@@ -13,13 +13,14 @@ from refine_kernels.sums import multiplies_into
 from torch import Tensor
 
 from refine_mcore.config import load_config
+from refine_mcore.models.sharding import main_gradient
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.pipeline.micro_batch import MicroBatch
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
-from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
+from refine_mcore.training.optimizer import wrap_data_parallel
 from refine_mcore.training.setup import training_model
 from tests.training.jobs import write_config
 
@@ -49,7 +50,7 @@ def gradients(
     ]
     context = StepContext(model, settings.refine, Randomness(0, 0), groups.dp)
     work = [MicroBatch(batch, rolls_out=True) for batch in batches]
-    PipelineEngine(wrapped, groups).forward_backward(context, work, 1.0, StepAccumulator())
+    PipelineEngine(wrapped, groups).forward_backward(context, work, StepAccumulator())
     found = {name: main_gradient(p).clone() for name, p in model.named_parameters()}
     added = {
         name for name, p in model.named_parameters() if getattr(p, "grad_added_to_main_grad", False)

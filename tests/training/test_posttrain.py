@@ -21,6 +21,7 @@ from refine_mcore.config import Config, load_config
 from refine_mcore.data import build_examples, load_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.models.sharding import main_gradient
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.pipeline.modes import parts_of_step
 from refine_mcore.rollout.branches import Randomness
@@ -28,7 +29,7 @@ from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.loop import Run
-from refine_mcore.training.optimizer import main_gradient, wrap_data_parallel
+from refine_mcore.training.optimizer import wrap_data_parallel
 from refine_mcore.training.phases import PostTraining
 from refine_mcore.training.setup import training_model
 from refine_mcore.training.step import TrainStep

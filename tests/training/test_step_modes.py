@@ -13,13 +13,13 @@ from torch import Tensor
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.packing import Documents
+from refine_mcore.models.sharding import main_gradient
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.rollout.decode import draw_tokens
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import ReducedMetrics, StepAccumulator
 from refine_mcore.step.refine_loss import TextBatch
-from refine_mcore.training.optimizer import main_gradient
 from refine_mcore.training.step import TrainStep
 from tests.models.zoo import (
     FAMILIES,

@@ -23,8 +23,7 @@ from refine_mcore.conversion.hf_directory import open_hf_directory
 from refine_mcore.conversion.importing import import_hf
 from refine_mcore.evaluation.golden import ROLLOUT_TOKENS, rollout_positions
 from refine_mcore.evaluation.score import score_tokens
-from refine_mcore.models.sharding import full_tensors
-from refine_mcore.training.optimizer import main_gradient
+from refine_mcore.models.sharding import full_tensors, main_gradient
 from refine_mcore.training.setup import training_model
 
 # The families of the step, in tiny. Initial weights are large, so that what a state holds matters

@@ -14,7 +14,6 @@ from refine_mcore.rollout.branches import Randomness
 from refine_mcore.rollout.decode import decode
 from refine_mcore.step.refine_loss import (
     TextBatch,
-    branch_states,
     choose_branches,
     text_pass,
 )
@@ -40,11 +39,12 @@ def show_rollouts(
     randomness = Randomness(config.training.seed, config.training.steps)
     whole = whole_model(model)
     out = text_pass(whole, batch, with_entropy=True, record=True)
+    assert out.tape is not None
     chosen, _ = choose_branches(whole, out.entropy, batch, refine, randomness)
     branches = chosen.select(range(min(_SHOWN, len(chosen))))
     rollouts, _ = decode(
         whole,
-        branch_states(out, branches, 1),
+        out.tape.at(branches.batch_index, branches.position),
         whole.logits(branches.rows_before(out.hidden)[:, None])[:, 0],
         refine.rollout_tokens,
         lambda j: randomness.token_keys(batch.sample_index, branches, 1, j),

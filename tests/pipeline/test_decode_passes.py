@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from refine_mcore import platform
 from refine_mcore.models import attention
 from refine_mcore.models.state import map_tensors
-from refine_mcore.pipeline import decoding
+from refine_mcore.rollout import decode_passes
 from tests.models.zoo import ARCHITECTURES
 from tests.pipeline.test_engine import CONFIG, Bench, assert_same_outcome, make_batches
 
@@ -180,12 +180,12 @@ def test_rollouts_that_reach_the_end_of_a_chunk_are_no_graph(
     process_groups: Any, captures: Captures, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of LaCT, whose weights change there; the log says so once."""
-    decoding._log_by_operation.cache_clear()
-    caplog.set_level("INFO", logger=decoding.__name__)
+    decode_passes._log_by_operation.cache_clear()
+    caplog.set_level("INFO", logger=decode_passes.__name__)
     bench, batches = Bench("lact", process_groups), make_batches(1, 1, 1)
     found = bench.step("fused", batches)
     assert not captures.operations
-    (said,) = [r.getMessage() for r in caplog.records if r.name == decoding.__name__]
+    (said,) = [r.getMessage() for r in caplog.records if r.name == decode_passes.__name__]
     assert "reach the end of a chunk" in said
     assert_same_outcome(found, bench.step("fused", batches, decode_graphs=False))
 
@@ -225,7 +225,7 @@ def test_a_graph_that_fails_is_not_used(
             lambda *args: map_tensors(lambda x: x * 1.5, fixed_states(*args)),
         )
     found = bench.step("fused", batches)
-    (warning,) = [r.getMessage() for r in caplog.records if r.name == decoding.__name__]
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == decode_passes.__name__]
     said = {"refused": "not permitted", "different": "by 2.0e-01"}
     assert said.get(wrong, "differs from operations one by one") in warning
     assert_same_outcome(found, bench.step("fused", batches, decode_graphs=False))

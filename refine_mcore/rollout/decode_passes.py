@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,14 +32,6 @@ _TOLERANCE = 1e-2
 # Of states in fixed places to those as they are, whose attention sums in another order. A bound and
 # no measurement: rounding to bfloat16 layer after layer is below it, another text or place above.
 _OTHER_SUMS = 0.1
-
-
-class Decoding(Protocol):
-    """Decode passes of one micro-batch."""
-
-    def step(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
-        """Hidden states after one token [R, 1] of every stream; `hidden` is that of the stage
-        before."""
 
 
 class Decoder:
@@ -99,16 +91,18 @@ class Decoder:
 
 
 class _Passes:
-    """Operation by operation."""
+    """Decode passes of one micro-batch, operation by operation."""
 
     def __init__(self, model: FastWeightModel, states: Sequence[FastWeightState]) -> None:
-        self._model, self._states = model, states
+        self._model, self.states = model, states
 
     def step(self, tokens: Tensor, hidden: Tensor | None) -> Tensor:
+        """Hidden states after one token [R, 1] of every stream; `hidden` is that of the stage
+        before."""
         self._model.set_input_tensor(hidden)
-        out = self._model(tokens, self._states, output_states=True)
+        out = self._model(tokens, self.states, output_states=True)
         assert out.states is not None
-        self._states = out.states
+        self.states = out.states
         return out.hidden
 
 
@@ -127,11 +121,9 @@ class _Graph:
         self._replay = capture(self._run)
 
     def _run(self) -> None:
-        self._model.set_input_tensor(None)
-        out = self._model(self.tokens, self._states, output_states=True)
-        assert out.states is not None
-        _copy(self._memory, tensors_in(out.states))
-        self._hidden = out.hidden
+        passes = _Passes(self._model, self._states)
+        self._hidden = passes.step(self.tokens, None)
+        _copy(self._memory, tensors_in(passes.states))
 
     def load(self, states: Sequence[FastWeightState]) -> None:
         _copy(self._memory, tensors_in(states))
@@ -142,6 +134,9 @@ class _Graph:
         self._replay()
         assert self._hidden is not None
         return self._hidden
+
+
+Decoding = _Passes | _Graph
 
 
 @functools.cache
