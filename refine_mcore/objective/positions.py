@@ -114,7 +114,7 @@ def select_positions(
 ) -> Tensor:
     """Select one rollout position per chunk, without a host sync.
 
-    Whether a row is long enough depends on data, so `check_lengths` checks it on the host.
+    Whether a row is long enough depends on data: who reads it for rollouts refuses what is not.
 
     Args:
         entropy: [B, S].
@@ -248,38 +248,6 @@ def _nearest(position: Tensor, allowed: Tensor) -> Tensor:
     places = torch.arange(allowed.shape[1], device=position.device)
     distance = (places - position[..., None]).abs()
     return distance.masked_fill(~allowed[:, None], allowed.shape[1]).argmin(-1)
-
-
-def check_lengths(
-    valid_lengths: list[int], num_chunks: int, margin: Margin, rollout_tokens: int
-) -> None:
-    """Refuse texts in which some position would have too little before or after it.
-
-    Args:
-        valid_lengths: valid tokens of each row, known on the host.
-        num_chunks: c.
-        margin: as in `select_positions`.
-        rollout_tokens: k; the text must go on for k tokens after any position.
-
-    Raises:
-        ValueError: one sentence with the first row that fails, its length and what is needed.
-    """
-    left, right = _margins(margin)
-    _require(
-        rollout_tokens <= right,
-        f"rollouts of {rollout_tokens} tokens need a right margin of at least as many, "
-        f"which is {right}",
-    )
-    for row, length in enumerate(valid_lengths):
-        _require(
-            length >= num_chunks,
-            f"text {row} has {length} tokens, fewer than its {num_chunks} chunks",
-        )
-        _require(
-            length >= left + right,
-            f"text {row} has {length} tokens, but the position margins of {left} before and "
-            f"{right} after need at least {left + right}",
-        )
 
 
 def _pool(values: Tensor, width: int, documents: Tensor | None = None) -> Tensor:

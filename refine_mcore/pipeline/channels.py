@@ -40,13 +40,14 @@ class Channels:
         working_groups: Sequence[dist.ProcessGroup],
         timeout_s: float,
     ) -> None:
-        self._ranks = dist.get_process_group_ranks(pp_group)
+        self._ranks: list[int] = []
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._posted: dict[Pass, tuple[list[Any], list[Tensor]]] = {}
         self._sent: dict[str, deque[tuple[list[Any], list[Tensor]]]] = {
             channel: deque() for channel in CHANNELS
         }
-        if len(self._ranks) > 1:
+        if pp_group.size() > 1:
+            self._ranks = dist.get_process_group_ranks(pp_group)
             self._groups = _groups_of_all_pipelines(self._ranks, timeout_s)
             self._connect(dist.get_rank(pp_group), working_groups)
 

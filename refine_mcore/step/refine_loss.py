@@ -207,6 +207,8 @@ def choose_branches(
     assert entropy is not None
     length = batch.tokens.shape[1]
     read = entropy.shape[1]
+    # what stands behind a text, padding or an answer, has no say
+    entropy = entropy.where(batch.mask[:, :read], 0.0)
     entropy = F.pad(entropy, (0, length - read))
     margins = (config.margin_left, config.margin_right)
     uniforms = randomness.position_uniforms(batch.sample_index, config.num_chunks)

@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from refine_mcore.objective.positions import (
     SELECTION_MODES,
-    check_lengths,
     chunk_probabilities,
     known_up_to,
     rollout_lengths,
@@ -350,24 +349,6 @@ def test_a_chunk_is_known_once_its_pooled_entropies_are() -> None:
 
 
 # Refusals
-
-
-@pytest.mark.parametrize(
-    "lengths, chunks, margin, tokens, message",
-    [
-        ([64, 39], 4, 20, 5, "text 1 has 39 tokens.*at least 40"),
-        ([64], 65, (0, 8), 5, "text 0 has 64 tokens, fewer than its 65 chunks"),
-        ([64], 4, (20, 4), 5, "rollouts of 5 tokens need a right margin"),
-        ([64], 4, (-1, 20), 5, "cannot be negative"),
-    ],
-)
-def test_short_texts_are_refused(lengths, chunks, margin, tokens, message):
-    with pytest.raises(ValueError, match=message):
-        check_lengths(lengths, chunks, margin, tokens)
-
-
-def test_texts_just_long_enough_pass():
-    check_lengths([40, 41], 40, (20, 20), 20)
 
 
 @pytest.mark.parametrize(

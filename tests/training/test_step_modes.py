@@ -19,7 +19,7 @@ from refine_mcore.rollout.branches import Randomness
 from refine_mcore.rollout.decode import draw_tokens
 from refine_mcore.step.context import StepContext
 from refine_mcore.step.metrics import ReducedMetrics, StepAccumulator
-from refine_mcore.step.refine_loss import TextBatch
+from refine_mcore.step.refine_loss import TextBatch, choose_branches
 from refine_mcore.training.step import TrainStep
 from tests.models.zoo import (
     FAMILIES,
@@ -412,6 +412,20 @@ def test_padding_has_no_influence(name: str, model_of: ModelOf) -> None:
     assert not torch.equal(batch.tokens, filled.tokens)
     for mode in ("fused", "two_phase"):
         assert_same_step(Step(mode, model_of(name), [filled]), Step(mode, model_of(name), [batch]))
+
+
+def test_what_follows_a_text_has_no_say_in_its_positions(model_of: ModelOf) -> None:
+    """Padding, and the answers behind prompts."""
+    (batch,) = make_batches(4)
+    config = replace(CONFIG, smoothing_window=5, rollout_entropy=8.0)
+    for seed in range(20):
+        entropy = torch.rand(4, 22, generator=torch.Generator().manual_seed(seed)) * 5
+        behind = torch.where(batch.mask, entropy, 50 * entropy)
+        (first, _), (second, _) = (
+            choose_branches(model_of("delta_net"), x, batch, config, Randomness(seed, 0))
+            for x in (entropy, behind)
+        )
+        assert first == second
 
 
 def test_mini_batches_are_steps_of_their_own(model_of: ModelOf) -> None:
