@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     from refine_mcore.generation import Sampling, TextStream, generate, response_text
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    with open_checkpoint(config, arguments.tokenizer) as (model, tokenizer):
+    with open_checkpoint(config, arguments.tokenizer) as (model, tokenizer, ends):
         tokens = tokenizer.text_to_ids(prompt)
         if not tokens:
             raise UserError("the prompt is empty")
@@ -49,9 +49,10 @@ def main(argv: list[str]) -> None:
             [tokens],
             arguments.max_new_tokens,
             sampling=sampling,
-            end_tokens=() if tokenizer.eos_id < 0 else (tokenizer.eos_id,),
+            end_tokens=ends,
             stop=lambda found: any(
-                text in response_text(tokenizer, tokens, found) for text in arguments.stop
+                text in response_text(tokenizer, tokens, found, special_tokens=True)
+                for text in arguments.stop
             ),
             on_token=say,
         )

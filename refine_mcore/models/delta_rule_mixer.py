@@ -127,17 +127,19 @@ class DeltaRuleMixer(Mixer):
         q, inputs = self.recurrence_inputs(convolved, gates)
         if tape is not None:
             inputs = tape.record_inputs(inputs)
-        out = self.recurrence(q, inputs, initial, output_writes=record)
+        out = self.recurrence(
+            q, inputs, initial, output_writes=record, output_final_state=output_state or record
+        )
         o = out.o if tape is None else tape.record_outputs(KERNEL_CHUNK, out)
         assert o is not None
         gate = gates["g_proj"].reshape(o.shape) if self.options.use_gate else None
         gain = shared_by_heads(self.o_norm, self.tp_group)
         y = remade(rms_norm, o, gain, self.norm_eps, gate)
-        return MixerOutput(
-            y.flatten(2),
-            DeltaRuleState.of(conv_tail, out.final_state) if output_state else None,
-            tape,
-        )
+        after = None
+        if output_state:
+            assert out.final_state is not None
+            after = DeltaRuleState.of(conv_tail, out.final_state)
+        return MixerOutput(y.flatten(2), after, tape)
 
     def fixed_state(
         self, state: FastWeightState, tokens: int, rollouts: int
@@ -202,8 +204,9 @@ class DeltaRuleMixer(Mixer):
         initial_state: Tensor | None,
         *,
         output_writes: bool,
+        output_final_state: bool,
     ) -> ChunkOutput:
-        """Output, final state, the states before each chunk and the writes if asked for."""
+        """Output, the states before each chunk, and the writes and the final state if asked for."""
         k, v, beta, g = inputs
         options: dict[str, Any] = {"initial_state": initial_state, "qk_norm_eps": L2_EPS}
         few = k.shape[1] <= _FEW_TOKENS and initial_state is not None and not output_writes
@@ -213,7 +216,11 @@ class DeltaRuleMixer(Mixer):
             else:
                 o, final = recurrent_gated_delta_rule(q, k, v, beta, g, **options)
             return ChunkOutput(o, final, [], None)
-        options |= {"chunk_size": KERNEL_CHUNK, "output_writes": output_writes}
+        options |= {
+            "chunk_size": KERNEL_CHUNK,
+            "output_writes": output_writes,
+            "output_final_state": output_final_state,
+        }
         if g is None:
             return chunk_delta_rule(q, k, v, beta, **options)
         return chunk_gated_delta_rule(q, k, v, beta, g, **options)

@@ -95,7 +95,7 @@ class DeltaRuleTape(LayerTape):
     def record_outputs(self, chunk: int, text: ChunkOutput) -> Tensor:
         """Keep the writes, the states before each `chunk` tokens and the one after the text, of
         most only their places in the graph; returns the output to go on with."""
-        assert text.o is not None and text.writes is not None
+        assert text.o is not None and text.writes is not None and text.final_state is not None
         self.writes, o = RecordedTokens.record(text.writes, made_with=text.o)
         states = [*text.states, text.final_state]
         self.chunk, self.every = chunk, self.mixer.config.tape_interval // chunk

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from refine_kernels.delta_rule import chunk
 from refine_kernels.delta_rule.chunk import _CHUNKS_AT_ONCE
 from refine_kernels.delta_rule.naive import naive_delta_rule
 from refine_kernels.dispatch import (
@@ -209,6 +210,22 @@ def test_without_queries_only_the_state_moves(gated):
 
 
 @gated_or_not
+@pytest.mark.parametrize("tokens", [1, 4, 5, 11, 70])  # of one chunk, several, more than one call
+def test_without_the_final_state_all_else_is_the_same(gated, tokens, monkeypatch):
+    monkeypatch.setattr(chunk, "_CHUNKS_AT_ONCE", 4)
+    inputs, state = make_inputs(11, 2, tokens, 2, 4, 3, gated)
+    options = {"initial_state": state, "chunk_size": 4, "output_writes": True}
+    for used in (slice(0, 1), slice(0, None)):  # of the output alone; of writes and states too
+        found, expected = (
+            CHUNK[gated](*inputs, **options, output_final_state=asked) for asked in (False, True)
+        )
+        assert found.final_state is None and len(found.states) == len(expected.states)
+        ours, theirs = ([x.o, x.writes, *x.states[1:]][used] for x in (found, expected))
+        assert all(map(torch.equal, ours, theirs))
+        assert_close(gradients(ours, [*inputs, state]), gradients(theirs, [*inputs, state]), 1e-13)
+
+
+@gated_or_not
 def test_masked_tokens_leave_the_state_bitwise_unchanged(gated):
     inputs, state = make_inputs(5, 1, 9, 2, 4, 3, gated)
     masked = [*inputs[:3], *(torch.zeros_like(x) for x in inputs[3:])]
@@ -236,6 +253,7 @@ def test_strong_decay_stays_finite():
     expected = naive_gated_delta_rule(*single, initial_state=state.float())
     o, final, *_ = chunk_gated_delta_rule(*single, initial_state=state.float())
     assert o is not None
+    assert final is not None
     assert_close((o, final), expected, 1e-5)
     assert_close(gradients([o, final], single), gradients(list(expected), single), 1e-5)
 
@@ -270,5 +288,5 @@ def test_no_graph_without_grad():
     inputs, state = make_inputs(10, 1, 9, 2, 4, 3, False)
     with torch.no_grad():
         o, final, boundaries, _ = chunk_delta_rule(*inputs, initial_state=state, chunk_size=4)
-    assert o is not None
+    assert o is not None and final is not None
     assert not any(x.requires_grad for x in (o, final, *boundaries[1:]))

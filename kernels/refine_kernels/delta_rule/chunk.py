@@ -34,13 +34,14 @@ _CHUNKS_AT_ONCE = 8
 
 
 class ChunkOutput(NamedTuple):
-    """o [B,T,H,V] in the dtype of v, or None; the state after the tokens [B,H,K,V]; the states
-    before each chunk, counted from the start of the piece; the writes U [B,T,H,V] if asked for.
+    """o [B,T,H,V] in the dtype of v, or None; the state after the tokens [B,H,K,V] unless it is not
+    asked for; the states before each chunk, counted from the start of the piece; the writes U
+    [B,T,H,V] if asked for.
     States and writes are part of the autograd graph; states are at least float32, writes have the
     dtype `dtype_of_writes`, and take a gradient that is sparse in B and T too."""
 
     o: Tensor | None
-    final_state: Tensor
+    final_state: Tensor | None
     states: list[Tensor]
     writes: Tensor | None
 
@@ -74,20 +75,21 @@ def chunk_delta_rule(
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
     output_writes: bool = False,
+    output_final_state: bool = True,
 ) -> ChunkOutput:
     """Delta rule over a piece of text.
 
     q, k [B,T,G,K]; v [B,T,H,V]; beta [B,T,H]; initial_state [B,H,K,V] or None for zeros; scale
     defaults to K**-0.5.  Value head h reads and writes with query and key head h // (H / G).  With
     ``qk_norm_eps``, q and k are first divided by sqrt(sum of squares + eps), in at least float32.
-    q=None only advances the state.  A token with beta = 0 leaves the state as it is.
+    q=None only advances the state.  A token with beta = 0 leaves the state as it is.  Without
+    ``output_final_state`` the state after the tokens is not made.
 
     States are returned before every ``chunk_size`` tokens; those in between follow from the writes
     (`state_from_writes`).  Differentiable once.
     """
-    return chunk_rule(
-        q, k, v, beta, None, scale, qk_norm_eps, initial_state, chunk_size, output_writes
-    )
+    options = (scale, qk_norm_eps, initial_state, chunk_size, output_writes, output_final_state)
+    return chunk_rule(q, k, v, beta, None, *options)
 
 
 def chunk_rule(
@@ -101,6 +103,7 @@ def chunk_rule(
     initial_state: Tensor | None,
     chunk_size: int,
     output_writes: bool,
+    output_final_state: bool = True,
 ) -> ChunkOutput:
     """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
     b, t, h, v_dim = v.shape
@@ -117,13 +120,14 @@ def chunk_rule(
         for x in (q, k, v, beta, g)
     ]
     outputs, writes = [], []
-    for n, *piece in zip(lengths, *pieces, strict=True):
-        options = _Options(scale, qk_norm_eps, min(chunk_size, n), output_writes)
+    for i, (n, *piece) in enumerate(zip(lengths, *pieces, strict=True)):
+        last = output_final_state or i + 1 < len(lengths)
+        options = _Options(scale, qk_norm_eps, min(chunk_size, n), output_writes, last)
         o, u, *new_states = _ChunkRule.apply(*piece, states[-1], options)
         outputs.append(o)
         writes.append(u)
         states += new_states
-    final_state = states.pop()
+    final_state = states.pop() if output_final_state else None
     return ChunkOutput(
         None if q is None else _joined(outputs),
         final_state,
@@ -143,6 +147,7 @@ class _Options(NamedTuple):
     qk_norm_eps: float | None
     chunk_size: int
     output_writes: bool
+    last_state: bool
 
 
 def _to_chunks(x: Tensor, chunk_size: int, dtype: torch.dtype) -> Tensor:
@@ -269,7 +274,8 @@ def unit_per_head(x: Tensor, heads: int, eps: float | None) -> Tensor:
 
 
 class _ChunkRule(torch.autograd.Function):
-    """The rule over full chunks: (o or None, U or None, *states after each chunk)."""
+    """The rule over full chunks: (o or None, U or None, *states after each chunk, the last one if
+    asked for)."""
 
     @staticmethod
     def forward(
@@ -284,7 +290,8 @@ class _ChunkRule(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         inputs = _Inputs.of(q, k, v, beta, g, state.dtype, options)
         terms = _Terms.of(inputs.q, inputs.k, inputs.g)
-        states, _, writes = _scan(terms, terms.inverse(inputs.beta), inputs, state.flatten(0, 1))
+        inverse, first = terms.inverse(inputs.beta), state.flatten(0, 1)
+        states, _, writes = _scan(terms, inverse, inputs, first, last_state=options.last_state)
         o = None
         if terms.q_in is not None and terms.scores is not None:
             out = terms.scores @ writes
@@ -343,16 +350,17 @@ class _ChunkRule(torch.autograd.Function):
 
 
 def _scan(
-    terms: _Terms, inverse: Tensor, inputs: _Inputs, state: Tensor
+    terms: _Terms, inverse: Tensor, inputs: _Inputs, state: Tensor, *, last_state: bool
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    """The states before each chunk and after the last, E and U."""
+    """The states before each chunk, the one after the last if asked for, E and U."""
     errors, writes = torch.empty_like(inputs.v), torch.empty_like(inputs.v)
     states = [state]
     for i, v_i in enumerate(inputs.v):
         unexplained = torch.baddbmm(v_i, terms.k_in[i], states[i], alpha=-1)
         torch.bmm(inverse[i], unexplained, out=errors[i])
         torch.mul(errors[i], inputs.beta[i], out=writes[i])
-        states.append(terms.advance(states[i], writes, i))
+        if last_state or i + 1 < len(writes):
+            states.append(terms.advance(states[i], writes, i))
     return states, errors, writes
 
 
@@ -372,11 +380,11 @@ def _loop_backward(
     dU - G^T L: later tokens' errors see it too.  L is the gradient of V.
     """
     beta, inverse = inputs.beta, terms.inverse(inputs.beta)
-    states, errors, writes = _scan(terms, inverse, inputs, state)
+    states, errors, writes = _scan(terms, inverse, inputs, state, last_state=False)
     adjoint = inverse.transpose(-1, -2)
-    grad_k_in, grad_k_out = torch.empty_like(terms.k_in), torch.empty_like(terms.k_in)
+    grad_k_in, grad_k_out = torch.empty_like(terms.k_in), torch.zeros_like(terms.k_out)
     grad_v = torch.empty_like(errors)
-    grad_retain = None if terms.retain is None else torch.empty_like(terms.retain)
+    grad_retain = None if terms.retain is None else torch.zeros_like(terms.retain)
     grad_writes = torch.zeros_like(writes)
     grad_q_in, grad_scores = None, None
     if grad_o is not None:
@@ -386,22 +394,27 @@ def _loop_backward(
         grad_q_in = torch.empty_like(terms.q_in)
     if grad_u is not None:
         grad_writes += grad_u
-    grad_state = torch.zeros_like(state)
+    # None: nothing reads the state after the last chunk, or it has no gradient
+    grad_state = grad_states[-1] if len(grad_states) == len(writes) else None
     for i in reversed(range(len(writes))):
-        given = grad_states[i]
-        if given is not None:
-            grad_state = grad_state + given
-        grad_writes[i].baddbmm_(terms.k_out[i], grad_state)
-        torch.bmm(writes[i], grad_state.transpose(-1, -2), out=grad_k_out[i])
+        if grad_state is not None:
+            grad_writes[i].baddbmm_(terms.k_out[i], grad_state)
+            torch.bmm(writes[i], grad_state.transpose(-1, -2), out=grad_k_out[i])
         torch.bmm(adjoint[i], grad_writes[i] * beta[i], out=grad_v[i])
         torch.bmm(grad_v[i], states[i].transpose(-1, -2), out=grad_k_in[i])
-        if grad_retain is not None:
-            torch.sum(grad_state * states[i], (-2, -1), keepdim=True, out=grad_retain[i])
-        grad_state = terms.retained(grad_state, i)
-        grad_state = torch.baddbmm(grad_state, terms.k_in[i].transpose(-1, -2), grad_v[i], alpha=-1)
+        k_in = terms.k_in[i].transpose(-1, -2)
+        if grad_state is None:
+            grad_state = torch.bmm(k_in, grad_v[i].neg())
+        else:
+            if grad_retain is not None:
+                torch.sum(grad_state * states[i], (-2, -1), keepdim=True, out=grad_retain[i])
+            grad_state = terms.retained(grad_state, i)
+            grad_state = torch.baddbmm(grad_state, k_in, grad_v[i], alpha=-1)
         if grad_o is not None and terms.q_in is not None and grad_q_in is not None:
             grad_state.baddbmm_(terms.q_in[i].transpose(-1, -2), grad_o[i])
             torch.bmm(grad_o[i], states[i].transpose(-1, -2), out=grad_q_in[i])
+        if i and (given := grad_states[i - 1]) is not None:
+            grad_state = grad_state + given
     grad_writes.flatten(0, 1).baddbmm_(
         terms.gram.transpose(-1, -2).flatten(0, 1), grad_v.flatten(0, 1), alpha=-1
     )
@@ -410,4 +423,5 @@ def _loop_backward(
     grad_terms = _Terms(
         grad_k_in.neg_(), grad_k_out, grad_gram, grad_q_in, grad_scores, grad_retain
     )
+    assert grad_state is not None
     return grad_terms, grad_v, grad_beta, grad_state

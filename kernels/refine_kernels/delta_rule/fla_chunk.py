@@ -32,6 +32,7 @@ def refusal(
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
     output_writes: bool = False,
+    output_final_state: bool = True,
 ) -> str | None:
     """Why it is not for these arguments here, None if it is."""
     if output_writes:
@@ -65,9 +66,10 @@ def chunk_delta_rule(
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
     output_writes: bool = False,
+    output_final_state: bool = True,
 ) -> ChunkOutput:
     """As chunk.chunk_delta_rule, without states and writes; the chunk is its own."""
-    return _chunk_rule(q, k, v, beta, None, scale, qk_norm_eps, initial_state)
+    return _chunk_rule(q, k, v, beta, None, scale, qk_norm_eps, initial_state, output_final_state)
 
 
 def chunk_gated_delta_rule(
@@ -82,9 +84,10 @@ def chunk_gated_delta_rule(
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
     output_writes: bool = False,
+    output_final_state: bool = True,
 ) -> ChunkOutput:
     """As chunk_delta_rule above, with decays."""
-    return _chunk_rule(q, k, v, beta, g, scale, qk_norm_eps, initial_state)
+    return _chunk_rule(q, k, v, beta, g, scale, qk_norm_eps, initial_state, output_final_state)
 
 
 def _chunk_rule(
@@ -96,6 +99,7 @@ def _chunk_rule(
     scale: float | None,
     qk_norm_eps: float | None,
     initial_state: Tensor | None,
+    output_final_state: bool = True,
 ) -> ChunkOutput:
     name = "delta_rule" if g is None else "gated_delta_rule"
     function = getattr(importlib.import_module(f"fla.ops.{name}"), f"chunk_{name}")
@@ -110,7 +114,7 @@ def _chunk_rule(
         **({} if g is None else {"g": g.contiguous()}),
         scale=scale,
         initial_state=initial_state,
-        output_final_state=True,
+        output_final_state=output_final_state,
         use_qk_l2norm_in_kernel=qk_norm_eps is not None,
     )
     return ChunkOutput(o, final_state, [], None)

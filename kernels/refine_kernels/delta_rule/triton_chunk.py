@@ -44,11 +44,11 @@ def chunk_delta_rule(
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
     output_writes: bool = False,
+    output_final_state: bool = True,
 ) -> ChunkOutput:
     """As chunk.chunk_delta_rule.  The states between first and last are views of one buffer."""
-    return chunk_rule(
-        q, k, v, beta, None, scale, qk_norm_eps, initial_state, chunk_size, output_writes
-    )
+    options = (scale, qk_norm_eps, initial_state, chunk_size, output_writes, output_final_state)
+    return chunk_rule(q, k, v, beta, None, *options)
 
 
 def chunk_gated_delta_rule(
@@ -63,11 +63,11 @@ def chunk_gated_delta_rule(
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
     output_writes: bool = False,
+    output_final_state: bool = True,
 ) -> ChunkOutput:
     """As gated_delta_rule.chunk.chunk_gated_delta_rule.  States as in chunk_delta_rule."""
-    return chunk_rule(
-        q, k, v, beta, g, scale, qk_norm_eps, initial_state, chunk_size, output_writes
-    )
+    options = (scale, qk_norm_eps, initial_state, chunk_size, output_writes, output_final_state)
+    return chunk_rule(q, k, v, beta, g, *options)
 
 
 def refusal(
@@ -82,6 +82,7 @@ def refusal(
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
     output_writes: bool = False,
+    output_final_state: bool = True,
 ) -> str | None:
     """Why the kernels are not for these arguments here, None if they are.
 
@@ -171,6 +172,7 @@ def chunk_rule(
     initial_state: Tensor | None,
     chunk_size: int,
     output_writes: bool,
+    output_final_state: bool = True,
 ) -> ChunkOutput:
     """Both rules; g [B,T,H] is the log decay (<= 0), None for no decay."""
     b, _, h, v_dim = v.shape
@@ -182,10 +184,10 @@ def chunk_rule(
         o, final_state = triton_few.few_tokens_rule(
             q, k, v, beta, g, scale, qk_norm_eps, state, products_of(v)
         )
-        return ChunkOutput(o, final_state, [state], None)
+        return ChunkOutput(o, final_state if output_final_state else None, [state], None)
     options = _Options(scale, qk_norm_eps, chunk_size, output_writes)
     o, writes, final_state, *states = _ChunkRule.apply(q, k, v, beta, g, state, options)
-    return ChunkOutput(o, final_state, [state, *states], writes)
+    return ChunkOutput(o, final_state if output_final_state else None, [state, *states], writes)
 
 
 class _Options(NamedTuple):

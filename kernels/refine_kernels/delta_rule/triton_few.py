@@ -99,7 +99,7 @@ def disagreement(
         q, k, v, beta, *g, state = given
         gate = g[0] if gated else None
         out = chunk.chunk_rule(q, k, v, beta, gate, None, qk_norm_eps, state.float(), 64, False)
-        assert out.o is not None
+        assert out.o is not None and out.final_state is not None
         return [out.o, out.final_state]
 
     return agreement.disagreement(

@@ -17,11 +17,11 @@ def chunk_gated_delta_rule(
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
     output_writes: bool = False,
+    output_final_state: bool = True,
 ) -> ChunkOutput:
     """As chunk_delta_rule with the state decayed by exp(g_t) before token t; g [B,T,H] <= 0.
 
     A token with beta = 0 and g = 0 leaves the state as it is.
     """
-    return chunk_rule(
-        q, k, v, beta, g, scale, qk_norm_eps, initial_state, chunk_size, output_writes
-    )
+    options = (scale, qk_norm_eps, initial_state, chunk_size, output_writes, output_final_state)
+    return chunk_rule(q, k, v, beta, g, *options)
