@@ -8,9 +8,10 @@ Tasks: ruler_niah (four kinds of needles, made for the checkpoint's tokenizer), 
 longbench (parquet or JSON lines with the columns of the authors' files, named by --data), ntp (loss
 and accuracy by position on the documents of --texts), or single ones such as niah_multikey_1 and
 trec. Responses are greedy unless there is a temperature. DIR gets results.jsonl row by row, then
-report.json, report.md and needles.png; run again, it goes on where it was stopped. Under torchrun
-`parallel.tensor` and `parallel.pipeline` set the layout, which takes all ranks. The model runs in
-float32 unless `training.dtype` says otherwise.
+report.json, report.md and needles.png; run again, it goes on where it was stopped, if checkpoint,
+arithmetic, tokenizer, data and settings are the same. Rows of files are averaged by their
+`max_seq_length`. Under torchrun `parallel.tensor` and `parallel.pipeline` set the layout, which
+takes all ranks. The model runs in float32 unless `training.dtype` says otherwise.
 """
 
 import argparse
@@ -46,8 +47,8 @@ def main(argv: list[str]) -> None:
         top_p=arguments.top_p,
         batch_size=arguments.batch_size,
     )
-    with open_checkpoint(config, arguments.tokenizer) as (model, tokenizer):
-        table = evaluate(model, tokenizer, arguments.checkpoint, settings, Path(arguments.output))
+    with open_checkpoint(config, arguments.tokenizer) as opened:
+        table = evaluate(opened, config, settings, Path(arguments.output))
         if platform.rank() == 0:
             print(table, end="")
 

@@ -5,9 +5,10 @@
         data.paths='[longbench/narrativeqa_16384.parquet]' [dotted.key=value ...]
 
 Rows are prompts with answers and a task, as in the authors' files. `ttt.reset` says when weights
-and optimizer state go back: after each example, after each batch, or never, as in the authors'
-evaluation. `refine.mode=ntp` adapts by the next-token loss, in as many optimizer steps. RUN (the
-configuration's run.directory) gets responses.jsonl, row by row; the scores are printed.
+and optimizer state go back: after each example, after each batch, or (none) only where another file
+begins, as in the authors' evaluation, which is of one. `refine.mode=ntp` adapts by the next-token
+loss, in as many optimizer steps. RUN (the configuration's run.directory) gets responses.jsonl, row
+by row; the scores are printed.
 """
 
 import argparse

@@ -177,7 +177,8 @@ class TTTConfig:
     """Test-time training: adapt to the prompts of a batch as `refine` says, then answer them."""
 
     # When weights and optimizer state go back to those of the beginning: after every example, which
-    # then adapts alone, after every batch, or never.
+    # then adapts alone, after every batch, or (none) only where another file begins, with which a
+    # batch begins too.
     reset: Literal["none", "batch", "example"] = "batch"
 
 

@@ -37,12 +37,13 @@ UNTOUCHED_FILE = "untouched.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _HEADERS = "safetensors_headers"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+_GENERATION_CONFIG = "generation_config.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 
 # Configuration and tokenizers; never code, never pickles.
 _TRAVELLERS = (
     HF_CONFIG,
-    "generation_config.json",
+    _GENERATION_CONFIG,
     "tokenizer.json",
     _TOKENIZER_CONFIG,
     "special_tokens_map.json",
@@ -161,6 +162,20 @@ def _sentencepiece_settings(tokenizer: Path) -> dict[str, Any]:
 def own_tokenizer(checkpoint: Path) -> Path | None:
     """The tokenizer file that a checkpoint carries, if it does."""
     return find_tokenizer(find_checkpoint(checkpoint) / HF_DIRECTORY)
+
+
+def end_token_ids(directory: Path) -> tuple[int, ...]:
+    """The tokens that end a text by the generation settings that the checkpoint or description in
+    `directory` carries; none without such settings. Raises UserError for bad ones."""
+    path = directory / HF_DIRECTORY / _GENERATION_CONFIG
+    try:
+        found = read_json_object(path).get("eos_token_id")
+    except FileNotFoundError:
+        return ()
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise UserError(f"{path}: eos_token_id must be a token id or a list of them, not {found!r}")
+    return tuple(ids)
 
 
 def read_description(directory: Path) -> Description:

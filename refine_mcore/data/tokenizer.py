@@ -1,6 +1,7 @@
-"""Tokenizers: Megatron-Core's SentencePiece wrapper as it is, and `tokenizer.json` files of Hugging
-Face by the `tokenizers` library, with errors that name the file. Both are data: nothing in them
-runs. Of a directory's other files only `tokenizer_config.json` is read, for the name of EOS.
+"""Tokenizers: Megatron-Core's SentencePiece wrapper, told which pieces are special, and
+`tokenizer.json` files of Hugging Face by the `tokenizers` library, with errors that name the file.
+Both are data: nothing in them runs. Of a directory's other files only `tokenizer_config.json` is
+read, for the name of EOS.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     # -1 if there is none.
     eos_id: int
+    # Those that stand for no text: beginnings and ends, roles in a chat, the unknown piece.
+    special_ids: frozenset[int]
 
     def text_to_ids(self, text: str) -> list[int]:
         """Token ids of `text`, without BOS or EOS."""
@@ -48,6 +51,8 @@ class JsonTokenizer:
         # ids may have gaps
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         self._path = path
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, x in added.items() if x.special)
         eos = _eos_token(path.with_name("tokenizer_config.json"))
         found = None if eos is None else self._tokenizer.token_to_id(eos)
         self.eos_id = -1 if found is None else found
@@ -111,9 +116,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
 
     try:
-        return SentencePieceTokenizer(str(path))
+        wrapper = SentencePieceTokenizer(str(path))
     except (RuntimeError, OSError):
         raise UserError(f"tokenizer {path} is not a readable SentencePiece model") from None
+    model = wrapper.tokenizer
+    wrapper.special_ids = frozenset(
+        piece
+        for piece in range(wrapper.vocab_size)
+        if model.IsControl(piece) or model.IsUnknown(piece)
+    )
+    return wrapper
 
 
 def check_vocabulary(config: DataConfig, path: str, pieces: int, vocab_size: int) -> None:

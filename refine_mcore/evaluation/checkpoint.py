@@ -1,38 +1,53 @@
-"""A checkpoint's model and tokenizer for use: generation and evaluation, on all ranks started."""
+"""A checkpoint's model and tokenizer for use, on all ranks started: what ends its texts, and what
+distinguishes its figures from those of another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from refine_mcore import platform
 from refine_mcore.config import Config
-from refine_mcore.conversion.description import find_checkpoint, own_tokenizer
+from refine_mcore.conversion.description import end_token_ids, find_checkpoint, own_tokenizer
 from refine_mcore.data import Tokenizer, load_tokenizer
 from refine_mcore.data.tokenizer import check_vocabulary
 from refine_mcore.errors import UserError
+from refine_mcore.models.architecture import LaCTOptions
 from refine_mcore.models.fast_weight_model import LanguageModel
 from refine_mcore.models.whole_model import whole_model
 from refine_mcore.training.setup import resolve_architecture, training_model
 
+logger = logging.getLogger(__name__)
+
+# Tokenizers that cut it alike are taken for the same.
+_SAMPLE = "Some special magic numbers are hidden, 1234567; naïve readers of 日本 may miss them."
+
+
+class Opened(NamedTuple):
+    """A model, its tokenizer and the tokens that end its texts."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    end_tokens: frozenset[int]
+
 
 @contextmanager
-def open_checkpoint(
-    config: Config, tokenizer: str | None
-) -> Iterator[tuple[LanguageModel, Tokenizer]]:
+def open_checkpoint(config: Config, tokenizer: str | None) -> Iterator[Opened]:
     """The model of `model.checkpoint` in the layout of `parallel`, which takes all ranks started,
     and `tokenizer`, or else the one that the checkpoint carries.
 
     Raises UserError if the number of ranks is another, the checkpoint cannot be read, there is no
     tokenizer, or it cannot be the model's.
     """
-    assert config.model.checkpoint is not None
     platform.let_messages_overlap(config.parallel.pipeline)
     platform.initialize()
-    found = tokenizer or own_tokenizer(find_checkpoint(Path(config.model.checkpoint)))
+    directory = checkpoint_directory(config)
+    found = tokenizer or own_tokenizer(directory)
     if found is None:
         raise UserError(
             f"checkpoint {config.model.checkpoint} carries no tokenizer: name one with --tokenizer"
@@ -50,4 +65,61 @@ def open_checkpoint(
         groups = platform.initialize_model_parallel(
             parallel.tensor, parallel.pipeline, config.training.seed
         )
-        yield whole_model(training_model(config, groups)), loaded
+        model = whole_model(training_model(config, groups))
+        yield Opened(model, loaded, end_tokens(loaded, directory))
+
+
+def end_tokens(tokenizer: Tokenizer, directory: Path) -> frozenset[int]:
+    """What ends a response: the tokenizer's EOS, and what the generation settings of the checkpoint
+    or description in `directory` name. A warning says that there is nothing."""
+    found = {*end_token_ids(directory), *([] if tokenizer.eos_id < 0 else [tokenizer.eos_id])}
+    if not found and platform.rank() == 0:
+        logger.warning(
+            "neither the tokenizer nor the generation settings of %s name a token that ends a "
+            "text: every response goes on for as long as it may",
+            directory,
+        )
+    return frozenset(found)
+
+
+def identity(config: Config, tokenizer: Tokenizer, files: Iterable[Path]) -> dict[str, Any]:
+    """What figures depend on beside the settings of a task: the checkpoint and `files` by place,
+    size and time, the architecture with all overrides, the arithmetic and the tokenizer. Raises
+    UserError for a file that is not there."""
+    directory = checkpoint_directory(config)
+    return {
+        "checkpoint": _stamps(path for path in sorted(directory.rglob("*")) if path.is_file()),
+        "architecture": resolve_architecture(config).to_dict(),
+        "arithmetic": arithmetic(config),
+        "tokenizer": tokenizer.text_to_ids(_SAMPLE),
+        "files": _stamps(files),
+    }
+
+
+def arithmetic(config: Config) -> dict[str, str]:
+    """The settings that say what a model computes in, by name; of LaCT those of its own too."""
+    found: dict[str, str] = {"training.dtype": config.training.dtype}
+    mixer = resolve_architecture(config).mixer
+    if isinstance(mixer, LaCTOptions):
+        found["model.fast_weight_matmul"] = config.model.fast_weight_matmul or config.training.dtype
+        if mixer.use_muon:
+            found["mixer.muon_dtype"] = mixer.muon_dtype
+    return found
+
+
+def checkpoint_directory(config: Config) -> Path:
+    """That of `model.checkpoint`, the newest of a run's. Raises UserError if there is none."""
+    assert config.model.checkpoint is not None
+    return find_checkpoint(Path(config.model.checkpoint))
+
+
+def _stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Place, size and time of files."""
+    found = []
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        found.append((str(path.resolve()), stat.st_size, stat.st_mtime_ns))
+    return found

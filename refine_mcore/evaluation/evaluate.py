@@ -8,19 +8,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from refine_mcore import platform
-from refine_mcore.conversion.description import find_checkpoint
+from refine_mcore.config import Config
 from refine_mcore.data import Tokenizer, read_documents
 from refine_mcore.errors import UserError
 from refine_mcore.evaluation import report
+from refine_mcore.evaluation.checkpoint import Opened, arithmetic, identity
 from refine_mcore.evaluation.metrics import LONGBENCH_TASKS, RULER_QA_TASKS
 from refine_mcore.evaluation.next_token import doubling_borders, next_token_scores
 from refine_mcore.evaluation.runner import Results, run_rows
 from refine_mcore.evaluation.tasks import VARIANTS, Row, niah_rows, rows_of_files
+from refine_mcore.evaluation.tasks.files import files_of
 from refine_mcore.files import written_whole
 from refine_mcore.generation import Sampling, generate, response_text
 from refine_mcore.models.fast_weight_model import LanguageModel
@@ -31,8 +32,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "longbench": LONGBENCH_TASKS,
     "ntp": ("ntp",),
 }
-# Tokenizers that cut it alike are taken for the same.
-_SAMPLE = "Some special magic numbers are hidden, 1234567; naïve readers of 日本 may miss them."
 _FROM_FILES = {*RULER_QA_TASKS, *LONGBENCH_TASKS}
 
 
@@ -76,22 +75,19 @@ def task_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(single))
 
 
-def evaluate(
-    model: LanguageModel, tokenizer: Tokenizer, checkpoint: str, settings: Settings, output: Path
-) -> str:
-    """Run everything of `settings` that `output` does not hold yet; the tables as Markdown.
+def evaluate(opened: Opened, config: Config, settings: Settings, output: Path) -> str:
+    """Run everything of `settings` that `output` does not hold yet, on the checkpoint that was
+    opened with `config`; the tables as Markdown.
 
     `output` gets results.jsonl as rows are done, and in the end report.json, report.md and, with
     needles, needles.png. All ranks call this; the first writes.
     """
-    first = platform.rank() == 0
+    first, tokenizer = platform.rank() == 0, opened.tokenizer
+    files = [*files_of(settings.data), *map(Path, settings.texts)]
+    known = asdict(settings) | identity(config, tokenizer, files)
+    del known["batch_size"], known["tasks"], known["seeds"]
     if first:
         output.mkdir(parents=True, exist_ok=True)
-    known = asdict(settings) | {
-        "checkpoint": _identity(find_checkpoint(Path(checkpoint))),
-        "tokenizer": tokenizer.text_to_ids(_SAMPLE),
-    }
-    del known["batch_size"], known["tasks"], known["seeds"]
     results = Results(output / "results.jsonl", known, writer=first)
     rows = _rows(tokenizer, settings)
     total = len(rows) * len(settings.seeds)
@@ -99,24 +95,29 @@ def evaluate(
         run_rows(
             rows,
             settings.seeds,
-            partial(_generate, model, tokenizer, settings),
+            partial(_generate, opened, settings),
             lambda row, tokens: response_text(tokenizer, row.prompt, tokens),
             results,
             batch_size=settings.batch_size,
             progress=bar.update,
         )
     if "ntp" in settings.tasks:
-        _next_tokens(model, tokenizer, settings, results)
-    scored = [x for x in results.lines if x["task"] in settings.tasks and "score" in x]
+        _next_tokens(opened.model, tokenizer, settings, results)
+    scored = results.of(rows, settings.seeds)
     texts = [x for x in results.lines if x["task"] == "ntp" and "ntp" in settings.tasks]
     table, positions = report.scores(scored), report.next_token_means(texts)
-    text = report.markdown(table, positions)
+    text = report.markdown(table, positions, arithmetic(config))
     if first:
         means = {
             task: {column: asdict(mean) for column, mean in columns.items()}
             for task, columns in table.items()
         }
-        figures = {"settings": known, "scores": means, "next_token": positions}
+        figures = {
+            "settings": known,
+            "seeds": settings.seeds,
+            "scores": means,
+            "next_token": positions,
+        }
         _write(output / "report.json", json.dumps(figures, indent=2) + "\n")
         _write(output / "report.md", text)
         report.plot_needles(scored, output / "needles.png")
@@ -136,8 +137,7 @@ def _rows(tokenizer: Tokenizer, settings: Settings) -> list[Row]:
 
 
 def _generate(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
+    opened: Opened,
     settings: Settings,
     prompts: list[list[int]],
     most: int,
@@ -146,8 +146,15 @@ def _generate(
     stop: Callable[[list[int]], bool] | None,
 ) -> list[list[int]]:
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, seed)
-    ends = () if tokenizer.eos_id < 0 else (tokenizer.eos_id,)
-    return generate(model, prompts, most, sampling=sampling, ids=ids, end_tokens=ends, stop=stop)
+    return generate(
+        opened.model,
+        prompts,
+        most,
+        sampling=sampling,
+        ids=ids,
+        end_tokens=opened.end_tokens,
+        stop=stop,
+    )
 
 
 def _next_tokens(
@@ -163,13 +170,6 @@ def _next_tokens(
         if len(tokens) > 1:
             buckets = next_token_scores(model, tokens, borders, seed=0)
             results.add("ntp", key, 0, group={}, buckets=[asdict(x) for x in buckets])
-
-
-def _identity(directory: Path) -> list[Any]:
-    """A checkpoint's place, and the size and time of its files."""
-    files = sorted(path for path in directory.iterdir() if path.is_file())
-    stats = [(path.name, path.stat().st_size, int(path.stat().st_mtime)) for path in files]
-    return [str(directory.resolve()), stats]
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,7 +6,11 @@ with and without. Data-parallel replicas share the work.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +19,14 @@ import torch.distributed as dist
 from refine_mcore import platform
 from refine_mcore.config import Config
 from refine_mcore.data import Tokenizer, read_documents
+from refine_mcore.evaluation.checkpoint import end_tokens
 from refine_mcore.evaluation.metrics import score
 from refine_mcore.evaluation.next_token import doubling_borders, next_token_scores
-from refine_mcore.evaluation.tasks import VARIANTS, niah_rows
-from refine_mcore.generation import generate, response_text
-from refine_mcore.models.fast_weight_model import FastWeightModel
+from refine_mcore.evaluation.tasks import VARIANTS, Row, niah_rows
+from refine_mcore.generation import NotFiniteError, generate, response_text
+from refine_mcore.models.fast_weight_model import FastWeightModel, LanguageModel
 from refine_mcore.models.whole_model import whole_model
+from refine_mcore.training.setup import DESCRIPTION
 
 _BATCH = 4  # needles at a time
 
@@ -33,6 +39,7 @@ class HeldOut:
 
     def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
         options, self._tokenizer = config.evaluation, tokenizer
+        self._description = Path(config.run.directory) / DESCRIPTION
         length = options.text_length or config.data.sequence_length
         documents = islice(read_documents(options.paths), options.texts)
         self._texts = [tokenizer.text_to_ids(document.text)[:length] for document in documents]
@@ -44,7 +51,8 @@ class HeldOut:
             self._rows = niah_rows(tokenizer, lengths, options.niah_rows, 0, variants)
 
     def figures(self, stage: FastWeightModel, pg_collection: Any) -> dict[str, float]:
-        """By name, the same on all ranks, each of which calls this with its part of the model."""
+        """By name, the same on all ranks, each of which calls this with its part of the model. The
+        score of needles that the model has no finite logits for is no number either."""
         model, dp = whole_model(stage), pg_collection.dp
         mine = slice(dp.rank(), None, dp.size())
         names = [f"{a}-{b}" for a, b in zip(self._borders, self._borders[1:], strict=False)]
@@ -58,15 +66,12 @@ class HeldOut:
                 sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)]
         of_tasks = {row.task: [0.0, 0.0] for row in self._rows}
         rows = self._rows[mine]
+        ends = self._end_tokens if self._rows else frozenset()
         for start in range(0, len(rows), _BATCH):
             batch = rows[start : start + _BATCH]
-            most = max(row.max_new_tokens for row in batch)
-            for row, tokens in zip(
-                batch, generate(model, [row.prompt for row in batch], most), strict=True
-            ):
-                text = response_text(self._tokenizer, row.prompt, tokens)
+            for row, scored in zip(batch, self._scores(model, batch, ends), strict=True):
                 of_tasks[row.task][0] += 1
-                of_tasks[row.task][1] += score(row.task, text, row.answers)
+                of_tasks[row.task][1] += scored
         flat = [x for values in (*sums.values(), *of_tasks.values()) for x in values]
         total = torch.tensor(flat, dtype=torch.float64, device=platform.device())
         dist.all_reduce(total, group=dp)
@@ -84,3 +89,22 @@ class HeldOut:
             count, scored = next(values), next(values)
             result[f"evaluation/{task}"] = scored / count
         return result
+
+    @cached_property
+    def _end_tokens(self) -> frozenset[int]:
+        """Every rank asks for them, when the run has begun and holds what its checkpoints carry."""
+        return platform.on_first_rank(lambda: end_tokens(self._tokenizer, self._description))
+
+    def _scores(
+        self, model: LanguageModel, rows: Sequence[Row], ends: frozenset[int]
+    ) -> list[float]:
+        prompts, most = [row.prompt for row in rows], max(row.max_new_tokens for row in rows)
+        try:
+            responses = generate(model, prompts, most, end_tokens=ends)
+        except NotFiniteError:  # the loss of held-out texts is none either, and the run goes on
+            return [math.nan] * len(rows)
+        texts = [
+            response_text(self._tokenizer, prompt, tokens)
+            for prompt, tokens in zip(prompts, responses, strict=True)
+        ]
+        return [score(row.task, text, row.answers) for row, text in zip(rows, texts, strict=True)]

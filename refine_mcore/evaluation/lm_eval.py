@@ -58,7 +58,7 @@ class RefineMcoreLM(TemplateLM):
         )
         self._open = ExitStack()
         opened = self._open.enter_context(open_checkpoint(config, tokenizer))
-        self._lm, self._tokenizer = opened
+        self._lm, self._tokenizer, self._ends = opened
 
     def close(self) -> None:
         """Let go of the model and the ranks' connections."""
@@ -122,10 +122,9 @@ class RefineMcoreLM(TemplateLM):
             top_p=float(options.get("top_p", 1.0)),
         )
         most = int(options.get("max_gen_toks", options.get("max_new_tokens", 256)))
-        eos = self._tokenizer.eos_id
 
         def ended(tokens: list[int]) -> bool:
-            text = self._tokenizer.ids_to_text(tokens)
+            text = response_text(self._tokenizer, (), tokens, special_tokens=True)
             return any(stop in text for stop in until)
 
         responses = generate(
@@ -134,7 +133,7 @@ class RefineMcoreLM(TemplateLM):
             most,
             sampling=sampling,
             ids=range(first, first + len(prompts)),
-            end_tokens=() if eos < 0 else (eos,),
+            end_tokens=self._ends,
             stop=ended if until else None,
         )
         texts = []

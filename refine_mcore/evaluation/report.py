@@ -14,24 +14,36 @@ from refine_mcore.errors import UserError
 from refine_mcore.files import written_whole
 
 _DEPTH_BINS = 10  # of the heat map
+# Of next tokens by position: the means, and the sums that each is made of.
+_FIGURES = {
+    "loss": "loss",
+    "accuracy_argmax": "argmax_hits",
+    "accuracy_sampled": "sampled_hits",
+}
+_SUMS = ("tokens", *_FIGURES.values())
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of `count` values, and its standard error (None for one value)."""
+    """Mean of `count` values, and its standard error (None for one value). The values are of rows
+    or texts, the mean may weigh them."""
 
     mean: float
     standard_error: float | None
     count: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Mean:
-        n = len(values)
-        mean = math.fsum(values) / n
+    def of(cls, totals: Sequence[float], sizes: Sequence[float] | None = None) -> Mean:
+        """Of totals over so much each (1 if None): their sum over that of the sizes, with the
+        standard error of such a ratio, linearised."""
+        n = len(totals)
+        sizes = [1.0] * n if sizes is None else sizes
+        whole = math.fsum(sizes)
+        mean = math.fsum(totals) / whole
         if n < 2:
             return cls(mean, None, n)
-        variance = math.fsum((x - mean) ** 2 for x in values) / (n - 1)
-        return cls(mean, math.sqrt(variance / n), n)
+        squares = math.fsum((x - mean * size) ** 2 for x, size in zip(totals, sizes, strict=True))
+        return cls(mean, math.sqrt(squares * n / (n - 1)) / whole, n)
 
     def percent(self) -> str:
         """As the tables show it."""
@@ -40,50 +52,54 @@ class Mean:
 
 
 def scores(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Mean]]:
-    """Per task the mean score of every length ("all" where rows have none), and of all together.
+    """Per task the mean score of every length, the shortest first, and of "all" rows together.
 
     Of a row with several seeds the mean counts once, so that the standard error is one over rows.
     """
-    rows: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    rows: dict[tuple[str, float, str], list[float]] = defaultdict(list)
     for line in lines:
-        column = str(line["group"].get("length", "all"))
-        rows[line["task"], column, line["key"]].append(line["score"])
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (task, column, _), values in rows.items():
-        mean = math.fsum(values) / len(values)
-        found[task][column].append(mean)
-        if column != "all":
-            found[task]["all"].append(mean)
+        length = line["group"].get("length", math.inf)
+        rows[line["task"], length, line["key"]].append(line["score"])
+    found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (task, length, _), values in rows.items():
+        for column in {length, math.inf}:
+            found[task][column].append(math.fsum(values) / len(values))
     return {
-        task: {column: Mean.of(values) for column, values in columns.items()}
+        task: {"all" if x == math.inf else str(x): Mean.of(columns[x]) for x in sorted(columns)}
         for task, columns in found.items()
     }
 
 
 def next_token_means(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per bucket of positions the mean over texts of loss and accuracies, weighted alike."""
+    """Per bucket of positions, and of "all" together, the mean loss and accuracies of its tokens,
+    with the standard error over texts."""
     buckets: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    whole: list[dict[str, Any]] = []
     for line in lines:
-        for bucket in line["buckets"]:
-            if bucket["tokens"]:
-                buckets[bucket["start"], bucket["stop"]].append(bucket)
+        found = [bucket for bucket in line["buckets"] if bucket["tokens"]]
+        for bucket in found:
+            buckets[bucket["start"], bucket["stop"]].append(bucket)
+        whole.append({name: sum(bucket[name] for bucket in found) for name in _SUMS})
+    named = {f"{start} to {stop}": buckets[start, stop] for start, stop in sorted(buckets)}
+    if whole:
+        named["all"] = whole
     return [
-        {"start": start, "stop": stop, "tokens": sum(x["tokens"] for x in found)}
+        {"positions": name, "tokens": sum(x["tokens"] for x in of_texts)}
         | {
-            name: asdict(Mean.of([x[column] / x["tokens"] for x in found]))
-            for name, column in (
-                ("loss", "loss"),
-                ("accuracy_argmax", "argmax_hits"),
-                ("accuracy_sampled", "sampled_hits"),
-            )
+            figure: asdict(Mean.of(*([x[y] for x in of_texts] for y in (column, "tokens"))))
+            for figure, column in _FIGURES.items()
         }
-        for (start, stop), found in sorted(buckets.items())
+        for name, of_texts in named.items()
     ]
 
 
-def markdown(table: dict[str, dict[str, Mean]], positions: list[dict[str, Any]]) -> str:
+def markdown(
+    table: dict[str, dict[str, Mean]],
+    positions: list[dict[str, Any]],
+    arithmetic: dict[str, str],
+) -> str:
     """Tables like the paper's: a row per task, a column per length, in percent; then next tokens by
-    position."""
+    position; and what was computed in."""
     parts = []
     if table:
         lengths = sorted({x for row in table.values() for x in row if x != "all"}, key=int)
@@ -104,10 +120,11 @@ def markdown(table: dict[str, dict[str, Mean]], positions: list[dict[str, Any]])
             )
             error = "" if loss.standard_error is None else f" ± {loss.standard_error:.3f}"
             lines.append(
-                f"| {x['start']} to {x['stop']} | {loss.mean:.3f}{error} | {argmax.percent()} | "
+                f"| {x['positions']} | {loss.mean:.3f}{error} | {argmax.percent()} | "
                 f"{sampled.percent()} | {x['tokens']:,} |"
             )
         parts.append("\n".join(lines))
+    parts.append("Computed with " + ", ".join(f"{x} {y}" for x, y in arithmetic.items()) + ".")
     return "\n\n".join(parts) + "\n"
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from refine_mcore.errors import UserError
 from refine_mcore.evaluation.metrics import score
 from refine_mcore.evaluation.tasks import Row
+from refine_mcore.generation import NotFiniteError
 
 # Token ids after each prompt: generate(prompts, most tokens, seed, ids, stop).
 Generate = Callable[
@@ -55,6 +56,11 @@ class Results:
     def missing(self, task: str, key: str, seed: int) -> bool:
         return (task, key, seed) not in self._done
 
+    def of(self, rows: Collection[Row], seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """The lines of these rows and seeds."""
+        asked = {(row.task, row.key, seed) for row in rows for seed in seeds}
+        return [x for x in self.lines if (x["task"], x["key"], x["seed"]) in asked]
+
     def add(self, task: str, key: str, seed: int, **values: Any) -> None:
         line = {"task": task, "key": key, "seed": seed, "settings": self._mark, **values}
         self.lines.append(line)
@@ -90,7 +96,8 @@ def run_rows(
     """Generate and score what is missing of every row and seed; `progress(n)` hears of n more.
 
     `text_of` makes the text of a response. Rows of a task are batched in their order; a response
-    does not depend on the others of its batch.
+    does not depend on the others of its batch. Raises UserError for a row that the model has no
+    finite logits for.
     """
     work = [(row, number, seed) for seed in seeds for number, row in enumerate(rows)]
     todo = [item for item in work if results.missing(item[0].task, item[0].key, item[2])]
@@ -104,13 +111,16 @@ def run_rows(
         def ended(tokens: list[int], row: Row = row) -> bool:
             return "\n" in text_of(row, tokens)
 
-        responses = generate(
-            [item[0].prompt for item in batch],
-            row.max_new_tokens,
-            seed,
-            [number for _, number, _ in batch],
-            ended if row.one_line else None,
-        )
+        try:
+            responses = generate(
+                [item[0].prompt for item in batch],
+                row.max_new_tokens,
+                seed,
+                [number for _, number, _ in batch],
+                ended if row.one_line else None,
+            )
+        except NotFiniteError as error:
+            raise UserError(f"{row.task} {batch[error.stream][0].key}: {error}") from None
         for (each, _, _), tokens in zip(batch, responses, strict=True):
             results.add_response(each, seed, text_of(each, tokens))
         progress(len(batch))

@@ -2,7 +2,8 @@
 
 Weights and optimizer state go back to where they were after every batch or example, unless
 `ttt.reset` says otherwise. The authors' evaluation never resets, which the paper does not say: its
-adaptation adds up over the test set (`ttt.reset: none`).
+adaptation adds up over the test set, which is one file (`ttt.reset: none`). Each file begins with a
+batch and the weights of the checkpoint.
 
 What an example's rollouts draw follows from its prompt alone, never from its place in the files.
 With `reset: example` its answer does too.
@@ -11,7 +12,10 @@ With `reset: example` its answer does too.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +28,24 @@ from refine_mcore import compat, platform
 from refine_mcore.config import Config
 from refine_mcore.data import Tokenizer, padded
 from refine_mcore.errors import UserError
+from refine_mcore.evaluation.checkpoint import (
+    arithmetic,
+    checkpoint_directory,
+    end_tokens,
+    identity,
+)
 from refine_mcore.evaluation.metrics import LONGBENCH_TASKS, RULER_QA_TASKS
 from refine_mcore.evaluation.report import markdown, scores
 from refine_mcore.evaluation.runner import Results
 from refine_mcore.evaluation.tasks import Row, rows_of_files
-from refine_mcore.generation import generate, response_text
+from refine_mcore.evaluation.tasks.files import files_of
+from refine_mcore.generation import NotFiniteError, generate, response_text
 from refine_mcore.models.whole_model import whole_model
 from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.phases import shortest_prompt
 from refine_mcore.training.setup import build_training
+
+logger = logging.getLogger(__name__)
 
 
 class Snapshot:
@@ -78,20 +91,38 @@ class AdaptingModel:
         self._config = config
         self.stage, _, self.optimizer, _, self._step = build_training(config, pg_collection)
         self.model = whole_model(self.stage)
-        self._batches = 0
-        self._begin = None if config.ttt.reset == "none" else Snapshot(self.stage, self.optimizer)
+        self._batches = 0  # adapted to since the beginning
+        self._begin = Snapshot(self.stage, self.optimizer)
 
-    def answer(self, rows: Sequence[Row], end_tokens: Sequence[int]) -> list[list[int]]:
-        """Adapt to the prompts of `rows` as one batch, and answer each of them; the weights are
-        reset afterwards, unless they never are."""
-        self._step(self._micro_batches(rows), 0 if self._begin else self._batches)
+    def answer(self, rows: Sequence[Row], end_tokens: Collection[int]) -> list[list[int]]:
+        """Adapt to the prompts of `rows` as one batch, and answer each of them; back at the
+        beginning afterwards, unless `ttt.reset` is none.
+
+        A warning names rows of which an update was skipped. Raises UserError for a row that the
+        adapted model has no finite logits for.
+        """
+        metrics, grad_norm = self._step(self._micro_batches(rows), self._batches)
         self._batches += 1
+        if metrics.skipped_steps and platform.rank() == 0:
+            logger.warning(
+                "%d update(s) by %s skipped, as the loss or the norm of its gradient (%s) is not "
+                "finite: they are answered without",
+                *(metrics.skipped_steps, _origins(rows), grad_norm),
+            )
         prompts = [row.prompt for row in rows]
         most = max(row.max_new_tokens for row in rows)
-        responses = generate(self.model, prompts, most, end_tokens=end_tokens)
-        if self._begin is not None:
-            self._begin.restore()
+        try:
+            responses = generate(self.model, prompts, most, end_tokens=end_tokens)
+        except NotFiniteError as error:
+            raise UserError(f"{rows[error.stream].origin}: {error}, after adapting") from None
+        if self._config.ttt.reset != "none":
+            self.begin_again()
         return [tokens[: row.max_new_tokens] for row, tokens in zip(rows, responses, strict=True)]
+
+    def begin_again(self) -> None:
+        """Go back to the weights and optimizer state of the beginning."""
+        self._begin.restore()
+        self._batches = 0
 
     def _micro_batches(self, rows: Sequence[Row]) -> list[TextBatch]:
         size = self._config.training.micro_batch_size
@@ -104,6 +135,10 @@ class AdaptingModel:
             sample = {"tokens": tokens, "mask": mask, "sample_index": names}
             found.append(TextBatch.of(sample, platform.device()))
         return found
+
+
+def _origins(rows: Sequence[Row]) -> str:
+    return " to ".join(dict.fromkeys((rows[0].origin, rows[-1].origin)))
 
 
 def _name(prompt: Sequence[int]) -> int:
@@ -145,11 +180,10 @@ def answer_rows(config: Config, tokenizer: Tokenizer, pg_collection: Any) -> str
     directory, first = Path(config.run.directory), platform.rank() == 0
     if first:
         directory.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "model": config.model.checkpoint,
+    settings = identity(config, tokenizer, files_of(config.data.paths)) | {
         "reset": config.ttt.reset,
-        "refine": str(config.refine),
-        "optimizer": str(config.optimizer),
+        "refine": asdict(config.refine),
+        "optimizer": asdict(config.optimizer),
         "seed": config.training.seed,
         "batch": config.training.global_batch_size,
     }
@@ -161,14 +195,17 @@ def answer_rows(config: Config, tokenizer: Tokenizer, pg_collection: Any) -> str
         )
     size = 1 if config.ttt.reset == "example" else config.training.global_batch_size
     adapted = AdaptingModel(config, pg_collection)
-    ends = () if tokenizer.eos_id < 0 else (tokenizer.eos_id,)
+    ends = end_tokens(tokenizer, checkpoint_directory(config))
     with tqdm(total=len(rows), unit="row", disable=not (first and config.run.progress)) as bar:
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            bar.update(len(batch))
-            if not any(results.missing(row.task, row.key, 0) for row in batch):
-                continue
-            for row, tokens in zip(batch, adapted.answer(batch, ends), strict=True):
-                if results.missing(row.task, row.key, 0):
-                    results.add_response(row, 0, response_text(tokenizer, row.prompt, tokens))
-    return markdown(scores(results.lines), [])
+        for _, found in groupby(rows, key=lambda row: row.file):
+            of_file = list(found)
+            adapted.begin_again()
+            for start in range(0, len(of_file), size):
+                batch = of_file[start : start + size]
+                bar.update(len(batch))
+                if not any(results.missing(row.task, row.key, 0) for row in batch):
+                    continue
+                for row, tokens in zip(batch, adapted.answer(batch, ends), strict=True):
+                    if results.missing(row.task, row.key, 0):
+                        results.add_response(row, 0, response_text(tokenizer, row.prompt, tokens))
+    return markdown(scores(results.of(rows, [0])), [], arithmetic(config))

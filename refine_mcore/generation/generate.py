@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-from refine_kernels.dispatch import combine_keys, sample_tokens
+from refine_kernels.dispatch import combine_keys, log_probs_and_entropy, sample_tokens
 from torch import Tensor
 
 from refine_mcore.errors import UserError
@@ -42,6 +42,14 @@ class Sampling:
             raise UserError(f"top-p must be above 0 and at most 1, not {self.top_p}")
 
 
+class NotFiniteError(UserError):
+    """The model gave no numbers to draw a token of prompt `stream` from."""
+
+    def __init__(self, stream: int, number: int) -> None:
+        super().__init__(f"the logits of token {number + 1} of the answer are not finite")
+        self.stream = stream
+
+
 @torch.no_grad()
 def generate(
     model: LanguageModel,
@@ -60,7 +68,8 @@ def generate(
     A stream ends with one of `end_tokens`, which is not handed out, or after the token with which
     `stop(its tokens so far)` is true. `ids` name the streams for the random draws (their places if
     None). `on_token(stream, token)` hears of every token as it comes. Every rank calls this with
-    the same arguments and gets the same tokens. Prompts are not empty.
+    the same arguments and gets the same tokens. Prompts are not empty. Raises NotFiniteError, on
+    every rank, for logits that are not finite.
     """
     states, logits = _read(model, prompts, slice_length)
     responses: list[list[int]] = [[] for _ in prompts]
@@ -69,9 +78,15 @@ def generate(
     for number in range(max_new_tokens):
         keys = combine_keys(sampling.seed, names[going], number) if sampling.temperature else None
         drawn = draw(model, logits, keys, sampling)
-        tokens = drawn.tolist()
+        log_probs, _ = log_probs_and_entropy(
+            logits, drawn, with_entropy=False, **vocabulary_options(model)
+        )
+        # the one wait of a token also tells of logits that are not finite
+        tokens = drawn.where(log_probs.isfinite(), -1).tolist()
         on: list[int] = []  # rows of the streams that go on
         for row, (stream, token) in enumerate(zip(going, tokens, strict=True)):
+            if token < 0:
+                raise NotFiniteError(stream, number)
             if token in end_tokens:
                 continue
             responses[stream].append(token)

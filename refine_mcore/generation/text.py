@@ -1,4 +1,5 @@
-"""Text of generated tokens, as a whole and as they come."""
+"""Text of generated tokens, as a whole and as they come. Special tokens are no text, and neither
+are rows that a vocabulary has beyond the tokenizer's pieces."""
 
 from __future__ import annotations
 
@@ -11,11 +12,22 @@ _CONTEXT = 8
 _REPLACEMENT = "�"  # what a decoder makes of bytes that are no character yet
 
 
-def response_text(tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int]) -> str:
-    """The text that the tokens `response` add to the prompt."""
+def response_text(
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    *,
+    special_tokens: bool = False,
+) -> str:
+    """The text that the tokens `response` add to the prompt, with `special_tokens` theirs too, for
+    who looks for one."""
     before = list(prompt[-_CONTEXT:])
-    whole = tokenizer.ids_to_text([*before, *response])
-    return whole[len(tokenizer.ids_to_text(before)) :]
+    said = [x for x in response if _is_text(tokenizer, x, special_tokens)]
+    return tokenizer.ids_to_text([*before, *said])[len(tokenizer.ids_to_text(before)) :]
+
+
+def _is_text(tokenizer: Tokenizer, token: int, special_tokens: bool = False) -> bool:
+    return token < tokenizer.vocab_size and (special_tokens or token not in tokenizer.special_ids)
 
 
 class TextStream:
@@ -27,7 +39,8 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """The text that is certain after one more token."""
-        self._tokens.append(token)
+        if _is_text(self._tokenizer, token):
+            self._tokens.append(token)
         text = self._tokenizer.ids_to_text(self._tokens)
         return self._until(text, len(text.rstrip(_REPLACEMENT)))
 

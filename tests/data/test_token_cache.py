@@ -38,6 +38,7 @@ class Characters:
 
     def __init__(self, vocab_size: int = 128, before: Callable[[int], None] | None = None) -> None:
         self.vocab_size, self.eos_id = vocab_size, -1
+        self.special_ids: frozenset[int] = frozenset()
         self.before, self.calls = before, 0
 
     def text_to_ids(self, text: str) -> list[int]:

@@ -29,6 +29,7 @@ class CodePoints:
     """Tokenizer whose ids are the characters' code points."""
 
     vocab_size, eos_id = 128, -1
+    special_ids: frozenset[int] = frozenset()
 
     def text_to_ids(self, text: str) -> list[int]:
         return [ord(character) for character in text]

@@ -16,8 +16,16 @@ from refine_mcore.config import load_config
 from refine_mcore.errors import UserError
 from refine_mcore.evaluation import evaluate as evaluation
 from refine_mcore.evaluation.next_token import next_token_scores
-from refine_mcore.evaluation.report import Mean, markdown, plot_needles, scores
-from refine_mcore.evaluation.runner import Results
+from refine_mcore.evaluation.report import (
+    Mean,
+    markdown,
+    next_token_means,
+    plot_needles,
+    scores,
+)
+from refine_mcore.evaluation.runner import Results, run_rows
+from refine_mcore.evaluation.tasks import Row
+from refine_mcore.generation import NotFiniteError
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.transformer_config import transformer_config
@@ -37,6 +45,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config(write_config(place), ["training.steps=2"])
     with platform.distributed(60):
         Run(config).train()
+    newest = place / "run" / "checkpoints" / "iter_0000002" / "hf"
+    (newest / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
     return place / "run" / "checkpoints"
 
 
@@ -82,6 +92,7 @@ def test_a_killed_evaluation_goes_on(
 
     def counted(model: Any, prompts: Any, *rest: Any, **options: Any) -> Any:
         asked.append(len(prompts))
+        assert options["end_tokens"] == {2, 7}
         return generate(model, prompts, *rest, **options)
 
     monkeypatch.setattr(evaluation, "generate", counted)
@@ -97,12 +108,53 @@ def test_a_killed_evaluation_goes_on(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["scores"]["ruler_squadqa"]["all"]["count"] == 2
     buckets = report["next_token"]
-    assert [(x["start"], x["stop"]) for x in buckets] == [(0, 256), (256, 300)]
-    assert sum(x["tokens"] for x in buckets) == 2 * 299
+    assert [x["positions"] for x in buckets] == ["0 to 256", "256 to 300", "all"]
+    assert [x["tokens"] for x in buckets] == [2 * 255, 2 * 44, 2 * 299]
+    assert report["seeds"] == [0]
+    assert report["settings"]["arithmetic"] == {"training.dtype": "float32"}
+    assert "Computed with training.dtype float32." in (tmp_path / "out/report.md").read_text()
     assert (tmp_path / "out" / "needles.png").stat().st_size > 1000
-    with pytest.raises(UserError, match="holds results of another model or of other settings"):
-        main([*command, "--temperature", "1"])
+    rows = tmp_path / "rows.jsonl"
+    written = rows.read_text()
+    for change, content in (
+        (["--temperature", "1"], written),
+        (["training.dtype=bfloat16"], written),
+        ([], written.replace("number 1", "number 7")),
+    ):
+        rows.write_text(content)
+        with pytest.raises(UserError, match="holds results of another model or of other settings"):
+            main([*command, *change])
     assert lines(tmp_path) == found
+
+
+def test_only_the_seeds_asked_for_are_reported(command: list[str], tmp_path: Path) -> None:
+    command = [*command, "--tasks", "ruler_squadqa", "--seeds"]
+    main([*command, "0"])
+    results = tmp_path / "out" / "results.jsonl"
+    results.write_text(results.read_text().replace('"score": ', '"score": 1'))
+    main([*command, "1"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["seeds"] == [1]
+    mean = report["scores"]["ruler_squadqa"]["all"]
+    assert mean["mean"] <= 1 and mean["count"] == 2
+
+
+def test_a_row_without_finite_logits_is_named(tmp_path: Path) -> None:
+    rows = [Row("trec", str(number), [1], ("a",), 4, {}) for number in range(3)]
+
+    def generate(*_: Any) -> Any:
+        raise NotFiniteError(1, 2)
+
+    with pytest.raises(UserError, match="^trec 1: the logits of token 3 of the answer are not fin"):
+        run_rows(
+            rows,
+            [0],
+            generate,
+            lambda *_: "",
+            Results(tmp_path / "results.jsonl", {}, writer=True),
+            batch_size=4,
+            progress=lambda _: None,
+        )
 
 
 @pytest.mark.parametrize(
@@ -183,5 +235,44 @@ def test_means_are_over_rows() -> None:
     )
     assert found["t"]["512"] == Mean(0.75, 0.25, 2)
     assert found["t"]["all"].count == 3
-    assert "| t | 75.0 ± 25.0 | 0.0 | 50.0 ± 28.9 | 3 |" in markdown(found, [])
+    shown = markdown(found, [], {"training.dtype": "float32"})
+    assert "| t | 75.0 ± 25.0 | 0.0 | 50.0 ± 28.9 | 3 |" in shown
     assert not plot_needles([{"task": "t", "group": {}, "score": 1.0}], Path("none.png"))
+
+
+def test_columns_are_by_length() -> None:
+    lengths = (8192, 512, 16384, 4096)
+    rows = [{"length": x} for x in lengths] + [{}]
+    lines = [
+        {"task": "t", "key": str(i), "seed": 0, "score": 0.0, "group": group}
+        for i, group in enumerate(rows)
+    ]
+    found = scores(lines)["t"]
+    assert list(found) == ["512", "4096", "8192", "16384", "all"] and found["all"].count == 5
+
+
+def test_next_tokens_weigh_alike_whatever_their_text() -> None:
+    def text(*buckets: tuple[int, float]) -> dict[str, Any]:
+        return {
+            "buckets": [
+                {"start": start, "stop": stop, "tokens": tokens, "loss": loss}
+                | {"argmax_hits": tokens, "sampled_hits": 0}
+                for (start, stop), (tokens, loss) in zip(
+                    [(0, 256), (256, 512)], buckets, strict=False
+                )
+            ]
+        }
+
+    first, second, whole = next_token_means([text((255, 255.0), (200, 800.0)), text((100, 300.0))])
+    assert (first["tokens"], second["tokens"], whole["tokens"]) == (355, 200, 555)
+    assert first["positions"] == "0 to 256" and whole["positions"] == "all"
+    mean = 555 / 355  # of loss, with residuals of opposite signs
+    residual = 255 - 255 * mean
+    assert first["loss"] == {
+        "mean": pytest.approx(mean),
+        "standard_error": pytest.approx(2 * abs(residual) / 355),
+        "count": 2,
+    }
+    assert second["loss"] == {"mean": 4.0, "standard_error": None, "count": 1}
+    assert whole["loss"]["mean"] == pytest.approx(1355 / 555)
+    assert whole["accuracy_argmax"] == {"mean": 1.0, "standard_error": 0.0, "count": 2}

@@ -10,10 +10,13 @@ import pytest
 import torch.distributed as dist
 
 from refine_mcore.config import load_config
+from refine_mcore.data import load_tokenizer
 from refine_mcore.errors import UserError
+from refine_mcore.evaluation import in_training
+from refine_mcore.generation import NotFiniteError
 from refine_mcore.training.loop import Run
 from tests.distributed.harness import run_distributed
-from tests.training.jobs import CORPUS, metrics, run_job, write_config
+from tests.training.jobs import CORPUS, TOKENIZER, metrics, run_job, write_config
 
 OPTIONS = (
     "evaluation.every=2",
@@ -42,8 +45,15 @@ def without(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: x for name, x in step.items() if "evaluation/" not in name} for step in steps]
 
 
-def test_the_run_is_the_same(plain: Any, tmp_path: Path) -> None:
+def test_the_run_is_the_same(plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, expected = plain
+    generate = in_training.generate
+
+    def ending(*arguments: Any, **options: Any) -> Any:
+        assert options["end_tokens"] == {2}
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(in_training, "generate", ending)
     steps = run_job(config, tmp_path / "run", *OPTIONS)
     assert without(steps) == expected
     first, second, third, last = figures(steps)
@@ -83,6 +93,18 @@ def test_other_layouts_find_the_same(plain: Any, tmp_path: Path) -> None:
 def _train(config: Path, options: list[str]) -> None:
     Run(load_config(config, options)).train()
     dist.barrier()
+
+
+def test_needles_without_finite_logits_end_no_run(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(*_: Any, **__: Any) -> Any:
+        raise NotFiniteError(0, 0)
+
+    monkeypatch.setattr(in_training, "generate", generate)
+    held_out = in_training.HeldOut(load_config(plain[0], list(OPTIONS)), load_tokenizer(TOKENIZER))
+    found = held_out._scores(None, held_out._rows[:2], frozenset())  # type: ignore[arg-type]
+    assert len(found) == 2 and all(map(math.isnan, found))
 
 
 def test_nothing_to_evaluate_is_refused(plain: Any) -> None:

@@ -23,6 +23,7 @@ class Letters:
     """A tokenizer of another kind: every character is a token."""
 
     vocab_size, eos_id = 2**16, -1
+    special_ids: frozenset[int] = frozenset()
 
     def text_to_ids(self, text: str) -> list[int]:
         return [ord(c) for c in text]
@@ -33,8 +34,8 @@ class Letters:
 
 def parts(row: Row, tokenizer: object = TOKENIZER) -> tuple[str, str]:
     """The haystack and the question of a prompt."""
-    _, context, question = tokenizer.ids_to_text(row.prompt).split("\n")  # type: ignore[attr-defined]
-    return context, question
+    _, *context, question = tokenizer.ids_to_text(row.prompt).split("\n")  # type: ignore[attr-defined]
+    return "\n".join(context), question
 
 
 def retrieve(row: Row) -> str:
@@ -53,7 +54,8 @@ def test_needles_are_where_they_are_said_to_be(name: str) -> None:
             assert 0.97 * length <= len(row.prompt) + row.max_new_tokens <= length
             context, _ = parts(row)
             # a needle may stand behind a sentence that was cut off
-            sentences = re.split(r"(?<=[.?!]) | (?=One of the special)", context)
+            between = r"(?<=[.?!]) | (?=One of the special)" if variant.prose else "\n"
+            sentences = re.split(between, context)
             places = [i for i, x in enumerate(sentences) if x.startswith("One of the special")]
             needles = variant.keys * variant.values
             assert len(places) == needles
@@ -61,9 +63,31 @@ def test_needles_are_where_they_are_said_to_be(name: str) -> None:
             assert len(asked) == len(row.answers) == variant.queries * variant.values
             before = min(asked) - places.index(min(asked))  # sentences that are no needles
             depth, hay = row.group["depth"], len(sentences) - needles
-            assert before == hay * depth // 100
+            if variant.prose:
+                assert before == hay * depth // 100
+            else:
+                assert 0 <= before - hay * depth // 100 <= 1 + hay // 100 and before < hay
             assert score(name, retrieve(row), row.answers) == 1
             assert score(name, "", row.answers) == 0
+
+
+def test_noise_is_the_harness_s(golden: Path) -> None:
+    """Whole lines of it, with the needle before one of them."""
+
+    def form(text: str) -> tuple[set[str], bool]:
+        """The lines there are, without key and value, and whether the needle is within."""
+        lines = re.sub(r"\d{7}", "N", re.sub(r"[a-z]+-[a-z]+", "K", text)).split("\n")
+        (place,) = (i for i, line in enumerate(lines) if line.startswith("One of"))
+        assert len(lines) > 10 and lines.count(lines[1 + (place == 1)]) == len(lines) - 3
+        return set(lines), 0 < place < len(lines) - 2
+
+    samples = json.loads((golden / "niah_prompts.json").read_text())
+    forms = [form(sample["prompt_lm_eval"]) for sample in samples]
+    rows = niah_rows(TOKENIZER, [1024], 60, 0, ["niah_single_1"])
+    forms += [form(TOKENIZER.ids_to_text(row.prompt)) for row in rows]
+    assert all(found == forms[0] for found in forms)
+    depths = sorted(row.group["depth"] for row in rows)
+    assert depths[0] < 10 and 40 < depths[30] < 60 and depths[-1] > 90
 
 
 def test_samples_follow_from_the_seed_and_differ() -> None:
@@ -97,13 +121,27 @@ def test_rows_of_files(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no data")
     found = rows_of_files([str(tmp_path)], TOKENIZER, ["ruler_squadqa", "trec"], rows=2)
     assert [(row.task, row.key, row.max_new_tokens, row.one_line) for row in found] == [
-        ("ruler_squadqa", "a.jsonl:0", 32, True),
-        ("ruler_squadqa", "a.jsonl:1", 32, True),
-        ("trec", "b.parquet:0", 64, False),
+        ("ruler_squadqa", f"{tmp_path / 'a.jsonl'}:0", 32, True),
+        ("ruler_squadqa", f"{tmp_path / 'a.jsonl'}:1", 32, True),
+        ("trec", f"{tmp_path / 'b.parquet'}:0", 64, False),
     ]
     assert found[0].answers == ("Ann", "Bob")
     assert TOKENIZER.ids_to_text(found[0].prompt) == "Who?"
     assert len(rows_of_files([str(tmp_path)], TOKENIZER, ["trec"])) == 1
+
+
+def test_files_of_one_name_are_two(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        files.append(str(write(tmp_path / name / "a.jsonl", TREC, SQUAD | {"max_seq_length": 64})))
+    found = rows_of_files(files, TOKENIZER, ["trec", "ruler_squadqa"])
+    assert len({(row.task, row.key) for row in found}) == len(found) == 4
+    assert [row.file for row in found] == [files[0]] * 2 + [files[1]] * 2
+    assert [row.group for row in found] == [{}, {"length": 64}] * 2
+    (record,) = caplog.records  # lengths that nobody has told might be mixed
+    assert "the rows of trec, without 'max_seq_length'" in record.getMessage()
+    assert record.getMessage().endswith(f"2 files: {files[0]}, {files[1]}")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +149,7 @@ def test_rows_of_files(tmp_path: Path) -> None:
     [
         ({"prompt": "x", "answers": ["y"]}, "a.jsonl:1 has no text in the field 'task'"),
         (TREC | {"task": "mmlu"}, "a.jsonl:1 is of the unknown task 'mmlu'; known: narrativeqa"),
+        (TREC | {"max_seq_length": "4k"}, "a.jsonl:1 has no positive number in 'max_seq_length'"),
         (TREC | {"max_gen_tokens": 0}, "a.jsonl:1 has no positive number in 'max_gen_tokens'"),
         (
             TREC | {"prompt": "x " * 50},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,15 @@ def rows_of(config: Config) -> list[Row]:
     tokenizer = load_tokenizer(TOKENIZER)
     lines = [json.loads(line) for line in Path(config.data.paths[0]).read_text().splitlines()]
     return [
-        Row("ruler_squadqa", str(i), tokenizer.text_to_ids(x["prompt"]), ("a",), 6, {})
+        Row(
+            "ruler_squadqa",
+            str(i),
+            tokenizer.text_to_ids(x["prompt"]),
+            ("a",),
+            6,
+            {},
+            origin=f"row {i}",
+        )
         for i, x in enumerate(lines)
     ]
 
@@ -92,13 +101,13 @@ def test_a_reset_brings_back_every_bit(
     adapted = AdaptingModel(settings, single_rank)
     before = [x.clone() for x in _tensors(adapted.stage, adapted.optimizer)]
     steps = []
-    restore = adapted._begin.restore  # type: ignore[union-attr]
+    restore = adapted._begin.restore
 
     def watched() -> None:
         steps.append([x.clone() for x in _tensors(adapted.stage, adapted.optimizer)])
         restore()
 
-    adapted._begin.restore = watched  # type: ignore[method-assign, union-attr]
+    adapted._begin.restore = watched  # type: ignore[method-assign]
     counts = [group.get("step") for group in _groups(adapted.optimizer)]
     first = adapted.answer(rows, ())
     assert [group.get("step") for group in _groups(adapted.optimizer)] == counts
@@ -162,12 +171,51 @@ def test_goes_on_where_it_was_killed(
     main(straight)
     assert responses(tmp_path / "run") == responses(tmp_path / "straight")
     assert capsys.readouterr().out.count("| ruler_squadqa |") == 2
-    with pytest.raises(UserError, match="holds results of another model or of other settings"):
-        main([*command, "ttt.reset=none"])
+    for change in ("ttt.reset=none", "training.dtype=bfloat16", "model.overrides={norm_eps: 1e-3}"):
+        with pytest.raises(UserError, match="holds results of another model or of other settings"):
+            main([*command, change])
     none = ["--config", str(config), f"run.directory={tmp_path / 'none'}", "ttt.reset=none"]
     main(none)
     with pytest.raises(UserError, match="a run with ttt.reset none cannot go on"):
         main(none)
+
+
+def test_every_file_begins_anew(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a batch, and with the weights of the checkpoint though nothing else resets them."""
+    answer, calls = AdaptingModel.answer, []
+
+    def counted(self: Any, rows: Any, ends: Any) -> Any:
+        calls.append((len(rows), ends))
+        return answer(self, rows, ends)
+
+    monkeypatch.setattr(AdaptingModel, "answer", counted)
+    lines = Path(load_config(config).data.paths[0]).read_text().splitlines(keepends=True)
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    first.write_text("".join(lines[:2]))
+    second.write_text("".join(lines[2:]))
+    options = ["ttt.reset=none", "training.global_batch_size=2"]
+    for name, paths in (("both", f"{first}, {second}"), ("alone", str(second))):
+        files = [f"data.paths=[{paths}]", f"run.directory={tmp_path / name}"]
+        main(["--config", str(config), *options, *files])
+    assert calls == [(size, {2}) for size in (2, 2, 1, 2, 1)]
+    both, alone = responses(tmp_path / "both"), responses(tmp_path / "alone")
+    assert alone.items() <= both.items() and len(both) == 5
+
+
+def test_what_is_not_finite_is_told_of(
+    config: Path, single_rank: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = load_config(config)
+    rows, adapted = rows_of(settings)[:4], AdaptingModel(settings, single_rank)
+    adapted.optimizer.get_grad_norm = lambda: math.nan
+    assert all(adapted.answer(rows, ()))
+    (record,) = (x for x in caplog.records if x.name.startswith("refine_mcore"))
+    assert "2 update(s) by row 0 to row 3 skipped" in record.getMessage()
+    next(adapted.stage.parameters()).data[:] = math.inf
+    with pytest.raises(UserError, match=r"^row 0: the logits of token 1 .* not finite, after ada"):
+        adapted.answer(rows, ())
 
 
 def test_stages_answer_the_same(config: Path, tmp_path: Path) -> None:

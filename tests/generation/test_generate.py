@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from refine_kernels.dispatch import combine_keys, sample_tokens
 
 from refine_mcore.data import load_tokenizer
 from refine_mcore.errors import UserError
-from refine_mcore.generation import Sampling, TextStream, generate, response_text
+from refine_mcore.generation import NotFiniteError, Sampling, TextStream, generate, response_text
 from refine_mcore.generation.generate import _likeliest
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from tests.models import zoo
@@ -113,3 +114,48 @@ def test_text_comes_as_it_is_certain() -> None:
         if "�" not in tokenizer.ids_to_text(tokens[:split]):
             assert "".join(pieces) + stream.rest() == whole
             assert text.endswith(whole)
+
+
+@pytest.fixture(scope="module")
+def json_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of bytes, and a special token, 256."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[])
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens([tokenizers.AddedToken("<end>", special=True)])
+    made.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "json"])
+def test_what_is_no_text_is_left_out(kind: str, json_tokenizer: Path) -> None:
+    """Special tokens, and rows of the vocabulary behind the last piece."""
+    path, no_text = (TOKENIZER, (0, 1, 2)) if kind == "sentencepiece" else (json_tokenizer, (256,))
+    tokenizer = load_tokenizer(path)
+    prompt, said = tokenizer.text_to_ids("Where is it?"), tokenizer.text_to_ids(" In a house")
+    for token in (*no_text, tokenizer.vocab_size, tokenizer.vocab_size + 300):
+        tokens = [token, *said[:2], token, *said[2:], token]
+        assert response_text(tokenizer, prompt, tokens) == response_text(tokenizer, prompt, said)
+        stream = TextStream(tokenizer, prompt)
+        pieces = "".join(stream.add(x) for x in tokens) + stream.rest()
+        assert pieces == response_text(tokenizer, prompt, said)
+    if kind == "json":
+        assert response_text(tokenizer, prompt, [256], special_tokens=True) == "<end>"
+
+
+def test_logits_that_are_not_finite_are_told_of(
+    model_of: Callable[[str], FastWeightModel],
+) -> None:
+    model = model_of("delta_net")
+    weight = model.output_layer.weight.data
+    kept = weight[7].clone()
+    for value in (torch.nan, torch.inf):
+        weight[7] = value
+        with pytest.raises(NotFiniteError, match="logits of token 1 of the answer are not finite"):
+            generate(model, prompts(), 3)
+    weight[7] = kept
+    assert len(generate(model, prompts(), 3)[0]) == 3

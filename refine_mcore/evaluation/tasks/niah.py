@@ -3,8 +3,9 @@ them.
 
 Deviations: the haystack of prose is the shipped public-domain text, from a place of its own in each
 sample; keys are drawn from shorter lists of words and differ within a sample; sentences end at a
-full stop, question or exclamation mark; and the text is fitted to the token, with prompt and answer
-(128 tokens) at most as long as asked for. There, texts grow by 500 words at a time.
+full stop, question or exclamation mark; before a needle at the very beginning stands no blank; and
+the text is fitted to the word, or to the copy of the noise, with prompt and answer (128 tokens) at
+most as long as asked for. There, texts grow by 500 words or 25 copies at a time.
 """
 
 from __future__ import annotations
@@ -24,10 +25,7 @@ from refine_mcore.evaluation.tasks.row import Row
 HAYSTACK = Path(__file__).parents[3] / "examples" / "data" / "public_domain.jsonl"
 _ANSWER_TOKENS = 128
 _DEPTHS = [round(i * 100 / 39) for i in range(40)]
-_NOISE = (
-    *("The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go."),
-    "There and back again.",
-)
+_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
 def _words(text: str) -> list[str]:
@@ -55,8 +53,8 @@ _NOUNS = _words(
 
 @dataclass(frozen=True)
 class Variant:
-    """Needles of `keys` keys with `values` values each, of which `queries` keys are asked for, in a
-    haystack of prose or of repeated noise."""
+    """Needles of `keys` keys with `values` values each, of which `queries` keys are asked for,
+    between the sentences of prose or between lines that repeat the same noise."""
 
     prose: bool
     keys: int
@@ -102,23 +100,26 @@ def _row(tokenizer: Tokenizer, name: str, length: int, number: int, seed: int) -
         for value in own
     ]
     rng.shuffle(needles)
-    depths = sorted(rng.sample(_DEPTHS, len(needles)))
-    question = _question([keys[i] for i in asked], variant)
-    start = rng.random()
+    depths: list[float]
     if variant.prose:
+        depths, between = sorted(rng.sample(_DEPTHS, len(needles))), " "
         words = _prose()
-        first = int(start * len(words))
+        first = int(rng.random() * len(words))
 
-        def sentences(size: int) -> list[str]:
+        def pieces(size: int) -> list[str]:
             wrapped = [words[(first + i) % len(words)] for i in range(size)]
             return re.split(r"(?<=[.?!]) ", " ".join(wrapped))
     else:
+        depths, between = sorted(100 * rng.random() for _ in needles), "\n"
 
-        def sentences(size: int) -> list[str]:
-            return [_NOISE[i % len(_NOISE)] for i in range(size)]
+        def pieces(size: int) -> list[str]:
+            return [_NOISE] * size
+
+    question = _question([keys[i] for i in asked], variant)
 
     def prompt(size: int) -> list[int]:
-        return tokenizer.text_to_ids(question(_with_needles(sentences(size), needles, depths)))
+        context = between.join(_with_needles(pieces(size), needles, depths))
+        return tokenizer.text_to_ids(question(context))
 
     found = _longest(prompt, length - _ANSWER_TOKENS)
     if found is None:
@@ -135,22 +136,22 @@ def _row(tokenizer: Tokenizer, name: str, length: int, number: int, seed: int) -
         _ANSWER_TOKENS,
         {
             "length": length,
-            "depth": min(d for d, (i, _) in zip(depths, needles, strict=True) if i in asked),
+            "depth": int(min(d for d, (i, _) in zip(depths, needles, strict=True) if i in asked)),
         },
     )
 
 
 def _with_needles(
-    sentences: list[str], needles: Sequence[tuple[int, str]], depths: Sequence[int]
-) -> str:
-    """Each needle behind that share of the sentences, in percent."""
-    parts: list[str] = []
+    pieces: list[str], needles: Sequence[tuple[int, str]], depths: Sequence[float]
+) -> list[str]:
+    """Each needle behind that share of the pieces, in percent."""
+    found: list[str] = []
     last = 0
     for depth, (_, needle) in zip(depths, needles, strict=True):
-        place = len(sentences) * depth // 100
-        parts += [*sentences[last:place], needle]
+        place = int(len(pieces) * depth / 100)
+        found += [*pieces[last:place], needle]
         last = place
-    return " ".join(parts + sentences[last:])
+    return found + pieces[last:]
 
 
 def _question(keys: Sequence[str], variant: Variant) -> Callable[[str], str]:

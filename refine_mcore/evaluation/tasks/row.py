@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Row:
     """A prompt as token ids with its reference answers. `task` says how the response is scored
     (metrics.py), `key` identifies the row within the task, `group` is what its score is averaged
-    with, by name (a needle's length and depth). With `one_line` nothing behind the first line of
+    with, by name (its length, a needle's depth). With `one_line` nothing behind the first line of
     the response counts, so that generation may end there."""
 
     task: str
@@ -19,4 +19,6 @@ class Row:
     max_new_tokens: int
     group: dict[str, int]
     one_line: bool = False
-    origin: str = ""  # of a row from a file: `file:line`
+    # of a row from a file
+    file: str = ""
+    origin: str = ""  # `file:line`
