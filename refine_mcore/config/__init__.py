@@ -13,7 +13,12 @@ from refine_mcore.config.checks import (
     validate,
 )
 from refine_mcore.config.loader import config_from_dict, flatten, load_config, save_config, to_dict
-from refine_mcore.config.run_directory import TOKENS, prepare_run_directory
+from refine_mcore.config.run_directory import (
+    TOKENS,
+    claim_run_directory,
+    prepare_run_directory,
+    require_claim,
+)
 from refine_mcore.config.schema import (
     CheckpointConfig,
     Config,
@@ -43,11 +48,13 @@ __all__ = [
     "RunConfig",
     "TTTConfig",
     "TrainingConfig",
+    "claim_run_directory",
     "config_from_dict",
     "data_parallel_layout",
     "flatten",
     "load_config",
     "prepare_run_directory",
+    "require_claim",
     "require_data",
     "rollout_micro_batches",
     "runs_in_slices",

@@ -12,6 +12,7 @@ restores (rollout/branches.py `Randomness`, data/windows.py), and no layer drops
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -39,7 +39,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from refine_mcore import compat, platform
-from refine_mcore.config import CheckpointConfig, flatten
+from refine_mcore.config import CheckpointConfig, flatten, require_claim
 from refine_mcore.conversion import checkpoint_shapes, hf_parameter_map
 from refine_mcore.conversion.description import (
     LATEST_FILE,
@@ -52,6 +52,7 @@ from refine_mcore.conversion.description import (
 from refine_mcore.conversion.parameters import VOCABULARY_KEYS
 from refine_mcore.conversion.torch_dist import most_precise_key, read_metadata
 from refine_mcore.errors import UserError, failed_elsewhere
+from refine_mcore.files import sync, sync_tree
 from refine_mcore.models.architecture import Architecture
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.training.optimizer_state import (
@@ -60,6 +61,12 @@ from refine_mcore.training.optimizer_state import (
     sharded_optimizer_state,
 )
 from refine_mcore.training.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+# The marker until it is renamed, which comes after its checkpoint: beside it an `iter_*` without a
+# marker is that of a first save that was interrupted, and no run that has lost its marker.
+_NEXT_FILE = f".{LATEST_FILE}.partial"
 
 # What a run's own configuration says of each group of parameters, whatever the checkpoint says.
 _GROUP_OPTIONS = ("max_lr", "min_lr", "betas", "eps")
@@ -114,10 +121,23 @@ def _check_weights(architecture: Architecture, directory: Path) -> None:
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint of a run's checkpoint directory, if it has one."""
-    if not os.path.isfile(directory / LATEST_FILE):  # Path.is_file raises where it may not look
-        return None
-    return find_checkpoint(directory)
+    """The newest complete checkpoint of a run's checkpoint directory; None where no save has ended.
+    Raises UserError where that cannot be seen."""
+    found: list[str] = []
+    try:
+        if directory.is_symlink() or directory.exists():
+            found = os.listdir(directory)
+        if LATEST_FILE in found:
+            return find_checkpoint(directory)
+    except OSError as error:
+        raise UserError(f"cannot read {directory}: {error.strerror}") from None
+    complete = sorted(name for name in found if name.startswith("iter_"))
+    if complete and _NEXT_FILE not in found:
+        raise UserError(
+            f"{directory} holds {complete[-1]} but no {LATEST_FILE}: write the step to go on from "
+            "there, or move the checkpoints away to begin anew"
+        )
+    return None
 
 
 def load_main_weights(model: FastWeightModel, optimizer: Any, checkpoint: Path) -> None:
@@ -139,9 +159,11 @@ class CheckpointWriter:
     is one on rank 0, which ends the job.
     """
 
-    def __init__(self, directory: Path, description: Path, config: CheckpointConfig) -> None:
-        """Checkpoints go into `directory`, each with the contents of `description`."""
-        self._directory, self._description, self._config = directory, description, config
+    def __init__(self, run: Path, claim: str, description: Path, config: CheckpointConfig) -> None:
+        """Checkpoints go into RUN/checkpoints as long as nobody else has claimed RUN, each with the
+        contents of `description`."""
+        self._run, self._claim, self._description, self._config = run, claim, description, config
+        self._directory = run / "checkpoints"
         self._queue = AsyncCallsQueue()
         self._step = 0  # of the checkpoint being written, or written last
 
@@ -196,23 +218,28 @@ class CheckpointWriter:
 
     @property
     def _partial(self) -> Path:
-        return self._directory / f".iter_{self._step:07d}.partial"
+        return self._directory / f".{self._final.name}.{self._claim}.partial"
 
     def _prepare(self) -> None:
         with self._naming_failures():
+            require_claim(self._run, self._claim)
             for left_over in self._directory.glob(".iter_*.partial"):
-                shutil.rmtree(left_over)
+                self._remove(left_over)
             self._partial.mkdir(parents=True)
 
     def _publish(self) -> None:
         with self._naming_failures():
             shutil.copytree(self._description, self._partial, dirs_exist_ok=True)
-            if self._final.exists():
-                shutil.rmtree(self._final)
-            self._partial.rename(self._final)
-            marker = self._directory / f".{LATEST_FILE}.partial"
+            sync_tree(self._partial)
+            require_claim(self._run, self._claim)
+            marker = self._directory / _NEXT_FILE
             marker.write_text(f"{self._step}\n")
+            sync(marker)
+            if self._final.exists():
+                self._remove(self._final)
+            self._partial.rename(self._final)
             os.replace(marker, self._directory / LATEST_FILE)
+            sync(self._directory)
             self._remove_old()
 
     def _remove_old(self) -> None:
@@ -224,19 +251,29 @@ class CheckpointWriter:
         steps = {int(path.name[5:]): path for path in found if path.name[5:].isdecimal()}
         for step in sorted(steps)[:-last]:
             if step < self._step and (every is None or step % every):
-                # one being removed is no checkpoint any more
-                doomed = steps[step].with_name(f".{steps[step].name}.partial")
-                steps[step].rename(doomed)
-                shutil.rmtree(doomed)
+                self._remove(steps[step])
+
+    def _remove(self, old: Path) -> None:
+        """Remove a checkpoint or what is left of one: no save fails where that does."""
+        doomed = old
+        try:
+            if not old.name.startswith("."):  # one being removed is no checkpoint any more
+                doomed = old.rename(old.with_name(f".{old.name}.{self._claim}.old.partial"))
+            shutil.rmtree(doomed)
+        except OSError as error:
+            logger.warning("cannot remove %s: %s", old, _reason(error))
 
     @contextmanager
     def _naming_failures(self) -> Iterator[None]:
         """Turn a failure to write into a UserError; rank 0 frees what the attempt took."""
         try:
             yield
-        except (OSError, CheckpointException) as error:
-            if dist.get_rank() == 0:
+        except (OSError, CheckpointException, UserError) as error:
+            if platform.rank() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
+                require_claim(self._run, self._claim)  # another start may have removed the attempt
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"cannot write checkpoint {self._final}: {_reason(error)}") from error
 
 
@@ -266,6 +303,7 @@ def keep_description(
         else:
             copy_description(find_checkpoint(origin), partial, architecture)
         keep_tokenizer(partial, tokenizer)
+        sync_tree(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except OSError as error:

@@ -18,6 +18,7 @@ from refine_mcore import platform
 from refine_mcore.config import (
     TOKENS,
     Config,
+    claim_run_directory,
     data_parallel_layout,
     prepare_run_directory,
     require_data,
@@ -119,14 +120,18 @@ class Run:
             self._say(f"resumed from {source} at step {self.progress.step}")
         start = config.model.checkpoint
         origin = source or (None if start is None else Path(start))
-        platform.on_first_rank(lambda: save_config(config, self.directory / "config.yaml"))
         description = self.directory / DESCRIPTION
         trained_with = tokenizer_file(config.data.tokenizer)
         arch = self.model.config.arch
-        platform.on_first_rank(lambda: keep_description(description, arch, origin, trained_with))
-        self.checkpoints = CheckpointWriter(
-            self.directory / "checkpoints", description, config.checkpoint
-        )
+
+        def take_over() -> str:
+            save_config(config, self.directory / "config.yaml")
+            claim = claim_run_directory(self.directory)
+            keep_description(description, arch, origin, trained_with)
+            return claim
+
+        claim = platform.on_first_rank(take_over)
+        self.checkpoints = CheckpointWriter(self.directory, claim, description, config.checkpoint)
 
     def train(self) -> None:
         """All remaining steps, then what was learnt and where it lies."""
@@ -145,6 +150,7 @@ class Run:
                 return
         if set(self.phase.modes) - {"ntp", "sft"}:
             self._say(show_rollouts(self.model, self._first_text(), self.tokenizer, config))
+        newest = platform.on_first_rank(lambda: latest_checkpoint(self.directory / "checkpoints"))
         self._say(
             f"metrics      {self.directory / 'metrics.jsonl'}\n"
             + (
@@ -152,7 +158,7 @@ class Run:
                 if config.run.tensorboard
                 else ""
             )
-            + f"checkpoint   {latest_checkpoint(self.directory / 'checkpoints')}"
+            + f"checkpoint   {newest}"
         )
 
     def _steps(self, stop: StopRequests) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from refine_mcore.config import RunConfig, TrainingConfig
 from refine_mcore.errors import UserError
 from refine_mcore.files import written_whole
 from refine_mcore.step.metrics import StepFigures
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +81,12 @@ class MetricsWriter:
         self._total_steps, self._log_interval = training.steps, training.log_interval
         self._start = time.monotonic()
         self._first_step = first_step
-        path = run_dir / "metrics.jsonl"
-        try:
+        self._run_dir, path = run_dir, run_dir / "metrics.jsonl"
+        with self._naming_failures():
             _truncate(path, first_step)
             self._file = path.open("a", encoding="utf-8")
             events = run_dir / "tensorboard"
             self._events = _event_writer(events, first_step) if shown.tensorboard else None
-        except OSError as error:
-            raise UserError(f"cannot write metrics in {run_dir}: {error.strerror}") from None
         self._bar: tqdm | None = None
         self._log_lines = shown.progress and not sys.stderr.isatty()
         if shown.progress and sys.stderr.isatty():
@@ -99,12 +101,13 @@ class MetricsWriter:
                 {"step": metrics.step} | asdict(metrics) | dict(evaluation or {})  # the step first
             ).items()
         }
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for name, value in record.items():
-                if isinstance(value, float):
-                    self._events.add_scalar(name, value, metrics.step)
+        with self._naming_failures():
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                for name, value in record.items():
+                    if isinstance(value, float):
+                        self._events.add_scalar(name, value, metrics.step)
         if self._bar is not None:
             self._bar.set_postfix_str(_summary(metrics), refresh=False)
             self._bar.update()
@@ -117,12 +120,23 @@ class MetricsWriter:
             tqdm.write(f"evaluation after step {metrics.step + 1} | {figures}", file=sys.stderr)
 
     def close(self) -> None:
-        """Ends the progress bar and closes the files."""
+        """Ends the progress bar and closes the files. A failure is only logged, as the run may be
+        ending for another reason."""
         if self._bar is not None:
             self._bar.close()
-        if self._events is not None:
-            self._events.close()
-        self._file.close()
+        for file in (self._file, self._events):
+            try:
+                if file is not None:
+                    file.close()
+            except OSError as error:
+                logger.warning("cannot write metrics in %s: %s", self._run_dir, error.strerror)
+
+    @contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write metrics in {self._run_dir}: {error.strerror}") from None
 
     def _is_logged(self, step: int) -> bool:
         done = step + 1

@@ -49,18 +49,15 @@ def torchrun(config: Path, directory: Path) -> list[Finished]:
 def slurm(config: Path, directory: Path) -> list[Finished]:
     """Two nodes of one rank, by the script, with what it calls replaced: `srun` runs the command
     here once per node."""
-    programs = directory / "bin"
-    programs.mkdir()
-    for name, text in {
-        "scontrol": '[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\nnode2\\n"',
-        "srun": """
+    programs = stand_ins(
+        directory / "bin",
+        scontrol='[ "$*" = "show hostnames node[1-2]" ] && printf "127.0.0.1\\nnode2\\n"',
+        srun="""
             while [[ $1 == --* ]]; do shift; done
             for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do "$@" & done
             wait -n && wait -n""",
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
-    }.items():
-        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
-        (programs / name).chmod(0o755)
+        torchrun=f'exec {sys.executable} -m torch.distributed.run "$@"',
+    )
     script = SLURM / "multi_node.sbatch"
     job = (script, config, f"run.directory={directory / 'run'}", STEPS, "parallel.tensor=2")
     with reserved_port() as port:
@@ -74,6 +71,15 @@ def slurm(config: Path, directory: Path) -> list[Finished]:
             SLURM_GPUS_ON_NODE="1",
             SLURM_CPUS_PER_TASK="1",
         )
+
+
+def stand_ins(directory: Path, **programs: str) -> Path:
+    """A directory with these programs, each by what bash is to run."""
+    directory.mkdir()
+    for name, text in programs.items():
+        (directory / name).write_text(f"#!/bin/bash\n{text}\n")
+        (directory / name).chmod(0o755)
+    return directory
 
 
 @pytest.mark.parametrize("launch", [torchrun, slurm])
@@ -161,9 +167,52 @@ if __name__ == "__main__":
     assert f"SIGUSR1: ended with {done} of 500 steps done and saved" in agent.output
 
 
-@pytest.mark.parametrize("script", sorted(SLURM.glob("*.sbatch")), ids=lambda script: script.name)
+SCRIPTS = pytest.mark.parametrize(
+    "script", sorted(SLURM.glob("*.sbatch")), ids=lambda script: script.name
+)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("preempted", ["None", "2026-12-01T03:12"])
+@pytest.mark.parametrize("code", [0, 3])
+def test_preempted_job_is_queued_again(
+    script: Path, preempted: str, code: int, tmp_path: Path
+) -> None:
+    """It has saved and ended before Slurm would do so. torchrun is started as a task, which alone
+    gets the signals in time."""
+    programs = stand_ins(
+        tmp_path / "bin",
+        scontrol=f"""case $* in
+            "show hostnames nodes") echo head ;;
+            "show job 7") echo "PreemptEligibleTime=2026-12-01T03:00 PreemptTime={preempted}" ;;
+            *) echo "scontrol $*" ;;
+        esac""",
+        srun=f'echo "srun $*"; exit {code}',
+    )
+    [job] = run_programs(
+        [("bash", script, "config.yaml", "training.steps=9")],
+        timeout=30,
+        PATH=f"{programs}:{os.environ['PATH']}",
+        SLURM_JOB_ID="7",
+        SLURM_JOB_NODELIST="nodes",
+        SLURM_JOB_NUM_NODES="1",
+        SLURM_GPUS_ON_NODE="2",
+        SLURM_CPUS_PER_TASK="1",
+    )
+    task, *asked = job.output.splitlines()
+    assert re.fullmatch(
+        r"srun (--\S+ )*bash examples/slurm/ranks_first.sh torchrun .* --nproc-per-node 2 .*"
+        r"pretrain_refine.py --config config.yaml training.steps=9",
+        task,
+    )
+    assert asked == ([] if preempted == "None" else ["scontrol requeue 7"])
+    assert job.code == code
+    assert "#SBATCH --signal=USR1@" in script.read_text()  # to the tasks, not the script
+
+
+@SCRIPTS
 def test_slurm_scripts_are_sound(script: Path) -> None:
-    for part in (script, SLURM / "ranks_first.sh"):
+    for part in (script, *SLURM.glob("*.sh")):
         assert subprocess.run(["bash", "-n", part]).returncode == 0
     refused = subprocess.run(["bash", script], capture_output=True, text=True)
     assert refused.returncode != 0

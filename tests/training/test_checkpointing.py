@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import multiprocessing
+import os
+import re
 import resource
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,14 +23,14 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from refine_mcore.config import load_config
+from refine_mcore.config import CheckpointConfig, claim_run_directory, load_config
 from refine_mcore.conversion.description import find_checkpoint, read_description
 from refine_mcore.conversion.torch_dist import CheckpointReader, read_metadata
 from refine_mcore.errors import UserError
 from refine_mcore.models.fast_weight_model import build_model
 from refine_mcore.models.sharding import full_tensors
 from refine_mcore.models.transformer_config import transformer_config
-from refine_mcore.training.checkpointing import CheckpointWriter, load_weights
+from refine_mcore.training.checkpointing import CheckpointWriter, latest_checkpoint, load_weights
 from refine_mcore.training.loop import Run
 from refine_mcore.training.progress import Progress
 from refine_mcore.training.step import TrainStep
@@ -171,9 +175,154 @@ def test_half_written_checkpoint_is_ignored_and_replaced(config, plain_run, stop
     }
 
 
-def test_checkpoint_without_marker_is_not_loaded(config, plain_run, stopped_run) -> None:
-    (stopped_run / "checkpoints" / MARKER).unlink()
-    assert run_job(config, stopped_run, EVERY_STEP) == metrics(plain_run)
+def test_checkpoints_without_marker_are_not_begun_over(config, plain_run, stopped_run) -> None:
+    """But for one that no marker ever named, of a first save that was interrupted."""
+    checkpoints, before = stopped_run / "checkpoints", metrics(stopped_run)
+    (checkpoints / MARKER).unlink()
+    with pytest.raises(UserError, match=rf"{checkpoints} holds iter_0000002 but no {MARKER}: "):
+        run_job(config, stopped_run)
+    assert metrics(stopped_run) == before
+
+    patch = pytest.MonkeyPatch()
+    for interrupted in ("os.replace", "pathlib.Path.rename"):
+        run = stopped_run.with_name(interrupted)
+        writer = writer_of(run)
+        writer._prepare()
+        with patch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(interrupted, mock.Mock(side_effect=KeyboardInterrupt))
+            writer._publish()
+        assert latest_checkpoint(run / "checkpoints") is None
+    assert (run.with_name("os.replace") / "checkpoints" / "iter_0000002").is_dir()
+
+
+@pytest.mark.parametrize("broken", ["file", "link", "failing"])
+def test_checkpoints_that_cannot_be_seen_are_not_begun_over(
+    tmp_path: Path, monkeypatch, broken: str
+) -> None:
+    """None are where no directory is, and in an empty one."""
+    directory = tmp_path / "checkpoints"
+    assert latest_checkpoint(directory) is None
+    if broken == "file":
+        directory.touch()
+    elif broken == "link":
+        directory.symlink_to(tmp_path / "not mounted")
+    else:
+        directory.mkdir()
+        assert latest_checkpoint(directory) is None
+        stat = os.stat
+
+        def failing(path: Any, **options: Any) -> os.stat_result:
+            if Path(path).is_relative_to(directory):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return stat(path, **options)
+
+        monkeypatch.setattr(os, "stat", failing)
+    with pytest.raises(UserError, match=rf"cannot read {directory}: (Not a d|No such|Stale)"):
+        latest_checkpoint(directory)
+
+
+def writer_of(run: Path, step: int = 2, **config: Any) -> CheckpointWriter:
+    """Of a start that has just claimed `run`, before it saves `step`."""
+    description = run / "description"
+    description.mkdir(parents=True, exist_ok=True)
+    (description / "architecture.json").touch()
+    writer = CheckpointWriter(
+        run, claim_run_directory(run), description, CheckpointConfig(**config)
+    )
+    writer._step = step
+    return writer
+
+
+def test_newest_start_has_the_run(tmp_path: Path) -> None:
+    """Of two on one RUN the older neither publishes what the newer writes nor removes anything."""
+    directory = tmp_path / "checkpoints"
+    first = writer_of(tmp_path, keep_last=1)
+    first._prepare()
+    first._publish()
+    first._step = 4
+    first._prepare()
+    second = writer_of(tmp_path, step=4)
+    with pytest.raises(UserError, match=f"another start has taken over {tmp_path}"):
+        first._publish()  # as complete as it is
+    second._prepare()  # removes what the first was writing
+    before = set(directory.rglob("*"))
+    for late in (first._prepare, first._publish):
+        with pytest.raises(UserError, match=f"another start has taken over {tmp_path}"):
+            late()
+        assert set(directory.rglob("*")) == before
+    assert latest_checkpoint(directory) == directory / "iter_0000002"
+    second._publish()
+    assert checkpoint_names(tmp_path) == {MARKER, "iter_0000002", "iter_0000004"}
+
+
+def test_start_that_is_taken_over_ends_at_its_next_save(config, tmp_path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    before_step(monkeypatch, lambda step: claim_run_directory(run) if step == 2 else None)
+    with pytest.raises(UserError, match=f"another start has taken over {run}"):
+        run_job(config, run, EVERY_SECOND_STEP, "checkpoint.keep_last=1")
+    assert checkpoint_names(run) == {MARKER, "iter_0000002"}
+
+
+def test_old_checkpoint_that_cannot_be_removed_stays(tmp_path, monkeypatch, caplog) -> None:
+    """As one that a process still reads over NFS. It is tried again at the next save."""
+    remove, busy = shutil.rmtree, OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    def rmtree(path: Path, **options: Any) -> None:
+        if "iter_0000002" in path.name:
+            raise busy
+        remove(path, **options)
+
+    writer = writer_of(tmp_path, keep_last=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        for writer._step in (2, 4, 6):
+            writer._prepare()
+            writer._publish()
+    assert checkpoint_names(tmp_path) == {MARKER, ".iter_0000002.old.partial", "iter_0000006"}
+    assert len(caplog.messages) == 2
+    assert all(re.fullmatch(r"cannot remove \S+: .* busy", text) for text in caplog.messages)
+    writer._step = 8
+    writer._prepare()
+    writer._publish()
+    assert checkpoint_names(tmp_path) == {MARKER, "iter_0000008"}
+
+
+def test_checkpoint_is_on_disk_before_older_ones_are_removed(tmp_path, monkeypatch) -> None:
+    writer = writer_of(tmp_path, keep_last=1)
+    writer._prepare()
+    writer._publish()
+    writer._step = 4
+    writer._prepare()
+    (writer._partial / "common.pt").touch()
+    done: list[str] = []
+
+    def watched(module: Any, name: str, path_of: Callable[[Any], Any] = Path) -> None:
+        call = getattr(module, name)
+
+        def watch(first: Any, *rest: Any, **options: Any) -> Any:
+            path = re.sub(r"\.[0-9a-f]{32}", "", str(path_of(first)))
+            done.append(f"{name} {Path(path).relative_to(tmp_path)}")
+            return call(first, *rest, **options)
+
+        monkeypatch.setattr(module, name, watch)
+
+    watched(os, "fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
+    watched(os, "replace")
+    watched(Path, "rename")
+    watched(shutil, "rmtree")
+    writer._publish()
+    new, marker = "checkpoints/.iter_0000004.partial", f"checkpoints/.{MARKER}.partial"
+    parts = {f"fsync {new}/common.pt", f"fsync {new}/architecture.json", f"fsync {new}"}
+    assert set(done[:3]) == parts
+    assert done[2:] == [
+        f"fsync {new}",
+        f"fsync {marker}",
+        f"rename {new}",
+        f"replace {marker}",
+        "fsync checkpoints",
+        "rename checkpoints/iter_0000002",
+        "rmtree checkpoints/.iter_0000002.old.partial",
+    ]
 
 
 def test_another_run_goes_on_from_a_checkpoint(config, plain_run, tmp_path) -> None:
@@ -352,11 +501,9 @@ def test_run_that_ends_while_saving_leaves_nothing_to_load(
     assert_same_tensors(run / last, plain_run / last)
 
 
-def test_checkpoint_directory_that_cannot_be_written(config, tmp_path) -> None:
+def test_checkpoint_directory_that_cannot_be_written(config, tmp_path, monkeypatch) -> None:
     run = tmp_path / "run"
-    run_job(config, run, "training.steps=2")
-    shutil.rmtree(run / "checkpoints")
-    (run / "checkpoints").write_text("in the way")
+    before_step(monkeypatch, lambda step: (run / "checkpoints").write_text("in the way"))
     with pytest.raises(UserError, match=r"cannot write checkpoint \S+/iter_0000004: Not a dir"):
         run_job(config, run)
 
@@ -523,8 +670,10 @@ def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def checkpoint_names(run: Path) -> set[str]:
+    """Without the claims in the names of partial ones."""
     directory = run / "checkpoints"
-    return {path.name for path in directory.iterdir()} if directory.exists() else set()
+    found = directory.iterdir() if directory.exists() else ()
+    return {re.sub(r"\.[0-9a-f]{32}\.", ".", path.name) for path in found}
 
 
 def hold_writers(patch: pytest.MonkeyPatch, directory: Path) -> Path:

@@ -112,6 +112,7 @@ def test_files_of_a_run(config: Path, tmp_path: Path, capsys) -> None:
     run_job(config, tmp_path / "run", "run.tensorboard=true", "run.progress=true")
     run = tmp_path / "run"
     assert {file.name for file in run.iterdir()} == {
+        ".claim",
         "config.yaml",
         "kernels.json",
         "metrics.jsonl",

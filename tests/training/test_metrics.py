@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -134,6 +138,32 @@ def test_silence_when_progress_is_off(tmp_path, capsys):
 def test_unwritable_directory(tmp_path):
     with pytest.raises(UserError, match="cannot write metrics in .*/absent: No such file"):
         quiet(tmp_path / "absent")
+
+
+def test_full_disk_ends_a_run_with_a_sentence(tmp_path, caplog):
+    """That of the write, which closing logs and does not cover."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sentence = f"cannot write metrics in {tmp_path}: File too large"
+    writer = writer_of(tmp_path, 9)
+    writer.write(NTP)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        with pytest.raises(UserError, match=sentence), closing(writer):
+            writer.write(replace(NTP, step=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caplog.messages == [sentence]
+
+
+def test_events_that_cannot_be_written_end_a_run_with_a_sentence(tmp_path, monkeypatch):
+    """They are written in another thread, whose error comes up in a later call."""
+    writer = writer_of(tmp_path, 9, tensorboard=True)
+    failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for call in ("add_scalar", "close"):
+        monkeypatch.setattr(writer._events, call, mock.Mock(side_effect=failure))
+    sentence = f"cannot write metrics in {tmp_path}: No space left"
+    with pytest.raises(UserError, match=sentence), closing(writer):
+        writer.write(NTP)
 
 
 def test_short_hash_is_that_of_the_integers():
