@@ -33,14 +33,16 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Let the content of a file, or the names in a directory, outlive a crash of the node."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems sync files only
+        # some file systems sync files only, and not every directory may be read
+        if error.errno not in (errno.EINVAL, errno.EACCES) or not path.is_dir():
             raise
-    finally:
-        os.close(descriptor)
 
 
 def sync_tree(directory: Path) -> None:

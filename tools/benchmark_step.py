@@ -36,7 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refine_mcore.config import Config, load_config
+from refine_mcore.config import Config, load_config, validate
 from refine_mcore.errors import UserError, cli
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
@@ -54,6 +54,8 @@ def main(argv: list[str]) -> None:
     from refine_mcore.report import write_report
 
     lengths = _lengths(arguments.sequence_lengths, config)
+    for length in lengths:
+        _check_rollouts(_of(config, length), arguments.config)
     measure: Callable[[], Any]
     if arguments.memory_of is not None:
         measure = partial(whole_texts.peak_memory, _of(config, lengths[0]), arguments.memory_of)
@@ -100,6 +102,12 @@ def _check_runs_here(config: Config) -> None:
             "benchmark_step.py measures one rank, or a pipeline: with parallel.pipeline 1 it takes "
             "one rank, and recomputation by mode, as --modes ntp,fused,fused/full"
         )
+
+
+def _check_rollouts(config: Config, source: Path) -> None:
+    """The modes measured roll out, whatever `refine.mode` says."""
+    mode = "fused" if config.refine.mode == "ntp" else config.refine.mode
+    validate(replace(config, refine=replace(config.refine, mode=mode)), str(source))
 
 
 def _of(config: Config, length: int) -> Config:

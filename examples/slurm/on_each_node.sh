@@ -17,7 +17,7 @@ srun --kill-on-bad-exit=1 --label bash examples/slurm/ranks_first.sh "$@" \
 
 # Slurm queues a preempted job again only if it still runs at the end of its grace time. This one has
 # saved and ended by then.
-if scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; then
-    scontrol requeue "$SLURM_JOB_ID"
+if [[ $(scontrol show job "$SLURM_JOB_ID") =~ PreemptTime=[0-9] ]]; then
+    scontrol requeue "$SLURM_JOB_ID" || echo "this preempted job is not queued again"
 fi
 exit "$code"

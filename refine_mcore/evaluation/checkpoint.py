@@ -84,16 +84,20 @@ def end_tokens(tokenizer: Tokenizer, directory: Path) -> frozenset[int]:
 
 def identity(config: Config, tokenizer: Tokenizer, files: Iterable[Path]) -> dict[str, Any]:
     """What figures depend on beside the settings of a task: the checkpoint and `files` by place,
-    size and time, the architecture with all overrides, the arithmetic and the tokenizer. Raises
-    UserError for a file that is not there."""
-    directory = checkpoint_directory(config)
-    return {
-        "checkpoint": _stamps(path for path in sorted(directory.rglob("*")) if path.is_file()),
-        "architecture": resolve_architecture(config).to_dict(),
-        "arithmetic": arithmetic(config),
-        "tokenizer": tokenizer.text_to_ids(_SAMPLE),
-        "files": _stamps(files),
-    }
+    size and time as the first rank sees them, the architecture with all overrides, the arithmetic
+    and the tokenizer. All ranks call this. Raises UserError for a file that is not there."""
+
+    def found() -> dict[str, Any]:
+        directory = checkpoint_directory(config)
+        return {
+            "checkpoint": _stamps(path for path in sorted(directory.rglob("*")) if path.is_file()),
+            "architecture": resolve_architecture(config).to_dict(),
+            "arithmetic": arithmetic(config),
+            "tokenizer": tokenizer.text_to_ids(_SAMPLE),
+            "files": _stamps(files),
+        }
+
+    return platform.on_first_rank(found)
 
 
 def arithmetic(config: Config) -> dict[str, str]:

@@ -87,12 +87,13 @@ def _groups(optimizer: Any) -> Iterator[dict[str, Any]]:
 class AdaptingModel:
     """A model that adapts to prompts before it answers them. Every rank makes the same calls."""
 
-    def __init__(self, config: Config, pg_collection: Any) -> None:
+    def __init__(self, config: Config, pg_collection: Any, *, goes_back: bool = True) -> None:
+        """Without `goes_back` nothing is kept to begin again from."""
         self._config = config
         self.stage, _, self.optimizer, _, self._step = build_training(config, pg_collection)
         self.model = whole_model(self.stage)
         self._batches = 0  # adapted to since the beginning
-        self._begin = Snapshot(self.stage, self.optimizer)
+        self._begin = Snapshot(self.stage, self.optimizer) if goes_back else None
 
     def answer(self, rows: Sequence[Row], end_tokens: Collection[int]) -> list[list[int]]:
         """Adapt to the prompts of `rows` as one batch, and answer each of them; back at the
@@ -121,6 +122,7 @@ class AdaptingModel:
 
     def begin_again(self) -> None:
         """Go back to the weights and optimizer state of the beginning."""
+        assert self._begin is not None
         self._begin.restore()
         self._batches = 0
 
@@ -194,12 +196,14 @@ def answer_rows(config: Config, tokenizer: Tokenizer, pg_collection: Any) -> str
             "middle: name another run.directory"
         )
     size = 1 if config.ttt.reset == "example" else config.training.global_batch_size
-    adapted = AdaptingModel(config, pg_collection)
+    several = len({row.file for row in rows}) > 1
+    adapted = AdaptingModel(config, pg_collection, goes_back=several or config.ttt.reset != "none")
     ends = end_tokens(tokenizer, checkpoint_directory(config))
     with tqdm(total=len(rows), unit="row", disable=not (first and config.run.progress)) as bar:
         for _, found in groupby(rows, key=lambda row: row.file):
             of_file = list(found)
-            adapted.begin_again()
+            if several:
+                adapted.begin_again()
             for start in range(0, len(of_file), size):
                 batch = of_file[start : start + size]
                 bar.update(len(batch))

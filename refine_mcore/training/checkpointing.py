@@ -64,8 +64,8 @@ from refine_mcore.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-# The marker until it is renamed, which comes after its checkpoint: beside it an `iter_*` without a
-# marker is that of a first save that was interrupted, and no run that has lost its marker.
+# The marker until it is renamed, which comes after its checkpoint: the one that it names, alone and
+# without a marker, is of a first save that was interrupted, and no run that has lost its marker.
 _NEXT_FILE = f".{LATEST_FILE}.partial"
 
 # What a run's own configuration says of each group of parameters, whatever the checkpoint says.
@@ -124,15 +124,18 @@ def latest_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint of a run's checkpoint directory; None where no save has ended.
     Raises UserError where that cannot be seen."""
     found: list[str] = []
+    interrupted = ""  # the first save, if it was, behind the rename of its checkpoint
     try:
         if directory.is_symlink() or directory.exists():
             found = os.listdir(directory)
         if LATEST_FILE in found:
             return find_checkpoint(directory)
+        if _NEXT_FILE in found:
+            interrupted = f"iter_{(directory / _NEXT_FILE).read_text().strip():0>7}"
     except OSError as error:
         raise UserError(f"cannot read {directory}: {error.strerror}") from None
     complete = sorted(name for name in found if name.startswith("iter_"))
-    if complete and _NEXT_FILE not in found:
+    if complete and complete != [interrupted]:
         raise UserError(
             f"{directory} holds {complete[-1]} but no {LATEST_FILE}: write the step to go on from "
             "there, or move the checkpoints away to begin anew"

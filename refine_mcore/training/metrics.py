@@ -35,8 +35,8 @@ class StepMetrics(StepFigures):
     step: int
     grad_norm: float | None = None
     lr: float
-    # Columns of the batch over all ranks, padding among them, per second of the step; rollout tokens
-    # do not count.
+    # Columns of the batch over all ranks, padding among them, per second of the step; rollout
+    # tokens do not count.
     tokens_per_second: float
     step_seconds: float
     # `short_hash` of all positions and all rollout tokens, in the order of the global samples.

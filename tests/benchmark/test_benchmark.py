@@ -105,6 +105,14 @@ def test_the_command_on_one_rank(tmp_path: Path, capsys: Any) -> None:
         ),
         (["parallel.tensor=2"], "measures one rank, or a pipeline"),
         (["training.recompute=full"], "recomputation by mode, as --modes ntp,fused,fused/full"),
+        (
+            ["--sequence-lengths", "64,8"],
+            r"sequence_length \(8\) is shorter than refine.margin",
+        ),
+        (
+            ["refine.mode=ntp", "refine.rollout_tokens=30", "refine.margin_right=20"],
+            r"refine.rollout_tokens \(30\) exceeds refine.margin_right \(20\)",
+        ),
         (["--sequence-lengths", "64,no"], "must be whole numbers above 0, not '64,no'"),
         (["--json", "nowhere/out.json"], "nowhere is no directory to write out.json to"),
     ],

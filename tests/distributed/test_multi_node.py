@@ -184,7 +184,8 @@ def test_preempted_job_is_queued_again(
         tmp_path / "bin",
         scontrol=f"""case $* in
             "show hostnames nodes") echo head ;;
-            "show job 7") echo "PreemptEligibleTime=2026-12-01T03:00 PreemptTime={preempted}" ;;
+            "show job 7") echo "PreemptEligibleTime=2026-12-01T03:00 PreemptTime={preempted}"
+                seq 9999 ;;
             *) echo "scontrol $*" ;;
         esac""",
         srun=f'echo "srun $*"; exit {code}',

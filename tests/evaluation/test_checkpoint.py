@@ -38,7 +38,9 @@ def config(checkpoints: Path, *overrides: str) -> Config:
     return config_from_dict(settings, "a test", list(overrides))
 
 
-def test_figures_of_something_else_have_another_identity(checkpoints: Path, tmp_path: Path) -> None:
+def test_figures_of_something_else_have_another_identity(
+    checkpoints: Path, tmp_path: Path, single_rank: Any
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("1")
 

@@ -101,6 +101,7 @@ def test_a_reset_brings_back_every_bit(
     adapted = AdaptingModel(settings, single_rank)
     before = [x.clone() for x in _tensors(adapted.stage, adapted.optimizer)]
     steps = []
+    assert adapted._begin is not None
     restore = adapted._begin.restore
 
     def watched() -> None:

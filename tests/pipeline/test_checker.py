@@ -1,4 +1,4 @@
-"""The checker refuses plans that are wrong: every kind of damage to a good plan is found."""
+"""The proof refuses plans that are wrong: every kind of damage to a good plan is found."""
 
 import pytest
 from hypothesis import given, settings

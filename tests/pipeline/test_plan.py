@@ -40,7 +40,7 @@ _costs = st.builds(Costs, st.floats(0.1, 3), _cost, _cost, _cost, _cost, _cost)
 @settings(max_examples=150)
 @given(shapes(), st.one_of(st.just(Costs()), _costs))
 def test_every_plan_holds_and_replays(shape: Shape, costs: Costs) -> None:
-    plan = make_plan(shape, costs)  # refuses what its checker cannot prove
+    plan = make_plan(shape, costs)  # refuses what it cannot prove
     written = json.loads(json.dumps(to_json(plan)))
     for of_stage in written["stages"]:
         count = Counter((p["op"], p["microbatch"], p["slice"], p["step"]) for p in of_stage)

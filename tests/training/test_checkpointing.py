@@ -179,8 +179,11 @@ def test_checkpoints_without_marker_are_not_begun_over(config, plain_run, stoppe
     """But for one that no marker ever named, of a first save that was interrupted."""
     checkpoints, before = stopped_run / "checkpoints", metrics(stopped_run)
     (checkpoints / MARKER).unlink()
-    with pytest.raises(UserError, match=rf"{checkpoints} holds iter_0000002 but no {MARKER}: "):
-        run_job(config, stopped_run)
+    for failed_later in (False, True):
+        if failed_later:
+            (checkpoints / f".{MARKER}.partial").write_text("4\n")
+        with pytest.raises(UserError, match=rf"{checkpoints} holds iter_0000002 but no {MARKER}: "):
+            run_job(config, stopped_run)
     assert metrics(stopped_run) == before
 
     patch = pytest.MonkeyPatch()
