@@ -120,7 +120,9 @@ def test_a_next_token_step_takes_what_torch_counts(name: str, single_rank: Any) 
     layers = build_model(transformer_config(arch), single_rank).decoder.layers
     columns = sum(layer.self_attention.in_proj.padding for layer in layers)
     padding = 2 * LENGTH * arch.hidden_size * columns
-    assert ModelFlops(arch, LENGTH, 64).text + padding == pytest.approx(ntp["F"], rel=masked)
+    model = ModelFlops(arch, LENGTH, 64)
+    unread = 64 * model._of_writes()  # torch's form makes no state after a text that nobody reads
+    assert model.text + padding - unread == pytest.approx(ntp["F"], rel=masked)
     assert step_flops(arch, _config(), "ntp") == pytest.approx(ntp.total(), rel=0.1)
 
 
