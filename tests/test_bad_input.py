@@ -153,7 +153,7 @@ def test_run_directories(refused: Refused, config: Path, tmp_path: Path, trained
     assert "exists and is not a directory" in start(tmp_path / "file")
     assert "cannot be used: Not a directory" in start(tmp_path / "file" / "run")
     assert "cannot be used" in start(Path("/proc/run"))
-    assert "File name too long" in start(tmp_path / ("x" * 300))
+    assert "/checkpoints: File name too long" in start(tmp_path / ("x" * 300))
     assert "holds something other than a run" in start(tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     before = (trained / "config.yaml").read_text()

@@ -46,7 +46,8 @@ def chunk_delta_rule(
     output_writes: bool = False,
     output_final_state: bool = True,
 ) -> ChunkOutput:
-    """As chunk.chunk_delta_rule.  The states between first and last are views of one buffer."""
+    """As chunk.chunk_delta_rule.  The states between first and last are views of one buffer; the
+    last is made, at the end of a kernel that goes through the tokens, whether asked for or not."""
     options = (scale, qk_norm_eps, initial_state, chunk_size, output_writes, output_final_state)
     return chunk_rule(q, k, v, beta, None, *options)
 
