@@ -92,7 +92,9 @@ def _roll_out_at(
     seed: int | None,
 ) -> tuple[Tensor, Tensor]:
     branches = Branches.at([[position]] * batch.tokens.shape[0])
-    randomness = None if seed is None else Randomness(seed, 0)
+    keys = None
+    if seed is not None:
+        keys = Randomness(seed, 0).token_keys(batch.sample_index, branches, 1, k)
     emitted: list[Tensor] = []
     assert text.tape is not None
     with torch.no_grad():
@@ -101,9 +103,7 @@ def _roll_out_at(
             text.tape.at(branches.batch_index, branches.position),
             branches.rows_before(logits),
             k,
-            None
-            if randomness is None
-            else lambda j: randomness.token_keys(batch.sample_index, branches, 1, j),
+            keys,
             observe=emitted.append,
         )
     return tokens, torch.stack(emitted, 1)

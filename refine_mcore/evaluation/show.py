@@ -47,7 +47,7 @@ def show_rollouts(
         out.tape.at(branches.batch_index, branches.position),
         whole.logits(branches.rows_before(out.hidden)[:, None])[:, 0],
         refine.rollout_tokens,
-        lambda j: randomness.token_keys(batch.sample_index, branches, 1, j),
+        randomness.token_keys(batch.sample_index, branches, 1, refine.rollout_tokens),
         refine.rollout_temperature,
     )
     ids = batch.tokens[0].tolist()

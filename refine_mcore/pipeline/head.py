@@ -119,12 +119,9 @@ class Head:
         with torch.no_grad():
             logits = context.model.logits(hidden[:, None])[:, 0]
         if self._keys is None:
-            keys = context.randomness.all_token_keys(
-                self.micro_batch.texts.sample_index,
-                self._branched.branches,
-                config.rollouts_per_position,
-                range(config.rollout_tokens),
-            )
+            samples, branches = self.micro_batch.texts.sample_index, self._branched.branches
+            n, k = config.rollouts_per_position, config.rollout_tokens
+            keys = context.randomness.token_keys(samples, branches, n, k)
             self._keys = without_waiting(keys, hidden.device)
         keys = self._keys[len(self._tokens)]
         tokens, log_probs = draw_tokens(context.model, logits, keys, config.rollout_temperature)

@@ -88,16 +88,10 @@ class Randomness:
         keys = combine_keys(self.seed, self.step, _Draw.POSITION, sample_index)
         return counter_uniform(keys, torch.arange(num_chunks))
 
-    def token_keys(self, sample_index: Tensor, branches: Branches, n: int, token: int) -> Tensor:
-        """[R * n] keys for the draw of rollout token number `token` of every rollout."""
-        return self.all_token_keys(sample_index, branches, n, range(token, token + 1))[0]
-
-    def all_token_keys(
-        self, sample_index: Tensor, branches: Branches, n: int, tokens: Sequence[int]
-    ) -> Tensor:
-        """[k, R * n] keys for the draws of these k rollout tokens of every rollout."""
+    def token_keys(self, sample_index: Tensor, branches: Branches, n: int, k: int) -> Tensor:
+        """[k, R * n] keys for the draws of the first k tokens of every rollout."""
         samples = sample_index[list(branches.batch_index)]
         position = torch.tensor(branches.position)
         keys = combine_keys(self.seed, self.step, _Draw.TOKEN, samples, position)
-        number = torch.tensor(tokens)[:, None, None]
+        number = torch.arange(k)[:, None, None]
         return combine_keys(keys[:, None], torch.arange(n), number).flatten(1)

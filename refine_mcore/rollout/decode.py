@@ -20,22 +20,23 @@ def decode(
     states: Sequence[FastWeightState],
     logits: Tensor,
     k: int,
-    keys: Callable[[int], Tensor] | None,
+    keys: Tensor | None,
     temperature: float = 1.0,
     *,
     observe: Callable[[Tensor], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Roll out k tokens for R streams.
 
-    `logits` [R, V / tp] emit the first token; `keys(j)` [R], on the host, decide the draw of token
-    j, None decodes greedily. A token is drawn from softmax(logits / temperature). Returns tokens
+    `logits` [R, V / tp] emit the first token; `keys` [k, R], on the host, decide the draws, None
+    decodes greedily. A token is drawn from softmax(logits / temperature). Returns tokens
     [R, k] and their log-probs [R, k] under that distribution as seen by these passes; `observe` is
     shown the logits [R, V / tp] that emit each, which are not kept.
     """
     tokens, log_probs = [], []
+    keys = None if keys is None else without_waiting(keys, logits.device)
     for j in range(k):
-        draw = None if keys is None else without_waiting(keys(j), logits.device)
-        token, log_prob = draw_tokens(model, logits, draw, temperature)
+        key = None if keys is None else keys[j]
+        token, log_prob = draw_tokens(model, logits, key, temperature)
         tokens.append(token)
         log_probs.append(log_prob)
         if observe is not None:

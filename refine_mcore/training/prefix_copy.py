@@ -128,7 +128,7 @@ def _generate(
         [state.fork(n) for state in out.states],
         model.logits(out.hidden[:, -1:])[:, 0].expand(n, -1),
         config.rollout_tokens,
-        lambda j: context.randomness.token_keys(batch.sample_index, branch, n, j),
+        context.randomness.token_keys(batch.sample_index, branch, n, config.rollout_tokens),
         config.rollout_temperature,
     )
     return tokens, log_probs

@@ -128,7 +128,7 @@ def _text_and_branches(stage: FastWeightModel) -> dict[str, Tensor]:
         states,
         model.logits(BRANCHES.rows_before(text.hidden)[:, None])[:, 0],
         K,
-        lambda j: Randomness(5, 0).token_keys(batch.sample_index, BRANCHES, 1, j),
+        Randomness(5, 0).token_keys(batch.sample_index, BRANCHES, 1, K),
     )
     scores = score(model, states, BRANCHES.rows_before(text.hidden), tokens)
     loss = ntp_loss(text, batch, batch.num_targets()) + scores.log_probs.square().sum()

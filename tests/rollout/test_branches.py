@@ -34,12 +34,11 @@ def test_position_uniforms_depend_on_sample_chunk_seed_and_step() -> None:
 
 def test_token_keys_are_one_per_sample_position_rollout_and_token() -> None:
     samples, branches = torch.tensor([40, 41]), Branches.at([[3, 9], [4, 6]])
-    keys = [Randomness(1, 2).token_keys(samples, branches, 3, token) for token in range(5)]
-    assert torch.stack(keys).unique().numel() == 5 * 12
-    together = Randomness(1, 2).all_token_keys(samples, branches, 3, range(5))
-    assert torch.equal(together, torch.stack(keys))
+    keys = Randomness(1, 2).token_keys(samples, branches, 3, 5)
+    assert keys.shape == (5, 12) and keys.unique().numel() == 5 * 12
+    assert torch.equal(Randomness(1, 2).token_keys(samples, branches, 3, 2), keys[:2])
     # alone, with fewer rollouts, in another batch: the same keys
-    alone = Randomness(1, 2).token_keys(torch.tensor([0, 0, 41]), Branches((2,), (6,)), 2, 4)
-    assert torch.equal(alone, keys[4][9:11])
+    alone = Randomness(1, 2).token_keys(torch.tensor([0, 0, 41]), Branches((2,), (6,)), 2, 5)
+    assert torch.equal(alone, keys[:, 9:11])
     for other in (Randomness(2, 2), Randomness(1, 3)):
-        assert not torch.isin(other.token_keys(samples, branches, 3, 0), torch.stack(keys)).any()
+        assert not torch.isin(other.token_keys(samples, branches, 3, 5), keys).any()

@@ -50,11 +50,7 @@ def test_scores_are_the_log_probs_that_decoding_saw(
 ) -> None:
     model = model_of(name)
     _, hidden, states, logits = start(model)
-    samples = torch.tensor([0, 1])
-
-    def keys(token: int) -> torch.Tensor:
-        return Randomness(5, 0).token_keys(samples, BRANCHES, 1, token)
-
+    keys = Randomness(5, 0).token_keys(torch.tensor([0, 1]), BRANCHES, 1, K)
     seen: list[torch.Tensor] = []
     rollouts, log_probs = decode(model, states, logits, K, keys, temperature, observe=seen.append)
     emitted = torch.stack(seen, 1)
@@ -70,8 +66,8 @@ def test_tokens_are_drawn_from_the_tempered_distribution(model_of: ModelOf) -> N
     model, draws, temperature = model_of("delta_net"), 20_000, 0.7
     _, _, states, logits = start(model)
     many = [state.select([0] * draws) for state in states]
-    keys = Randomness(5, 0).token_keys(torch.tensor([0]), Branches((0,), (3,)), draws, 0)
-    drawn, _ = decode(model, many, logits[:1].expand(draws, -1), 1, lambda _: keys, temperature)
+    keys = Randomness(5, 0).token_keys(torch.tensor([0]), Branches((0,), (3,)), draws, 1)
+    drawn, _ = decode(model, many, logits[:1].expand(draws, -1), 1, keys, temperature)
     frequency = drawn.flatten().bincount(minlength=VOCAB) / draws
     expected = (logits[0] / temperature).softmax(-1)
     assert (frequency - expected).abs().max() < 0.015
