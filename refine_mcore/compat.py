@@ -88,31 +88,46 @@ def prime_optimizer(optimizer: Any) -> None:
 
 
 def fuse_weight_gradients(model: torch.nn.Module) -> None:
-    """Have Megatron's parallel layers in a model under its DDP add the gradients of their weights
-    to its buffers by the products that make them, where that can be done.
+    """Have the layers of a model under Megatron's DDP add the gradients of their weights to its
+    buffers themselves, where that can be done: without a tensor for each gradient and without
+    rounding it to the weights' dtype.
 
-    Megatron does with Apex's extension (tensor_parallel/layers.py:42), and torch's product can
-    where it multiplies the weights' dtype into the buffers': without a tensor for each gradient
-    and without rounding it to the weights' dtype. A weight must then be used by its layer alone: an
-    output layer that uses the embedding's has none of its own, and is left as it is.
+    Megatron's parallel layers do it by the product that makes a gradient, with Apex's extension
+    (tensor_parallel/layers.py:42) or torch's product where that multiplies the weights' dtype into
+    the buffers'; embeddings (models/embedding.py) row by row, unless their weight is also that of
+    an output layer that cannot: a weight's gradient comes in one way.
     """
     from megatron.core.tensor_parallel import layers
 
-    kinds = layers.ColumnParallelLinear, layers.RowParallelLinear
-    linear: list[Any] = [x for x in model.modules() if isinstance(x, kinds)]
-    linear = [x for x in linear if x.weight is not None and x.weight.requires_grad]
-    weights = {(x.weight.dtype, x.weight.main_grad.dtype, x.weight.device) for x in linear}
-    if any(sums == torch.float64 for _, sums, _ in weights):
-        return  # Megatron's layers refuse it (577)
+    modules: list[Any] = [x for x in model.modules() if hasattr(x, "gradient_accumulation_fusion")]
+    embeddings = [x for x in modules if isinstance(x, layers.VocabParallelEmbedding)]
+    linear = [x for x in modules if x not in embeddings]
+    if _products_add(linear):
+        for layer in linear:
+            layer.gradient_accumulation_fusion = True
+    elif any(x.is_output_weight for x in embeddings):
+        return
+    for embedding in embeddings:
+        embedding.gradient_accumulation_fusion = True
+        embedding.weight.zero_out_wgrad = False  # DDP's hook has nothing to add (438)
+
+
+def _products_add(linear: list[Any]) -> bool:
+    """Whether the products of Megatron's layers can add to the buffers, after seeing to it."""
+    from megatron.core.tensor_parallel import layers
+
+    weights = [x.weight for x in linear if x.weight is not None]
+    kinds = {(w.dtype, w.main_grad.dtype, w.device) for w in weights}
+    if any(sums == torch.float64 for _, sums, _ in kinds):
+        return False  # Megatron's layers refuse it (577)
     if not layers._grad_accum_fusion_available:
-        if not all(multiplies_into(*kind) for kind in weights):
+        if not all(multiplies_into(*kind) for kind in kinds):
             logger.info("weight gradients are added to the buffers after their products")
-            return
+            return False
         layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
             wgrad_gemm_accum_fp32=_add_weight_gradient, wgrad_gemm_accum_fp16=_add_weight_gradient
         )
-    for layer in linear:
-        layer.gradient_accumulation_fusion = True
+    return True
 
 
 def _add_weight_gradient(inputs: Tensor, grad_outputs: Tensor, sums: Tensor) -> None:

@@ -222,8 +222,8 @@ class OptimizerConfig:
     # Gather updated parameters during the next forward pass; needs the distributed optimizer and
     # overlap_grad_reduce.
     overlap_param_gather: bool = False
-    # Let the products that make weight gradients add them to the buffer where they gather, where
-    # that can be done; false: a tensor for each gradient, in the dtype of the weights.
+    # Let the layers add the gradients of their weights to the buffer where they gather, where that
+    # can be done; false: a tensor for each gradient, in the dtype of the weights.
     gradient_accumulation_fusion: bool = True
 
 

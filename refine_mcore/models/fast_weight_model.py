@@ -10,10 +10,10 @@ from typing import Any, Protocol
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 
+from refine_mcore.models.embedding import Embedding
 from refine_mcore.models.fast_weight_block import FastWeightBlock
 from refine_mcore.models.layer_specs import block_spec
 from refine_mcore.models.output_layer import OutputLayer
@@ -93,12 +93,11 @@ class FastWeightModel(LanguageModule):
         self.share_embeddings_and_output_weights = config.arch.tie_embeddings
         self.vocab_size = padded_vocab_size(config.arch, config.tensor_model_parallel_size)
         if pre_process:
-            self.embedding = LanguageModelEmbedding(
+            self.embedding = Embedding(
                 config,
-                vocab_size=self.vocab_size,
-                max_sequence_length=0,
-                position_embedding_type="none",
-                tp_group=self.tp_group,
+                self.vocab_size,
+                self.tp_group,
+                is_output_weight=post_process and config.arch.tie_embeddings,
             )
         spec = block_spec(
             config, pipeline_rank=self.pp_group.rank(), transformer_engine=transformer_engine
@@ -166,7 +165,7 @@ class FastWeightModel(LanguageModule):
             layout = replace(layout, packing=packing)
         embedded = None
         if self.pre_process:
-            embedded = self.embedding(layout.join(tokens).transpose(0, 1), None)
+            embedded = self.embedding(layout.join(tokens).transpose(0, 1))
         out = self.decoder(embedded, layout, states, output_states=output_states, record=record)
         hidden, tape = out.hidden_states, None
         if self.post_process:

@@ -33,13 +33,14 @@ class OutputLayer(ColumnParallelLinear):
     ) -> Any:
         if targets is None:
             return super().forward(input_, weight, runtime_gather_output)
+        own: Any = self.weight if weight is None else weight
         sums = None
         if self.gradient_accumulation_fusion and torch.is_grad_enabled():
-            sums = self.weight.main_grad
-            self.weight.grad_added_to_main_grad = True  # until DDP's buffers are zero again
+            sums = own.main_grad
+            own.grad_added_to_main_grad = True  # until DDP's buffers are zero again
         return linear_log_probs_and_entropy(
             input_,
-            self.weight if weight is None else weight,
+            own,
             targets,
             with_entropy=with_entropy,
             temperature=temperature,
