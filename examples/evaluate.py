@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         batch_size=arguments.batch_size,
     )
     with open_checkpoint(config, arguments.tokenizer) as opened:
-        table = evaluate(opened, config, settings, Path(arguments.output))
+        table = evaluate(opened, settings, Path(arguments.output))
         if platform.rank() == 0:
             print(table, end="")
 

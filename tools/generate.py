@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     from refine_mcore.generation import Sampling, TextStream, generate, response_text
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    with open_checkpoint(config, arguments.tokenizer) as (model, tokenizer, ends):
+    with open_checkpoint(config, arguments.tokenizer) as (model, tokenizer, ends, _):
         tokens = tokenizer.text_to_ids(prompt)
         if not tokens:
             raise UserError("the prompt is empty")

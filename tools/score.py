@@ -75,10 +75,12 @@ def _score(
     import torch.distributed as dist
 
     from refine_mcore import platform
-    from refine_mcore.conversion.description import find_checkpoint, read_description
+    from refine_mcore.conversion.description import read_description
+    from refine_mcore.evaluation.checkpoint import checkpoint_directory
     from refine_mcore.evaluation.score import score_tokens
-    from refine_mcore.training.setup import training_model
+    from refine_mcore.training.setup import training_model, with_one_checkpoint
 
+    config = with_one_checkpoint(config)
     parallel = config.parallel
     if dist.get_world_size() != parallel.tensor * parallel.pipeline:
         raise UserError(
@@ -96,7 +98,7 @@ def _score(
         rollout_tokens=arguments.rollout_tokens,
         seed=None if arguments.greedy else config.training.seed,
         gradients=arguments.gradients,
-        parameters=read_description(find_checkpoint(Path(arguments.checkpoint))).parameters(),
+        parameters=read_description(checkpoint_directory(config)).parameters(),
     )
 
 

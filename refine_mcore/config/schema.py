@@ -38,9 +38,9 @@ class ModelConfig:
 
     # Name of a preset architecture; without a checkpoint its weights start at random.
     preset: str | None = None
-    # Checkpoint (directory) to take the weights from, converted or of a training run; a preset
-    # given as well must agree with it, the overrides on both. A run that has checkpoints of its own
-    # needs it no more.
+    # Checkpoint (directory) to take the weights from, converted or of a training run, of whose
+    # checkpoints/ it is the newest at the start; a preset given as well must agree with it, the
+    # overrides on both. A run that has checkpoints of its own needs it no more.
     checkpoint: str | None = None
     # Architecture fields set over the preset, by dotted name (`mixer.chunk_size: 512`); nested
     # mappings mean the same.

@@ -13,14 +13,14 @@ import torch.distributed as dist
 
 from refine_mcore import platform
 from refine_mcore.config import Config
-from refine_mcore.conversion.description import end_token_ids, find_checkpoint, own_tokenizer
+from refine_mcore.conversion.description import end_token_ids, own_tokenizer
 from refine_mcore.data import Tokenizer, load_tokenizer
 from refine_mcore.data.tokenizer import check_vocabulary
 from refine_mcore.errors import UserError
 from refine_mcore.models.architecture import LaCTOptions
 from refine_mcore.models.fast_weight_model import LanguageModel
 from refine_mcore.models.whole_model import whole_model
-from refine_mcore.training.setup import resolve_architecture, training_model
+from refine_mcore.training.setup import resolve_architecture, training_model, with_one_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +29,13 @@ _SAMPLE = "Some special magic numbers are hidden, 1234567; naïve readers of 日
 
 
 class Opened(NamedTuple):
-    """A model, its tokenizer and the tokens that end its texts."""
+    """A model, its tokenizer, the tokens that end its texts, and the configuration that names this
+    checkpoint and no later one of the same run."""
 
     model: LanguageModel
     tokenizer: Tokenizer
     end_tokens: frozenset[int]
+    config: Config
 
 
 @contextmanager
@@ -46,17 +48,18 @@ def open_checkpoint(config: Config, tokenizer: str | None) -> Iterator[Opened]:
     """
     platform.let_messages_overlap(config.parallel.pipeline)
     platform.initialize()
-    directory = checkpoint_directory(config)
-    found = tokenizer or own_tokenizer(directory)
-    if found is None:
-        raise UserError(
-            f"checkpoint {config.model.checkpoint} carries no tokenizer: name one with --tokenizer"
-        )
-    loaded = load_tokenizer(found)
-    vocab_size = resolve_architecture(config).vocab_size
-    check_vocabulary(config.data, str(found), loaded.vocab_size, vocab_size)
     parallel = config.parallel
     with platform.distributed(parallel.timeout):
+        config = with_one_checkpoint(config)
+        directory = checkpoint_directory(config)
+        found = tokenizer or own_tokenizer(directory)
+        if found is None:
+            raise UserError(
+                f"checkpoint {directory} carries no tokenizer: name one with --tokenizer"
+            )
+        loaded = load_tokenizer(found)
+        vocab_size = resolve_architecture(config).vocab_size
+        check_vocabulary(config.data, str(found), loaded.vocab_size, vocab_size)
         if dist.get_world_size() != parallel.tensor * parallel.pipeline:
             raise UserError(
                 f"parallel.tensor x parallel.pipeline = {parallel.tensor * parallel.pipeline} "
@@ -66,7 +69,7 @@ def open_checkpoint(config: Config, tokenizer: str | None) -> Iterator[Opened]:
             parallel.tensor, parallel.pipeline, config.training.seed
         )
         model = whole_model(training_model(config, groups))
-        yield Opened(model, loaded, end_tokens(loaded, directory))
+        yield Opened(model, loaded, end_tokens(loaded, directory), config)
 
 
 def end_tokens(tokenizer: Tokenizer, directory: Path) -> frozenset[int]:
@@ -112,9 +115,9 @@ def arithmetic(config: Config) -> dict[str, str]:
 
 
 def checkpoint_directory(config: Config) -> Path:
-    """That of `model.checkpoint`, the newest of a run's. Raises UserError if there is none."""
+    """Of a configuration that names one checkpoint."""
     assert config.model.checkpoint is not None
-    return find_checkpoint(Path(config.model.checkpoint))
+    return Path(config.model.checkpoint)
 
 
 def _stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from refine_mcore import platform
-from refine_mcore.config import Config
 from refine_mcore.data import Tokenizer, read_documents
 from refine_mcore.errors import UserError
 from refine_mcore.evaluation import report
@@ -75,16 +74,16 @@ def task_names(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(single))
 
 
-def evaluate(opened: Opened, config: Config, settings: Settings, output: Path) -> str:
+def evaluate(opened: Opened, settings: Settings, output: Path) -> str:
     """Run everything of `settings` that `output` does not hold yet, on the checkpoint that was
-    opened with `config`; the tables as Markdown.
+    opened; the tables as Markdown.
 
     `output` gets results.jsonl as rows are done, and in the end report.json, report.md and, with
     needles, needles.png. All ranks call this; the first writes.
     """
     first, tokenizer = platform.rank() == 0, opened.tokenizer
     files = [*files_of(settings.data), *map(Path, settings.texts)]
-    known = asdict(settings) | identity(config, tokenizer, files)
+    known = asdict(settings) | identity(opened.config, tokenizer, files)
     del known["batch_size"], known["tasks"], known["seeds"]
     if first:
         output.mkdir(parents=True, exist_ok=True)
@@ -106,7 +105,7 @@ def evaluate(opened: Opened, config: Config, settings: Settings, output: Path) -
     scored = results.of(rows, settings.seeds)
     texts = [x for x in results.lines if x["task"] == "ntp" and "ntp" in settings.tasks]
     table, positions = report.scores(scored), report.next_token_means(texts)
-    text = report.markdown(table, positions, arithmetic(config))
+    text = report.markdown(table, positions, arithmetic(opened.config))
     if first:
         means = {
             task: {column: asdict(mean) for column, mean in columns.items()}

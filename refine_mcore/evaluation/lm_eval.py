@@ -58,7 +58,7 @@ class RefineMcoreLM(TemplateLM):
         )
         self._open = ExitStack()
         opened = self._open.enter_context(open_checkpoint(config, tokenizer))
-        self._lm, self._tokenizer, self._ends = opened
+        self._lm, self._tokenizer, self._ends, _ = opened
 
     def close(self) -> None:
         """Let go of the model and the ranks' connections."""

@@ -43,7 +43,7 @@ from refine_mcore.generation import NotFiniteError, generate, response_text
 from refine_mcore.models.whole_model import whole_model
 from refine_mcore.step.refine_loss import TextBatch
 from refine_mcore.training.phases import shortest_prompt
-from refine_mcore.training.setup import build_training
+from refine_mcore.training.setup import build_training, with_one_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +160,7 @@ def answer_rows(config: Config, tokenizer: Tokenizer, pg_collection: Any) -> str
             f"test-time training runs one replica: parallel.tensor x parallel.pipeline must be the "
             f"{dist.get_world_size()} ranks that were started"
         )
+    config = with_one_checkpoint(config)
     tasks = (*RULER_QA_TASKS, *LONGBENCH_TASKS)
     longest = config.data.sequence_length - 1
     rows = rows_of_files(config.data.paths, tokenizer, tasks, longest=longest)

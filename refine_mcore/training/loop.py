@@ -59,6 +59,7 @@ from refine_mcore.training.setup import (
     build_training,
     resolve_architecture,
     training_source,
+    with_one_checkpoint,
     with_own_tokenizer,
 )
 from refine_mcore.training.stop import StopRequests
@@ -88,6 +89,8 @@ class Run:
     def __init__(self, config: Config, kind: type[Phase] = MidTraining) -> None:
         self.phase = kind(config)
         source = platform.on_first_rank(lambda: training_source(config))
+        if source is None:
+            config = with_one_checkpoint(config)
         architecture = resolve_architecture(config, source)
         check_layout(
             architecture,

@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from refine_kernels import dispatch
 
+from refine_mcore import platform
 from refine_mcore.config import Config
 from refine_mcore.conversion.description import (
     HF_DIRECTORY,
@@ -61,6 +62,19 @@ def with_own_tokenizer(config: Config) -> Config:
     if found is None:
         return config
     return replace(config, data=replace(config.data, tokenizer=str(found)))
+
+
+def with_one_checkpoint(config: Config) -> Config:
+    """`config` with the newest iteration named where `model.checkpoint` is a run's checkpoint
+    directory: the run may save the next one before the last rank has read this one.
+
+    Every rank calls this. Raises UserError if there is no checkpoint.
+    """
+    given = config.model.checkpoint
+    if given is None:
+        return config
+    found = platform.on_first_rank(lambda: find_checkpoint(Path(given)))
+    return replace(config, model=replace(config.model, checkpoint=str(found)))
 
 
 def resolve_architecture(config: Config, source: Path | None = None) -> Architecture:

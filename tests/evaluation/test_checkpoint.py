@@ -16,6 +16,7 @@ from refine_mcore.data import load_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.evaluation.checkpoint import arithmetic, end_tokens, identity
 from refine_mcore.models.presets import preset
+from refine_mcore.training.setup import with_one_checkpoint
 from tests.data.test_windows import CodePoints
 from tests.training.jobs import TOKENIZER
 
@@ -45,7 +46,8 @@ def test_figures_of_something_else_have_another_identity(
     rows.write_text("1")
 
     def now(*overrides: str, tokenizer: Any = SENTENCEPIECE, files: tuple[Path, ...] = ()) -> str:
-        found = identity(config(checkpoints, *overrides), tokenizer, (rows, *files))
+        opened = with_one_checkpoint(config(checkpoints, *overrides))
+        found = identity(opened, tokenizer, (rows, *files))
         return json.dumps(found)
 
     first = now()
@@ -67,6 +69,16 @@ def test_figures_of_something_else_have_another_identity(
     assert len({first, *others}) == 10
     with pytest.raises(UserError, match=r"cannot read .*missing\.jsonl: No such file"):
         now(files=(tmp_path / "missing.jsonl",))
+
+
+def test_what_was_opened_stays_that_when_the_run_saves_again(
+    checkpoints: Path, single_rank: Any
+) -> None:
+    opened = with_one_checkpoint(config(checkpoints))
+    before = identity(opened, SENTENCEPIECE, ())
+    (checkpoints / LATEST_FILE).write_text("4")
+    assert identity(with_one_checkpoint(opened), SENTENCEPIECE, ()) == before
+    assert opened.model.checkpoint == str(checkpoints / "iter_0000002")
 
 
 def test_the_arithmetic_is_named(checkpoints: Path) -> None:

@@ -419,6 +419,9 @@ def test_bfloat16_runs_begin_from_float32_weights(config, plain_run, tmp_path, s
         *NO_LEARNING,
     )
     assert weights(tmp_path / "run", tmp_path / "found") == weights(plain_run, tmp_path / "source")
+    newest = find_checkpoint(plain_run / "checkpoints")  # not what that run may save later
+    kept = load_config(tmp_path / "run" / "config.yaml", [])
+    assert kept.model.checkpoint == str(newest) and newest.name.startswith("iter_")
 
 
 def test_original_is_not_needed_once_training_runs(golden, config, tmp_path, monkeypatch) -> None:
