@@ -96,16 +96,16 @@ def run_rows(
     """Generate and score what is missing of every row and seed; `progress(n)` hears of n more.
 
     `text_of` makes the text of a response. Rows of a task are batched in their order; a response
-    does not depend on the others of its batch. Raises UserError for a row that the model has no
-    finite logits for.
+    does not depend on the others. Raises UserError for a row that the model has no finite logits
+    for.
     """
-    work = [(row, number, seed) for seed in seeds for number, row in enumerate(rows)]
-    todo = [item for item in work if results.missing(item[0].task, item[0].key, item[2])]
+    work = [(row, seed) for seed in seeds for row in rows]
+    todo = [(row, seed) for row, seed in work if results.missing(row.task, row.key, seed)]
     progress(len(work) - len(todo))
     while todo:
-        row, _, seed = todo[0]
+        row, seed = todo[0]
         alike = (row.task, row.max_new_tokens, seed)
-        batch = [x for x in todo[:batch_size] if (x[0].task, x[0].max_new_tokens, x[2]) == alike]
+        batch = [x for x in todo[:batch_size] if (x[0].task, x[0].max_new_tokens, x[1]) == alike]
         todo = [x for x in todo[:batch_size] if x not in batch] + todo[batch_size:]
 
         def ended(tokens: list[int], row: Row = row) -> bool:
@@ -113,14 +113,14 @@ def run_rows(
 
         try:
             responses = generate(
-                [item[0].prompt for item in batch],
+                [each.prompt for each, _ in batch],
                 row.max_new_tokens,
                 seed,
-                [number for _, number, _ in batch],
+                [each.draws for each, _ in batch],
                 ended if row.one_line else None,
             )
         except NotFiniteError as error:
             raise UserError(f"{row.task} {batch[error.stream][0].key}: {error}") from None
-        for (each, _, _), tokens in zip(batch, responses, strict=True):
+        for (each, _), tokens in zip(batch, responses, strict=True):
             results.add_response(each, seed, text_of(each, tokens))
         progress(len(batch))

@@ -11,7 +11,6 @@ With `reset: example` its answer does too.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
@@ -131,22 +130,16 @@ class AdaptingModel:
         length = max(len(row.prompt) for row in rows)
         found = []
         for start in range(0, len(rows), size):
-            prompts = [row.prompt for row in rows[start : start + size]]
-            tokens, mask = padded(prompts, length)
-            names = torch.tensor([_name(prompt) for prompt in prompts])
-            sample = {"tokens": tokens, "mask": mask, "sample_index": names}
+            some = rows[start : start + size]
+            tokens, mask = padded([row.prompt for row in some], length)
+            index = torch.tensor([row.draws for row in some])
+            sample = {"tokens": tokens, "mask": mask, "sample_index": index}
             found.append(TextBatch.of(sample, platform.device()))
         return found
 
 
 def _origins(rows: Sequence[Row]) -> str:
     return " to ".join(dict.fromkeys((rows[0].origin, rows[-1].origin)))
-
-
-def _name(prompt: Sequence[int]) -> int:
-    """A number that stands for a prompt in the random draws."""
-    data = b",".join(b"%d" % token for token in prompt)
-    return int.from_bytes(hashlib.sha256(data).digest()[:7], "little")
 
 
 def answer_rows(config: Config, tokenizer: Tokenizer, pg_collection: Any) -> str:

@@ -139,6 +139,19 @@ def test_only_the_seeds_asked_for_are_reported(command: list[str], tmp_path: Pat
     assert mean["mean"] <= 1 and mean["count"] == 2
 
 
+def test_a_sampled_response_does_not_depend_on_what_else_is_asked(
+    command: list[str], tmp_path: Path
+) -> None:
+    asked = [*command, "--temperature", "1", "--rows", "3"]
+    main([*asked, "--tasks", "ruler_squadqa"])
+    alone = {line["key"]: line["response"] for line in lines(tmp_path)}
+    main([*asked, "--tasks", "niah_multikey_1,ruler_squadqa", "--output", str(tmp_path / "both")])
+    both = (tmp_path / "both" / "results.jsonl").read_text().splitlines()
+    found = [line for line in map(json.loads, both) if line["task"] == "ruler_squadqa"]
+    assert {line["key"]: line["response"] for line in found} == alone
+    assert len(set(alone.values())) == 3
+
+
 def test_a_row_without_finite_logits_is_named(tmp_path: Path) -> None:
     rows = [Row("trec", str(number), [1], ("a",), 4, {}) for number in range(3)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 
@@ -22,3 +23,9 @@ class Row:
     # of a row from a file
     file: str = ""
     origin: str = ""  # `file:line`
+
+    @property
+    def draws(self) -> int:
+        """The number that stands for the prompt in random draws, whatever else is answered."""
+        data = b",".join(b"%d" % token for token in self.prompt)
+        return int.from_bytes(hashlib.sha256(data).digest()[:7], "little")
