@@ -72,15 +72,16 @@ def open_checkpoint(config: Config, tokenizer: str | None) -> Iterator[Opened]:
         yield Opened(model, loaded, end_tokens(loaded, directory), config)
 
 
-def end_tokens(tokenizer: Tokenizer, directory: Path) -> frozenset[int]:
-    """What ends a response: the tokenizer's EOS, and what the generation settings of the checkpoint
-    or description in `directory` name. A warning says that there is nothing."""
-    found = {*end_token_ids(directory), *([] if tokenizer.eos_id < 0 else [tokenizer.eos_id])}
+def end_tokens(tokenizer: Tokenizer, checkpoint: Path | None) -> frozenset[int]:
+    """What ends a response: the tokenizer's EOS, and what the generation settings of the
+    checkpoint, if there is one, name. A warning says that there is nothing."""
+    of_checkpoint = () if checkpoint is None else end_token_ids(checkpoint)
+    found = {*of_checkpoint, *([] if tokenizer.eos_id < 0 else [tokenizer.eos_id])}
     if not found and platform.rank() == 0:
         logger.warning(
-            "neither the tokenizer nor the generation settings of %s name a token that ends a "
-            "text: every response goes on for as long as it may",
-            directory,
+            "neither the tokenizer nor generation settings (%s) name a token that ends a text: "
+            "every response goes on for as long as it may",
+            checkpoint,
         )
     return frozenset(found)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,29 +25,30 @@ from refine_mcore.evaluation.tasks import VARIANTS, Row, niah_rows
 from refine_mcore.generation import NotFiniteError, generate, response_text
 from refine_mcore.models.fast_weight_model import FastWeightModel, LanguageModel
 from refine_mcore.models.whole_model import whole_model
-from refine_mcore.training.setup import DESCRIPTION
 
 _BATCH = 4  # needles at a time
 
 
 class HeldOut:
-    """What `evaluation` of a configuration asks for, ready to be run on a model.
+    """What `evaluation` of a configuration asks for, ready to be run on a model; responses end as
+    those of the checkpoint `origin` do, where the run has one. Every rank makes one.
 
-    Raises UserError for texts that cannot be read and a length that needles do not fit into.
+    Raises UserError for texts and settings that cannot be read and a length that needles do not fit
+    into.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, origin: Path | None) -> None:
         options, self._tokenizer = config.evaluation, tokenizer
-        self._description = Path(config.run.directory) / DESCRIPTION
         length = options.text_length or config.data.sequence_length
         documents = islice(read_documents(options.paths), options.texts)
         self._texts = [tokenizer.text_to_ids(document.text)[:length] for document in documents]
         self._borders = doubling_borders(length)
-        self._rows = []
+        self._rows: list[Row] = []
         if options.niah_length is not None:
             variants = list(VARIANTS)
             lengths = [options.niah_length]
             self._rows = niah_rows(tokenizer, lengths, options.niah_rows, 0, variants)
+            self._ends = platform.on_first_rank(lambda: end_tokens(tokenizer, origin))
 
     def figures(self, stage: FastWeightModel, pg_collection: Any) -> dict[str, float]:
         """By name, the same on all ranks, each of which calls this with its part of the model. The
@@ -66,10 +66,9 @@ class HeldOut:
                 sums[name] = [a + b for a, b in zip(sums[name], found, strict=True)]
         of_tasks = {row.task: [0.0, 0.0] for row in self._rows}
         rows = self._rows[mine]
-        ends = self._end_tokens if self._rows else frozenset()
         for start in range(0, len(rows), _BATCH):
             batch = rows[start : start + _BATCH]
-            for row, scored in zip(batch, self._scores(model, batch, ends), strict=True):
+            for row, scored in zip(batch, self._scores(model, batch), strict=True):
                 of_tasks[row.task][0] += 1
                 of_tasks[row.task][1] += scored
         flat = [x for values in (*sums.values(), *of_tasks.values()) for x in values]
@@ -90,17 +89,10 @@ class HeldOut:
             result[f"evaluation/{task}"] = scored / count
         return result
 
-    @cached_property
-    def _end_tokens(self) -> frozenset[int]:
-        """Every rank asks for them, when the run has begun and holds what its checkpoints carry."""
-        return platform.on_first_rank(lambda: end_tokens(self._tokenizer, self._description))
-
-    def _scores(
-        self, model: LanguageModel, rows: Sequence[Row], ends: frozenset[int]
-    ) -> list[float]:
+    def _scores(self, model: LanguageModel, rows: Sequence[Row]) -> list[float]:
         prompts, most = [row.prompt for row in rows], max(row.max_new_tokens for row in rows)
         try:
-            responses = generate(model, prompts, most, end_tokens=ends)
+            responses = generate(model, prompts, most, end_tokens=self._ends)
         except NotFiniteError:  # the loss of held-out texts is none either, and the run goes on
             return [math.nan] * len(rows)
         texts = [

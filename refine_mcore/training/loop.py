@@ -117,12 +117,13 @@ class Run:
         )
         self.engine = self.run_step.engine
         self._recorded: dict[str, str] = {}
-        self.held_out = HeldOut(config, self.tokenizer) if config.evaluation.every else None
+        start = config.model.checkpoint
+        origin = source or (None if start is None else Path(start))
+        every = config.evaluation.every
+        self.held_out = HeldOut(config, self.tokenizer, origin) if every else None
         if source is not None:
             load_training(source, self.model, self.optimizer, self.scheduler)
             self._say(f"resumed from {source} at step {self.progress.step}")
-        start = config.model.checkpoint
-        origin = source or (None if start is None else Path(start))
         description = self.directory / DESCRIPTION
         trained_with = tokenizer_file(config.data.tokenizer)
         arch = self.model.config.arch

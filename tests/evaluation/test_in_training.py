@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from refine_mcore.config import load_config
+from refine_mcore.conversion.description import find_checkpoint
 from refine_mcore.data import load_tokenizer
 from refine_mcore.errors import UserError
 from refine_mcore.evaluation import in_training
@@ -95,15 +96,26 @@ def _train(config: Path, options: list[str]) -> None:
     dist.barrier()
 
 
+def test_bad_generation_settings_end_a_run_before_it_begins(plain: Any, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    run_job(plain[0], source, "training.steps=2")
+    newest = find_checkpoint(source / "checkpoints")
+    (newest / "hf" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(UserError, match="eos_token_id must be a token id or a list of them"):
+        run_job(plain[0], tmp_path / "run", f"model.checkpoint={source / 'checkpoints'}", *OPTIONS)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_needles_without_finite_logits_end_no_run(
-    plain: Any, monkeypatch: pytest.MonkeyPatch
+    plain: Any, monkeypatch: pytest.MonkeyPatch, single_rank: Any
 ) -> None:
     def generate(*_: Any, **__: Any) -> Any:
         raise NotFiniteError(0, 0)
 
     monkeypatch.setattr(in_training, "generate", generate)
-    held_out = in_training.HeldOut(load_config(plain[0], list(OPTIONS)), load_tokenizer(TOKENIZER))
-    found = held_out._scores(None, held_out._rows[:2], frozenset())  # type: ignore[arg-type]
+    config = load_config(plain[0], list(OPTIONS))
+    held_out = in_training.HeldOut(config, load_tokenizer(TOKENIZER), None)
+    found = held_out._scores(None, held_out._rows[:2])  # type: ignore[arg-type]
     assert len(found) == 2 and all(map(math.isnan, found))
 
 
