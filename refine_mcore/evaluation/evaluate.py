@@ -15,7 +15,7 @@ from refine_mcore import platform
 from refine_mcore.data import Tokenizer, read_documents
 from refine_mcore.errors import UserError
 from refine_mcore.evaluation import report
-from refine_mcore.evaluation.checkpoint import Opened, arithmetic, identity
+from refine_mcore.evaluation.checkpoint import Opened, arithmetic, checkpoint_directory, identity
 from refine_mcore.evaluation.metrics import LONGBENCH_TASKS, RULER_QA_TASKS
 from refine_mcore.evaluation.next_token import doubling_borders, next_token_scores
 from refine_mcore.evaluation.runner import Results, run_rows
@@ -105,13 +105,15 @@ def evaluate(opened: Opened, settings: Settings, output: Path) -> str:
     scored = results.of(rows, settings.seeds)
     texts = [x for x in results.lines if x["task"] == "ntp" and "ntp" in settings.tasks]
     table, positions = report.scores(scored), report.next_token_means(texts)
-    text = report.markdown(table, positions, arithmetic(opened.config))
+    checkpoint = checkpoint_directory(opened.config)
+    text = report.markdown(table, positions, checkpoint, arithmetic(opened.config))
     if first:
         means = {
             task: {column: asdict(mean) for column, mean in columns.items()}
             for task, columns in table.items()
         }
         figures = {
+            "checkpoint": str(checkpoint),
             "settings": known,
             "seeds": settings.seeds,
             "scores": means,

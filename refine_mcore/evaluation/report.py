@@ -96,10 +96,11 @@ def next_token_means(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(
     table: dict[str, dict[str, Mean]],
     positions: list[dict[str, Any]],
+    checkpoint: Path,
     arithmetic: dict[str, str],
 ) -> str:
     """Tables like the paper's: a row per task, a column per length, in percent; then next tokens by
-    position; and what was computed in."""
+    position; and of which checkpoint, computed in what."""
     parts = []
     if table:
         lengths = sorted({x for row in table.values() for x in row if x != "all"}, key=int)
@@ -124,7 +125,8 @@ def markdown(
                 f"{sampled.percent()} | {x['tokens']:,} |"
             )
         parts.append("\n".join(lines))
-    parts.append("Computed with " + ", ".join(f"{x} {y}" for x, y in arithmetic.items()) + ".")
+    settings = ", ".join(f"{x} {y}" for x, y in arithmetic.items())
+    parts.append(f"Checkpoint {checkpoint}, computed with {settings}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -206,4 +206,5 @@ def answer_rows(config: Config, tokenizer: Tokenizer, pg_collection: Any) -> str
                 for row, tokens in zip(batch, adapted.answer(batch, ends), strict=True):
                     if results.missing(row.task, row.key, 0):
                         results.add_response(row, 0, response_text(tokenizer, row.prompt, tokens))
-    return markdown(scores(results.of(rows, [0])), [], arithmetic(config))
+    table = scores(results.of(rows, [0]))
+    return markdown(table, [], checkpoint_directory(config), arithmetic(config))

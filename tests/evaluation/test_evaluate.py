@@ -13,6 +13,7 @@ import torch
 from examples.evaluate import main
 from refine_mcore import platform
 from refine_mcore.config import load_config
+from refine_mcore.conversion.description import find_checkpoint
 from refine_mcore.errors import UserError
 from refine_mcore.evaluation import evaluate as evaluation
 from refine_mcore.evaluation.next_token import next_token_scores
@@ -112,7 +113,10 @@ def test_a_killed_evaluation_goes_on(
     assert [x["tokens"] for x in buckets] == [2 * 255, 2 * 44, 2 * 299]
     assert report["seeds"] == [0]
     assert report["settings"]["arithmetic"] == {"training.dtype": "float32"}
-    assert "Computed with training.dtype float32." in (tmp_path / "out/report.md").read_text()
+    newest = find_checkpoint(Path(command[1]))
+    assert report["checkpoint"] == str(newest) and newest.name == "iter_0000002"
+    told = f"Checkpoint {newest}, computed with training.dtype float32.\n"
+    assert (tmp_path / "out" / "report.md").read_text().endswith(told)
     assert (tmp_path / "out" / "needles.png").stat().st_size > 1000
     rows = tmp_path / "rows.jsonl"
     written = rows.read_text()
@@ -248,7 +252,7 @@ def test_means_are_over_rows() -> None:
     )
     assert found["t"]["512"] == Mean(0.75, 0.25, 2)
     assert found["t"]["all"].count == 3
-    shown = markdown(found, [], {"training.dtype": "float32"})
+    shown = markdown(found, [], Path("iter_1"), {"training.dtype": "float32"})
     assert "| t | 75.0 ± 25.0 | 0.0 | 50.0 ± 28.9 | 3 |" in shown
     assert not plot_needles([{"task": "t", "group": {}, "score": 1.0}], Path("none.png"))
 
