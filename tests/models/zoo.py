@@ -7,7 +7,7 @@ windows are a few tokens, so that short texts and branches cross them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -31,6 +31,7 @@ from refine_mcore.models.delta_rule_state import DeltaRuleState
 from refine_mcore.models.fast_weight_model import FastWeightModel, LanguageModel, build_model
 from refine_mcore.models.initialization import initialize
 from refine_mcore.models.lact_state import LaCTState, open_chunk_length
+from refine_mcore.models.sharding import main_gradient
 from refine_mcore.models.state import FastWeightState
 from refine_mcore.models.transformer_config import FastWeightConfig, transformer_config
 from refine_mcore.rollout.scoring import BranchScores, score_hidden
@@ -242,11 +243,20 @@ def _fast_weights(state: LaCTState, stream: int) -> list[Tensor]:
 def gradients(model: FastWeightModel, loss: Tensor) -> dict[str, Tensor]:
     """The gradient of `loss` for every parameter, zero where it does not reach."""
     named = dict(model.named_parameters())
+    if all(hasattr(p, "main_grad") for p in named.values()):  # layers may hand autograd none
+        return gathered_gradients(model, loss.backward)
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {
         name: torch.zeros_like(p) if g is None else g
         for (name, p), g in zip(named.items(), found, strict=True)
     }
+
+
+def gathered_gradients(model: FastWeightModel, run: Callable[[], None]) -> dict[str, Tensor]:
+    """What `run` adds up for every parameter of a `wrapped` model."""
+    wrapped(model).zero_grad_buffer()
+    run()
+    return {name: main_gradient(p).clone() for name, p in model.named_parameters()}
 
 
 def assert_same(

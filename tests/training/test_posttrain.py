@@ -63,8 +63,7 @@ class ByHand:
         self._adam = torch.optim.AdamW(self.model.parameters(), config.optimizer.lr, weight_decay=0)
 
     def descend(self, loss: Tensor) -> float:
-        found = torch.autograd.grad(loss, list(self.model.parameters()))
-        return self._step(list(found))
+        return self._step(loss.backward)
 
     def refine(self, prompts: list[TextBatch], step: int) -> list[float]:
         """Optimizer steps of the published schedule on copied prefixes."""
@@ -75,12 +74,13 @@ class ByHand:
         context = StepContext(self.model, self.config.refine, randomness, groups.dp)
         norms = []
         for run in train.optimizer_steps("prefix_copy", context, prompts, StepAccumulator()):
-            self._wrapped.zero_grad_buffer()
-            run()
-            norms.append(self._step([main_gradient(p) for p in self.model.parameters()]))
+            norms.append(self._step(run))
         return norms
 
-    def _step(self, found: list[Tensor]) -> float:
+    def _step(self, backward: Callable[[], None]) -> float:
+        self._wrapped.zero_grad_buffer()
+        backward()
+        found = [main_gradient(p) for p in self.model.parameters()]
         for parameter, gradient in zip(self.model.parameters(), found, strict=True):
             parameter.grad = gradient.clone()
         self._adam.step()

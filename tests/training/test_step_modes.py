@@ -13,7 +13,6 @@ from torch import Tensor
 from refine_mcore.config import RefineConfig
 from refine_mcore.models.fast_weight_model import FastWeightModel
 from refine_mcore.models.packing import Documents
-from refine_mcore.models.sharding import main_gradient
 from refine_mcore.pipeline.engine import PipelineEngine
 from refine_mcore.rollout.branches import Randomness
 from refine_mcore.rollout.decode import draw_tokens
@@ -25,6 +24,7 @@ from tests.models.zoo import (
     FAMILIES,
     NAMES,
     assert_same_gradients,
+    gathered_gradients,
     gradients,
     random_tokens,
     wrapped,
@@ -58,7 +58,7 @@ class Step:
         self.model, self.config = model, config
         accumulated = StepAccumulator()
         steps = optimizer_steps(mode, model, config, seed, batches, accumulated)
-        self.gradients = [gradients_of(model, run) for run in steps]
+        self.gradients = [gathered_gradients(model, run) for run in steps]
         self.metrics: Any = accumulated.reduce(model.pg_collection, len(self.gradients))
         self._texts = accumulated.texts
 
@@ -82,13 +82,6 @@ def optimizer_steps(
     train = TrainStep(wrapped(model), None, config, seed, groups, engine)
     context = StepContext(model, config, Randomness(seed, 2), groups.dp)
     return train.optimizer_steps(mode, context, batches, metrics)
-
-
-def gradients_of(model: FastWeightModel, run: Callable[[], None]) -> dict[str, Tensor]:
-    """What `run` adds up for every parameter."""
-    wrapped(model).zero_grad_buffer()
-    run()
-    return {name: main_gradient(p).clone() for name, p in model.named_parameters()}
 
 
 def assert_same_step(actual: Step, expected: Step) -> None:
@@ -457,7 +450,7 @@ def test_later_mini_batches_see_the_ratio_to_the_old_policy(name: str, model_of:
         with torch.no_grad():
             for p in model.parameters():
                 p += 0.05 * torch.randn_like(p)
-        gradient = gradients_of(model, next(steps))
+        gradient = gathered_gradients(model, next(steps))
         ratio = (full_run_log_probs(model, second) - old).exp()
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         worst = torch.maximum(-advantage * ratio, -advantage * clipped)
