@@ -77,6 +77,32 @@ def test_branches_attend_as_torchs(size, window, dtype, tolerance):
     )
 
 
+def test_torchs_form_loses_nothing_of_bfloat16_but_its_last_rounding():
+    """Scores of 16 and more, each of which bfloat16 would round by up to 0.06, keep their digits,
+    as they do in the attention of the text that the branches left; so do the weights."""
+    options: dict[str, Any] = {
+        "spans": (Span(0, 150, 0), Span(0, 150, 150)),
+        "rows": (0, 0, 0),
+        "limit": (120, 200, 300),
+        "window": None,
+    }
+    q = 4 * randn(3, 5, 4, 64)
+    others = [randn(*shape, 2, 64) for shape in ((3, 5), (3, 6), (1, 150), (1, 151))]
+    others[1], others[3] = others[1][:, :5], others[3][:, :150]
+    inputs = [x.bfloat16() for x in (q, *others, *(x.flip(1) for x in others[2:]))]
+    upstream = randn(3, 5, 4, 64).bfloat16()
+
+    def of(dtype: torch.dtype) -> list[Tensor]:
+        given = [x.to(dtype).detach().requires_grad_() for x in inputs]
+        query, *own_and_text = given
+        pieces = [tuple(own_and_text[i : i + 2]) for i in (0, 2, 4)]
+        out = branches.branch_attention(query, pieces[0], pieces[1:], **options)
+        return [out, *torch.autograd.grad(out, given, upstream.to(dtype))]
+
+    for found, expected in zip(of(torch.bfloat16), of(torch.float64), strict=True):
+        assert (found.double() - expected).norm() < 2e-3 * expected.norm()
+
+
 def test_a_part_of_a_piece():
     """Of which the rest is never read, and has a gradient of zeros."""
     k, v = (randn(1, 100, 2, 16).float().to(DEVICE) for _ in range(2))

@@ -46,7 +46,7 @@ def branch_attention(
     queries' own; ``text`` keys and values [B,S_i,kv_heads,dim] in pieces, of which streams see the
     ``spans``.  Stream r has left row rows[r] of the text after limit[r] tokens.  A query sees the
     ``window`` keys up to and including its own, its text's before its stream's, None: all of them.
-    Returns [R,T,heads,dim].
+    Computed in at least float32.  Returns [R,T,heads,dim] in the dtype of q.
     """
     core = partial(_core, spans=spans, window=window, rows=rows, limit=limit)
     # scores over the text are [streams T, S]: made again in the backward rather than kept
@@ -64,12 +64,18 @@ def _core(
     limit: Sequence[int],
 ) -> Tensor:
     streams, length, heads, dim = q.shape
-    kv_heads = own_k.shape[2]
-    compute = torch.promote_types(q.dtype, torch.float32)
+    kv_heads, dtype = own_k.shape[2], q.dtype
+    compute = torch.promote_types(dtype, torch.float32)
     scale = dim**-0.5
+    # the attention of a text rounds no score to bfloat16 either
+    q, own_k, own_v = (x.to(compute) for x in (q, own_k, own_v))
     pieces = list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
     text_k, text_v = zip(
-        *((s.of(k), s.of(v)) for s, (k, v) in zip(spans, pieces, strict=True)), strict=True
+        *(
+            (s.of(k).to(compute), s.of(v).to(compute))
+            for s, (k, v) in zip(spans, pieces, strict=True)
+        ),
+        strict=True,
     )
     groups = StreamGroups(rows, text_k[0].shape[0])
 
@@ -90,15 +96,15 @@ def _core(
 
     before = own_k.shape[1] - length
     hidden = _hidden_from_branches(spans, before, length, window, tuple(limit), q.device)
-    joined = torch.cat(scores, dim=-1).to(compute).mul_(scale)
+    joined = torch.cat(scores, dim=-1).mul_(scale)
     with torch.no_grad():  # what weighs nothing has no gradient
         joined.masked_fill_(hidden[:, None, None], float("-inf"))
-    weights = joined.softmax(dim=-1).to(q.dtype).split([x.shape[-1] for x in scores], dim=-1)
+    weights = joined.softmax(dim=-1).split([x.shape[-1] for x in scores], dim=-1)
     out = weights[-1] @ own_v.transpose(1, 2).unsqueeze(2)
     for of_piece, v in zip(weights, text_v, strict=False):
         by_stream = of_piece.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, -1)
         out = out + streams_first(by_head(groups.gather(by_stream)) @ v.transpose(1, 2))
-    return out.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, dim)
+    return out.permute(0, 3, 1, 2, 4).reshape(streams, length, heads, dim).to(dtype)
 
 
 # The layers of a model ask for the same one, one after the other.
