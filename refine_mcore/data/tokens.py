@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import numpy as np
 
 from refine_mcore import platform
 from refine_mcore.config import DataConfig
-from refine_mcore.data.documents import read_documents
+from refine_mcore.data.documents import Document, read_documents
 from refine_mcore.data.tokenizer import Tokenizer, tokenizer_file, tokenizer_library
 from refine_mcore.errors import UserError
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "tokens"
 _CHUNK = 1 << 20  # bytes of a file that are hashed at a time
+_BATCH = 1 << 23  # characters that are tokenized at a time
 
 
 @dataclass(frozen=True)
@@ -144,23 +145,24 @@ class _Work:
                 shutil.rmtree(left_over, ignore_errors=True)
 
     def _write(self, target: Path) -> Generator[None, None, _Summary]:
-        """Write all files into the directory `target`, one document in memory at a time."""
+        """Write all files into the directory `target`, a batch of documents in memory at a time."""
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
         data, index = target / f"{_PREFIX}.bin", target / f"{_PREFIX}.idx"
         tokens, file, place = 0, None, ""
-        builder = IndexedDatasetBuilder(
-            str(data), dtype=DType.optimal_dtype(self._tokenizer.vocab_size)
-        )
+        vocab_size = self._tokenizer.vocab_size
+        builder = IndexedDatasetBuilder(str(data), dtype=DType.optimal_dtype(vocab_size))
         try:
             for number, path in enumerate(self._config.paths):
-                for document in read_documents([path]):
-                    ids = np.asarray(self._tokenizer.text_to_ids(document.text), dtype=np.int32)
-                    assert not len(ids) or 0 <= ids.min() <= ids.max() < self._tokenizer.vocab_size
-                    builder.add_document(ids, [len(ids)])
-                    if len(ids) > tokens:
-                        tokens, file = len(ids), number
-                        place = document.origin.removeprefix(str(Path(path)))
+                for batch in _batches(read_documents([path])):
+                    found = self._tokenizer.texts_to_ids([document.text for document in batch])
+                    for document, of_document in zip(batch, found, strict=True):
+                        ids = np.asarray(of_document, dtype=np.int32)
+                        assert not len(ids) or 0 <= ids.min() <= ids.max() < vocab_size
+                        builder.add_document(ids, [len(ids)])
+                        if len(ids) > tokens:
+                            tokens, file = len(ids), number
+                            place = document.origin.removeprefix(str(Path(path)))
                     yield
             builder.finalize(str(index))
         finally:
@@ -182,6 +184,19 @@ class _Work:
             f"{self._files}: no document is as long as {wanted}, the longest is {longest} with "
             f"{summary.tokens}"
         )
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Enough of them at a time for all cores to have some."""
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _hash_file(path: Path) -> Generator[None, None, str]:

@@ -41,6 +41,7 @@ def test_a_byte_order_mark_and_characters_of_two_halves_are_read(tmp_path):
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', ":2: the line is not valid JSON in UTF-8"),
         ("a.jsonl", b'{"text": "\xff"}\n', ":1: the line is not valid JSON in UTF-8"),
+        ("a.jsonl", b"[" * 100_000 + b"]" * 100_000, ":1: the line is not valid JSON in UTF-8"),
         ("a.jsonl", b'{"text": "a\\uD800b"}\n', r":1: a string holds \ud800, half of a character"),
         ("a.jsonl", b'{"content": "x"}\n', ":1: the line is not an object with a string field"),
         ("a.jsonl", b'{"text": ["x"]}\n', ":1: the line is not an object with a string field"),
@@ -135,6 +136,14 @@ def test_json_tokenizers_keep_the_text_exactly(json_tokenizer):
     assert tokenizer.text_to_ids("a<bos>b")[1] == 0
 
 
+def test_many_texts_are_tokenized_as_each_alone(json_tokenizer):
+    texts = [document.text[:2000] for document in read_documents([CORPUS])]
+    texts += ["", " two  spaces ", "naïve 日本 \x00", "<s></s>", "a" * 3000]
+    for path in (ROOT / "examples/data/tokenizer.model", json_tokenizer):
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.texts_to_ids(texts) == [tokenizer.text_to_ids(text) for text in texts]
+
+
 def test_eos_is_what_the_configuration_beside_names(json_tokenizer, tmp_path):
     file = shutil.copy(json_tokenizer, tmp_path)
     assert load_tokenizer(file).eos_id == -1
@@ -158,6 +167,17 @@ def test_ids_past_a_gap_count(json_tokenizer, tmp_path):
     assert tokenizer.text_to_ids("<end>") == [450]
     with pytest.raises(UserError, match=r"\.json has no token 451: its ids are below 451$"):
         tokenizer.ids_to_text([3, 451])
+
+
+def test_pieces_are_not_drawn(json_tokenizer, tmp_path):
+    """Also by a file that asks for it: tokens that are kept are the same on all nodes."""
+    data = json.loads(json_tokenizer.read_text())
+    data["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer, text = load_tokenizer(tmp_path), "one and the same sentence " * 10
+    expected = load_tokenizer(json_tokenizer).text_to_ids(text)
+    assert tokenizer.text_to_ids(text) == expected
+    assert tokenizer.texts_to_ids([text]) == [expected]
 
 
 def test_directories_hold_one_tokenizer_of_two_kinds(json_tokenizer, tmp_path):
@@ -207,5 +227,7 @@ def test_trainer_makes_the_shipped_file(trainer, tmp_path):
 
 def test_trainer_refuses_too_little_text(trainer, tmp_path):
     (tmp_path / "a.txt").write_text("hardly anything")
-    with pytest.raises(UserError, match=r"no tokenizer of 2048 pieces from .*a\.txt"):
-        trainer.train([str(tmp_path / "a.txt")], 2048)
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
+    for name in ("a.txt", "b.jsonl"):
+        with pytest.raises(UserError, match=rf"no tokenizer of 2048 pieces from .*{name}"):
+            trainer.train([str(tmp_path / name)], 2048)

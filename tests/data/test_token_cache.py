@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 
 from refine_mcore import platform
 from refine_mcore.config import DataConfig
-from refine_mcore.data import LongDocumentWindows, build_dataset, read_documents
+from refine_mcore.data import LongDocumentWindows, build_dataset, read_documents, tokens
 from refine_mcore.errors import UserError
 from tests.distributed.harness import run_distributed
 
@@ -46,6 +47,9 @@ class Characters:
             self.before(self.calls)
         self.calls += 1
         return list(text.encode()) if text.isascii() else list(map(ord, text))
+
+    def texts_to_ids(self, texts: list[str]) -> list[list[int]]:
+        return list(map(self.text_to_ids, texts))
 
     def ids_to_text(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
@@ -113,12 +117,13 @@ text = st.text(st.characters(codec="utf-8"), max_size=12)
     second=text.filter(str.strip),
     third=st.lists(text, min_size=1, max_size=2),
     length=st.integers(1, 8),
+    batch=st.integers(1, 40),
 )
 def test_windows_are_those_of_the_texts(
-    first: list[str], second: str, third: list[str], length: int
+    first: list[str], second: str, third: list[str], length: int, batch: int
 ) -> None:
     """In the same order, with the same sentences; read anew, and from what was kept."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, patch.object(tokens, "_BATCH", batch):
         directory = Path(name)
         files = (
             write_jsonl(directory / "a.jsonl", first),
@@ -339,6 +344,7 @@ def _memory(files: Path, directory: Path) -> None:
         assert len(dataset) >= 64 and len(dataset[0]) == 1024
         return status("VmHWM") - before
 
+    tokens._BATCH = 1 << 16  # so that both hold whole batches
     peak("medium.jsonl")  # what the first time takes
     peaks = [_of_all(peak(name)) for name in ("medium.jsonl", "large.jsonl")]
     assert max(peaks[1]) < max(peaks[0]) + (12 << 20), peaks

@@ -34,6 +34,9 @@ class CodePoints:
     def text_to_ids(self, text: str) -> list[int]:
         return [ord(character) for character in text]
 
+    def texts_to_ids(self, texts: list[str]) -> list[list[int]]:
+        return list(map(self.text_to_ids, texts))
+
     def ids_to_text(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
 

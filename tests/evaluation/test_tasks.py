@@ -28,6 +28,9 @@ class Letters:
     def text_to_ids(self, text: str) -> list[int]:
         return [ord(c) for c in text]
 
+    def texts_to_ids(self, texts: list[str]) -> list[list[int]]:
+        return list(map(self.text_to_ids, texts))
+
     def ids_to_text(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
 
