@@ -39,12 +39,13 @@ def train(inputs: list[str], vocab_size: int) -> bytes:
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
-            max_sentence_length=max(len(line.encode()) for line in lines) + 1,
+            max_sentence_length=max((len(line.encode()) for line in lines), default=0) + 1,
             num_threads=1,
             minloglevel=2,
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]  # behind the place in the library's sources
+        reason = reason or "they hold no text"
         raise UserError(
             f"no tokenizer of {vocab_size} pieces from {', '.join(inputs)}: {reason}"
         ) from None

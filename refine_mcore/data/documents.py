@@ -64,7 +64,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 raise UserError(
                     f"{origin}: a string holds {half}, half of a character, which is no text"
                 ) from None
-            except ValueError:  # bad JSON and bad UTF-8 alike
+            except (ValueError, RecursionError):  # bad JSON, bad UTF-8, lists in lists without end
                 raise UserError(f"{origin}: the line is not valid JSON in UTF-8") from None
             yield origin, record
 

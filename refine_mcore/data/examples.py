@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from refine_mcore import platform
@@ -45,11 +48,10 @@ class Example:
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """An example as token ids; `answer` is the first reference, what is trained on."""
+    """An example as token ids, int32; `answer` is the first reference, what is trained on."""
 
-    example: Example
-    prompt: list[int]
-    answer: list[int]
+    prompt: npt.NDArray[np.int32]
+    answer: npt.NDArray[np.int32]
 
 
 def read_examples(paths: Iterable[str | Path]) -> Iterator[Example]:
@@ -68,7 +70,7 @@ def read_examples(paths: Iterable[str | Path]) -> Iterator[Example]:
                 empty = False
                 yield _example(row, origin)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
         if empty:
             raise UserError(f"{path}: holds no examples")
 
@@ -79,15 +81,27 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         from pyarrow import parquet
     except ModuleNotFoundError:
         raise UserError(f"{path}: reading .parquet takes pyarrow, of the extra `eval`") from None
+    number = 0
     try:
         with path.open("rb") as file:
-            number = 0
             for rows in parquet.ParquetFile(file).iter_batches(batch_size=_ROWS):
-                for row in rows.to_pylist():
+                # one by one, as a value may be none of Python's: text that is not UTF-8, a date
+                for place in range(rows.num_rows):
                     number += 1
-                    yield f"{path}: row {number}", row
-    except pyarrow.ArrowException:
+                    yield f"{path}: row {number}", _values(rows.slice(place, 1), path, number)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.strerror is not None:  # the system's, not pyarrow's
+            raise
         raise UserError(f"{path} is not a readable parquet file") from None
+
+
+def _values(row: Any, path: Path, number: int) -> Any:
+    """The fields of a record batch of one row."""
+    try:
+        return row.to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: row {number} cannot be read: {reason}") from None
 
 
 _READERS = {".jsonl": read_json_lines, ".parquet": _read_parquet}
@@ -98,7 +112,8 @@ def _example(row: Any, origin: str) -> Example:
     prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{origin} has no text in the field 'prompt'")
-    name = "answers" if "answers" in fields else "answer"
+    # files of rows of both kinds have a null in the other field
+    name = "answers" if fields.get("answers") is not None else "answer"
     value = fields.get(name)
     answers = [value] if isinstance(value, str) else value
     if not isinstance(answers, list) or not all(isinstance(text, str) for text in answers):
@@ -124,18 +139,23 @@ def tokenize_examples(
             f"data.sequence_length ({config.sequence_length}) leaves no room for a prompt beside "
             f"data.max_answer_tokens ({config.max_answer_tokens})"
         )
-    work = _tokenize(config, tokenizer, shortest_prompt)
-    examples = platform.work_apart(work if platform.rank() == 0 else None)[0]
-    assert examples is not None
-    return examples
+    examples: list[TokenizedExample] = []
+    work = _tokenize(config, tokenizer, shortest_prompt, examples)
+    platform.work_apart(work if platform.rank() == 0 else None)
+    # not as what the work returns, which is gathered with room for as much from every rank
+    shared = [examples]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    return shared[0]
 
 
 def _tokenize(
-    config: DataConfig, tokenizer: Tokenizer, shortest: int
-) -> Generator[None, None, list[TokenizedExample]]:
+    config: DataConfig, tokenizer: Tokenizer, shortest: int, examples: list[TokenizedExample]
+) -> Generator[None, None, None]:
+    """Append to `examples`."""
     longest, most = config.sequence_length - config.max_answer_tokens, config.max_answer_tokens
     end = [_end_of_text(config, tokenizer)] if config.answer_eos else []
-    examples, cut = [], 0
+    cut = 0
     for example in read_examples(config.paths):
         prompt = tokenizer.text_to_ids(example.prompt)
         answer = tokenizer.text_to_ids(example.answers[0]) + end
@@ -152,11 +172,11 @@ def _tokenize(
                 "refine.num_chunks)"
             )
         cut += len(answer) > most
-        examples.append(TokenizedExample(example, prompt, answer[:most]))
+        kept = (np.asarray(ids, dtype=np.int32) for ids in (prompt, answer[:most]))
+        examples.append(TokenizedExample(*kept))
         yield
     if cut:
         logger.warning("%d of %d answers are cut to %d tokens", cut, len(examples), most)
-    return examples
 
 
 def _end_of_text(config: DataConfig, tokenizer: Tokenizer) -> int:
@@ -202,8 +222,12 @@ class ShuffledExamples:
         """`tokens`, `mask` of prompts and answers, `targets` [b, S]: the tokens of the answers;
         `documents` [b, S] where rows are packed."""
         rows = [[self._examples[i] for i in self._rows[self._order[s]]] for s in samples]
-        batch = packed([[item.prompt + item.answer for item in row] for row in rows], self._length)
-        answers = [[[0] * len(item.prompt) + [1] * len(item.answer) for item in r] for r in rows]
+        texts = [[np.concatenate((item.prompt, item.answer)) for item in row] for row in rows]
+        batch = packed(texts, self._length)
+        answers = [
+            [np.repeat((0, 1), (len(item.prompt), len(item.answer))) for item in row]
+            for row in rows
+        ]
         batch["targets"] = packed(answers, self._length)["tokens"].bool()
         if not self._packs:
             del batch["documents"]

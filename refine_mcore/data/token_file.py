@@ -10,7 +10,10 @@ from torch import Tensor
 
 from refine_mcore.errors import UserError
 
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_INTEGERS = (
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+)
 
 
 def read_token_file(path: Path, key: str, vocab_size: int) -> Tensor:

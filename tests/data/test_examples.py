@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -24,9 +28,9 @@ from refine_mcore.data import (
     read_examples,
     tokenize_examples,
 )
-from refine_mcore.data.examples import Example
 from refine_mcore.errors import UserError
 from tests.data.test_windows import CodePoints, numbered
+from tests.distributed.harness import run_distributed
 
 ROWS = [
     {"prompt": "what is it", "answers": ["a cat", "cat"], "task": "qa", "max_gen_tokens": 32},
@@ -59,7 +63,16 @@ def test_both_formats_say_the_same(tmp_path: Path) -> None:
     assert of_table[1].origin == f"{tmp_path / 'a.parquet'}: row 2"
 
 
-@pytest.mark.parametrize("field", [{"answer": "x"}, {"answer": ["x", "y"]}, {"answers": "x"}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"answer": "x"},
+        {"answer": ["x", "y"]},
+        {"answers": "x"},
+        {"answers": None, "answer": "x"},
+        {"answers": ["x"], "answer": None},
+    ],
+)
 def test_references_by_either_name(tmp_path: Path, field: dict[str, Any]) -> None:
     (example,) = read_examples([write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p"} | field])])
     assert example.answers[0] == "x"
@@ -119,6 +132,44 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         assert str(error.value).endswith(complaint), name
 
 
+def column(kind: pyarrow.DataType, values: list[Any], stored: pyarrow.DataType) -> pyarrow.Array:
+    """Values of one kind that are said to be of another, as faulty writers leave them."""
+    array = pyarrow.array(values, type=stored)
+    return pyarrow.Array.from_buffers(kind, len(array), array.buffers())
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        (
+            column(pyarrow.string(), [b"p", b"\xff"], pyarrow.binary()),
+            "'utf-8' codec can't decode byte 0xff in position 0",
+        ),
+        (column(pyarrow.timestamp("ns"), [0, 1], pyarrow.int64()), "Nanosecond resolution"),
+        (column(pyarrow.timestamp("us"), [0, 1 << 62], pyarrow.int64()), "date value out of"),
+    ],
+)
+def test_values_that_cannot_be_read_are_named(
+    tmp_path: Path, values: pyarrow.Array, complaint: str
+) -> None:
+    table = pyarrow.table({"prompt": ["p", "q"], "answer": ["a", "b"], "other": values})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError) as error:
+        list(read_examples([tmp_path / "a.parquet"]))
+    assert str(error.value).startswith(f"{tmp_path}/a.parquet: row 2 cannot be read: {complaint}")
+
+
+def test_a_damaged_parquet_file_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    whole = path.read_bytes()
+    for place in (4, 5, 6, len(whole) - 20, len(whole) - 60):  # heads of pages, and the file's
+        path.write_bytes(whole[:place] + b"\xff\xff" + whole[place + 2 :])
+        with pytest.raises(UserError) as error:
+            list(read_examples([path]))
+        assert str(error.value) == f"{path} is not a readable parquet file"
+
+
 def test_sequence_has_room_for_answers(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(UserError, match="leaves no room for a prompt"):
@@ -149,9 +200,8 @@ def test_eos_is_one_of_an_answers_tokens(tmp_path: Path, most: int, answer: str)
 
 def plain(count: int, length: int, seed: int) -> ShuffledExamples:
     """Example i is i, answered by i."""
-    origin = Example("", ("",), {}, "")
-    items = [TokenizedExample(origin, [i], [i]) for i in range(count)]
-    return ShuffledExamples(items, length, seed)
+    tokens = [np.array([i], dtype=np.int32) for i in range(count)]
+    return ShuffledExamples([TokenizedExample(ids, ids) for ids in tokens], length, seed)
 
 
 @given(
@@ -172,3 +222,35 @@ def test_order_is_that_of_windows(count: int, start: int, micro_batch: int, rank
             a, b = next(ours), next(theirs)
             assert torch.equal(a["tokens"], b["tokens"])
             assert torch.equal(a["sample_index"], b["sample_index"])
+
+
+def test_examples_take_as_much_memory_as_their_tokens(tmp_path: Path) -> None:
+    rows = [{"prompt": "語" * 20_000, "answer": "a", "title": "t" * 20_000}] * 10
+    config = settings(write_jsonl(tmp_path / "a.jsonl", rows), sequence_length=20_008)
+    tracemalloc.start()
+    try:
+        examples = tokenize_examples(config, CodePoints(), 128)
+        assert tracemalloc.get_traced_memory()[0] < 4.2 * 10 * 20_000
+    finally:
+        tracemalloc.stop()
+    assert examples[9].prompt.tolist() == [ord("語")] * 20_000
+
+
+def test_ranks_share_examples(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p" * 1990, "answer": "answer"}] * 10)
+    run_distributed(_share, 2, settings(path, sequence_length=2000))
+
+
+def _share(config: DataConfig) -> None:
+    """Without a collective in which every rank makes room for as much of every other."""
+    gathered, gather = [], dist.all_gather_object
+
+    def counted(found: list[Any], mine: Any) -> None:
+        gathered.append(len(pickle.dumps(mine)))
+        gather(found, mine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather_object", counted)
+        examples = build_examples(config, CodePoints(), 128, 1)
+    assert 0 < max(gathered) < 100
+    assert examples.batch([9])["tokens"][0, 1988:1992].tolist() == [112, 112, 97, 110]

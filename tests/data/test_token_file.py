@@ -13,14 +13,14 @@ from refine_mcore.data.token_file import read_token_file
 from refine_mcore.errors import UserError
 
 IDS = torch.tensor([[0, 5, 96], [3, 3, 2]])
+DTYPES = [f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64)]
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """Good and bad tensors under descriptive names."""
     path = tmp_path / "tokens.safetensors"
-    dtypes = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    good = {str(dtype): IDS.to(dtype) for dtype in dtypes}
+    good = {f"torch.{dtype}": IDS.to(getattr(torch, dtype)) for dtype in DTYPES}
     bad = {
         "float": IDS.float(),
         "complex": IDS.to(torch.complex64),
@@ -36,7 +36,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_reads_integers(file: Path, dtype: str) -> None:
     tokens = read_token_file(file, f"torch.{dtype}", vocab_size=97)
     assert tokens.dtype == torch.int64
