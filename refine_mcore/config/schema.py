@@ -77,6 +77,9 @@ class DataConfig:
     # a state, positions and targets of its own; prompts with their answers likewise. none: a window
     # lies within one document, whose remainder is dropped, and an example has a row of its own.
     packing: Literal["none", "documents"] = "none"
+    # Where the tokens of documents are kept: runs that name the same directory tokenize the same
+    # documents once. null: RUN/data.
+    cache: str | None = None
     # Seed of the order of the windows or examples (each epoch has its own order).
     seed: NonNegativeInt = 1234
     # Most tokens of an answer; what is longer is cut.

@@ -3,8 +3,9 @@
     DIRECTORY/tokens-HASH/tokens.bin, tokens.idx    Megatron's IndexedDataset, a sequence a document
     DIRECTORY/tokens-HASH/tokens.json               the longest document, and the files' sizes
 
-HASH is of all that decides the tokens, not of the files' names: files may move. A `tokens-HASH`
-appears by rename once it is complete, is never changed afterwards, and may be removed between runs.
+HASH is of all that decides the tokens, not of the files' names: files may move, and any number of
+runs may share DIRECTORY, at once too. A `tokens-HASH` appears by rename once it is complete, is
+never changed afterwards, and may be removed between runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
@@ -33,14 +35,7 @@ if TYPE_CHECKING:
 _PREFIX = "tokens"
 _CHUNK = 1 << 20  # bytes of a file that are hashed at a time
 _BATCH = 1 << 23  # characters that are tokenized at a time
-
-
-@dataclass(frozen=True)
-class _Target:
-    """What to write, under `name`; `job` is of one start of one run."""
-
-    name: str
-    job: str
+_ABANDONED = 3600  # seconds: who is still writing does so every few
 
 
 @dataclass(frozen=True)
@@ -73,15 +68,15 @@ def map_tokens(
     work = _Work(config, tokenizer, directory, longest)
     rank = platform.rank()
     # One after the other: nodes mostly share the directory, and find what rank 0 has written.
-    target = platform.work_apart(work.begin() if rank == 0 else None)[0]
-    assert target is not None
-    platform.work_apart(work.provide(target) if rank and platform.first_of_node() else None)
-    if _read_summary(directory / target.name) is None:
+    name = platform.work_apart(work.begin() if rank == 0 else None)[0]
+    assert name is not None
+    platform.work_apart(work.provide(name) if rank and platform.first_of_node() else None)
+    if _read_summary(directory / name) is None:
         raise UserError(
-            f"rank {rank} does not see {directory / target.name}, where the first rank of its node "
-            "has put the tokens"
+            f"rank {rank} does not see {directory / name}, where the first rank of its node has "
+            "put the tokens"
         )
-    return IndexedDataset(str(directory / target.name / _PREFIX))
+    return IndexedDataset(str(directory / name / _PREFIX))
 
 
 class _Work:
@@ -93,30 +88,30 @@ class _Work:
         self._config, self._tokenizer, self._directory = config, tokenizer, directory
         self._longest = longest
 
-    def begin(self) -> Generator[None, None, _Target]:
+    def begin(self) -> Generator[None, None, str]:
         """Name the tokens by the files that this node sees, and provide them."""
-        target = _Target((yield from self._name()), uuid.uuid4().hex)
-        yield from self.provide(target, named=True)
-        return target
+        name = yield from self._name()
+        yield from self.provide(name, named=True)
+        return name
 
-    def provide(self, target: _Target, named: bool = False) -> Generator[None, None, None]:
+    def provide(self, name: str, named: bool = False) -> Generator[None, None, None]:
         """Write the tokens unless they are there; `named` if the name is of this node's files."""
-        self._remove_leftovers(target.job)
-        summary = _read_summary(self._directory / target.name)
+        self._remove_leftovers()
+        summary = _read_summary(self._directory / name)
         if summary is not None:
             self._check_length(summary)
             return
-        if not named and (yield from self._name()) != target.name:
+        if not named and (yield from self._name()) != name:
             raise UserError(
                 f"data.paths ({self._files}) or data.tokenizer ({self._config.tokenizer}) do not "
                 "hold the same on all nodes"
             )
-        partial = self._directory / f".{target.name}.{target.job}.{platform.rank()}.partial"
+        partial = self._directory / f".{name}.{uuid.uuid4().hex}.partial"
         try:
             partial.mkdir(parents=True)
             summary = yield from self._write(partial)
             self._check_length(summary)
-            _publish(partial, self._directory / target.name)
+            _publish(partial, self._directory / name)
         except OSError as error:  # of documents, reading has made it a UserError
             raise UserError(
                 f"cannot write the tokens of data.paths to {self._directory}: {error.strerror}"
@@ -138,11 +133,13 @@ class _Work:
             parts.append(path.suffix + (yield from _hash_file(path)))
         return f"{_PREFIX}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}"
 
-    def _remove_leftovers(self, job: str) -> None:
-        """Those of earlier starts: other nodes of this one may be writing."""
+    def _remove_leftovers(self) -> None:
+        """Those of starts that have ended: others may be writing."""
         for left_over in self._directory.glob(f".{_PREFIX}-*.partial"):
-            if job not in left_over.name:
-                shutil.rmtree(left_over, ignore_errors=True)
+            with suppress(OSError):
+                written = max(path.stat().st_mtime for path in (left_over, *left_over.iterdir()))
+                if time.time() - written > _ABANDONED:
+                    shutil.rmtree(left_over, ignore_errors=True)
 
     def _write(self, target: Path) -> Generator[None, None, _Summary]:
         """Write all files into the directory `target`, a batch of documents in memory at a time."""

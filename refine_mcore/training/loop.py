@@ -106,7 +106,7 @@ class Run:
             lambda: progress_of(config, source, self.phase.identity())
         )
         self.directory = platform.on_first_rank(lambda: prepare_run_directory(config))
-        tokens = self.directory / TOKENS
+        tokens = Path(config.data.cache or self.directory / TOKENS)
         self.dataset = self.phase.samples(self.tokenizer, architecture.vocab_size, tokens)
         self.first_rank = dist.get_rank() == 0
         self.groups = platform.initialize_model_parallel(

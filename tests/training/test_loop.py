@@ -30,7 +30,7 @@ from refine_mcore.training.setup import training_model
 from tests.conversion.helpers import WEIGHTS, copy_model, files, to_checkpoint, to_hf
 from tests.distributed.harness import run_distributed
 from tests.models.zoo import short_chunks
-from tests.training.jobs import STEPS, column, run_job, write_config, write_letters
+from tests.training.jobs import STEPS, column, metrics, run_job, write_config, write_letters
 
 FAMILIES = ("tiny-deltanet", "tiny-gated-deltanet", "tiny-lact")
 # Two-rank layouts. Micro-batches of one text interleave the data-parallel ranks' samples.
@@ -138,6 +138,18 @@ def test_files_of_a_run(config: Path, tmp_path: Path, capsys) -> None:
     for path in (run / "metrics.jsonl", run / "checkpoints" / f"iter_{STEPS:07d}"):
         assert str(path) in shown.out
     assert f"tensorboard --logdir {run}" in shown.out
+
+
+def test_runs_share_tokens(config: Path, plain_run: Path, tmp_path: Path) -> None:
+    cache, written = tmp_path / "cache", []
+    for length in (48, 64):
+        run = tmp_path / str(length)
+        run_job(config, run, f"data.cache={cache}", f"data.sequence_length={length}")
+        assert not (run / "data").exists()
+        [tokens] = cache.iterdir()
+        written.append(tokens.stat().st_mtime_ns)
+    assert written[0] == written[1]
+    assert metrics(run) == metrics(plain_run)
 
 
 @pytest.mark.parametrize("preset", FAMILIES)
