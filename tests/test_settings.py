@@ -166,6 +166,7 @@ TABLE: list[tuple[str, Seen]] = [
     ),
     ("data.sequence_length", Seen("72", lambda s: s.batches[0][0].tokens.shape[1])),
     ("data.packing", Seen("documents", lambda s: s.batches[0][0].documents, ANOTHER)),
+    ("data.cache", Seen("$elsewhere", lambda s: "data" in s.files, False)),
     ("data.seed", Seen("5", first_texts, ANOTHER)),
     ("refine.mode", Seen("ntp", lambda s: s.column("reward_mean"), [None])),
     ("refine.mode", Seen("prefix_copy", lambda s: len(s.passes), ANOTHER)),
