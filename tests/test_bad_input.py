@@ -22,6 +22,8 @@ from examples.pretrain_refine import main as pretrain
 from refine_mcore.errors import cli
 from tests.conversion.helpers import to_checkpoint
 from tests.training.jobs import ROOT, run_job, write_config, write_letters
+from tools.generate import _parse as parse_generation
+from tools.generate import main as generate
 from tools.score import main as score
 
 Refused = Callable[..., str]
@@ -344,6 +346,21 @@ def test_score_tokens(refused_score: Refused, tmp_path: Path) -> None:
     assert f"{file} is not a readable safetensors file" in refused_score(tokens=file)
     missing = tmp_path / "no.safetensors"
     assert refused_score(tokens=missing) == f"{missing} does not exist"
+
+
+def test_generate_says_what_it_cannot_do(refused: Refused, tmp_path: Path) -> None:
+    options = ("--checkpoint", tmp_path, "--prompt", "a")
+    assert "--stop names an empty text" in refused(generate, *options, "--stop", "b", "")
+    assert refused(generate, *options, "--max-new-tokens", 0) == (
+        "--max-new-tokens must be at least 1, not 0"
+    )
+    assert "--prompt is not text in UTF-8" in refused(generate, *options[:3], "\udcff")
+
+
+def test_each_stop_counts() -> None:
+    options = ["--checkpoint", "c", "--prompt", "a", "--stop", "b", "c", "--stop", "d"]
+    assert parse_generation(options).stop == ["b", "c", "d"]
+    assert parse_generation(options[:4]).stop == []
 
 
 def run_program(*command: object) -> tuple[int, str]:

@@ -20,6 +20,10 @@ from refine_mcore.errors import UserError, cli
 
 def main(argv: list[str]) -> None:
     arguments = _parse(argv)
+    if "" in arguments.stop:
+        raise UserError("--stop names an empty text, which is behind every token")
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
     prompt = _prompt(arguments)
     config = config_from_dict(
         {"model": {"checkpoint": arguments.checkpoint}, "training": {"dtype": "float32"}},
@@ -87,7 +91,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", nargs="*", default=[], help="texts to stop behind")
+    parser.add_argument(
+        "--stop", nargs="*", action="extend", default=[], help="texts to stop behind"
+    )
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     return parser.parse_args(argv)
 

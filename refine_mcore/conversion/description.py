@@ -50,6 +50,9 @@ _TRAVELLERS = (
     "added_tokens.json",
     "chat_template.json",
     "chat_template.jinja",
+    "preprocessor_config.json",  # these three: what a vision tower's inputs are made with
+    "video_preprocessor_config.json",
+    "processor_config.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -115,8 +118,12 @@ def write_description(
 def copy_description(source: Path, target: Path, architecture: Architecture) -> None:
     """Pass a checkpoint's HF files on to the checkpoint `target`, now of `architecture`."""
     write_description(target, architecture)
-    if (source / HF_DIRECTORY).is_dir():
-        shutil.copytree(source / HF_DIRECTORY, target / HF_DIRECTORY)
+    # without permissions: what comes from a checkpoint kept read-only must be removable again
+    for file in (source / HF_DIRECTORY).rglob("*"):
+        if file.is_file():
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def find_tokenizer(directory: Path) -> Path | None:

@@ -198,11 +198,20 @@ def _write_config(description: Description, path: Path, dtype: str | None, repor
         if changed:
             report(f"config.json is changed in {', '.join(_leaves(changed))}, as the model was")
     if dtype is not None:
-        name = "dtype" if "dtype" in config else "torch_dtype"  # newer and older transformers
-        changed[name] = str(torch_dtype(dtype)).removeprefix("torch.")
+        changed = _merged(changed, _dtype_settings(config, dtype))
     merged = _merged(config, changed)
     if merged != config:
         path.write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n")
+
+
+def _dtype_settings(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """What to set in `config`, by the name of newer or older transformers; the text model of a
+    larger one may say it for itself, which counts where it is loaded alone."""
+    name = str(torch_dtype(dtype)).removeprefix("torch.")
+    text = config.get("text_config") or {}
+    inner = {key: name for key in ("dtype", "torch_dtype") if key in text}
+    outer = "dtype" if "dtype" in config or "dtype" in inner else "torch_dtype"
+    return {outer: name, **({"text_config": inner} if inner else {})}
 
 
 def _difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -103,6 +103,9 @@ _SHELL_FIXED: dict[str, tuple[Any, ...]] = {
     "elementwise_affine": (True,),
     "rope_scaling": (None,),
     "attnres_block_size": (None,),
+    # of files older than today's classes, which do not read them
+    "use_rope": (False, None),
+    "rms_norm_eps": (1e-6,),
 }
 FLA_FAMILIES = {
     "delta_net": FlaFamily(
@@ -134,7 +137,7 @@ FLA_FAMILIES = {
             Key("use_gate", "use_gate", bool, True),
             Key("allow_neg_eigval", "allow_neg_eigval", bool, False),
         ),
-        {},
+        {"output_gate_activation": ("swish", "silu")},
     ),
     "lact_swiglu": FlaFamily(
         "LaCTForCausalLM",

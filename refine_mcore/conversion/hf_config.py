@@ -32,6 +32,11 @@ def architecture_from_hf(config: dict[str, Any], source: str) -> Architecture:
         raise UserError(
             f"{source}: unknown model_type {model_type!r}, known: {', '.join(_FAMILIES)}"
         )
+    if config.get("quantization_config") is not None:
+        raise UserError(
+            f"{source}: it has a quantization_config, and quantized weights are not supported: "
+            "convert the original model, or one with the weights restored"
+        )
     family = _FAMILIES[model_type]
     try:
         return family.read(config, source)

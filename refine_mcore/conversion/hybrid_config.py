@@ -48,6 +48,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "attention_dropout": (0.0, None),
     "attn_output_gate": (True,),
+    "output_gate_type": ("swish", "silu", None),  # of the linear layers
     "rope_scaling": (None,),
 }
 _LAYER_TYPES = ("linear_attention", "full_attention")
@@ -107,12 +108,13 @@ class HybridFamily:
         )
 
     def _rotary(self, config: dict[str, Any], source: str) -> dict[str, Any]:
-        """Theta and fraction; older files have them beside the other settings."""
+        """Theta and fraction; older files have them, or one of them, beside the other settings."""
         rope = config.get("rope_parameters")
         if rope is None:
-            rope = {key.name: config[key.name] for key in self.rotary if key.name in config}
+            rope = {}
         if not isinstance(rope, dict):
             raise Refused(f"{source}: rope_parameters must hold named settings, got {rope!r}")
+        rope = {key.name: config[key.name] for key in self.rotary if key.name in config} | rope
         where = f"{source}: rope_parameters"
         # sections are of images: a text's positions are equal in all of them
         known = {"rope_type", "mrope_section", "mrope_interleaved", "rope_theta"}
@@ -130,6 +132,7 @@ class HybridFamily:
         config = {
             "hidden_act": "silu",
             "attention_bias": False,
+            "pad_token_id": None,  # else OLMo-Hybrid's own, which a smaller vocabulary lacks
             **write_settings(_SHELL, architecture),
             **write_settings(self.linear, architecture.mixer),
             **write_settings(self.attention, attention),
@@ -177,7 +180,8 @@ HYBRID_FAMILIES = {
     "olmo_hybrid": HybridFamily(
         "OlmoHybridForCausalLM",
         linear=(*_LINEAR, _NEGATIVE),
-        rotary=(Key("rope_theta", "rope_theta", float, None, nullable=True),),
+        # null: no positions; without the setting transformers rotates, its documentation does not
+        rotary=(Key("rope_theta", "rope_theta", float, nullable=True),),
         fixed_linear={"norm_eps": 1e-5},
         fixed_attention={"qk_layernorm": "full_width"},
         post_norm=True,

@@ -67,6 +67,7 @@ class Names:
     """
 
     model: str = "model."
+    model_alias: str | None = None  # files may begin their names with this instead
     embeddings: str = "embeddings.weight"
     mixer: str = "attn."
     attention: str = "attn."
@@ -116,7 +117,8 @@ _QWEN = Names(
 )
 _NAMES = {
     "lact_swiglu": _LACT,
-    "qwen3_5_text": _QWEN,
+    # transformers saves a text model that it read from a larger one under the larger one's names
+    "qwen3_5_text": replace(_QWEN, model_alias="model.language_model."),
     "qwen3_5": replace(_QWEN, model="model.language_model."),
     "olmo_hybrid": Names(
         embeddings="embed_tokens.weight",
@@ -161,7 +163,7 @@ def hf_parameter_map(
     table.append(_whole(f"{names.model}norm.weight", (hidden,), "decoder.final_layernorm.weight"))
     if not architecture.tie_embeddings:
         table.append(_whole(LM_HEAD, (vocab, hidden), OUTPUT_KEY))
-    return table
+    return [_with_model_alias(parameter, names) for parameter in table]
 
 
 def embeddings_name(table: Sequence[HFParameter]) -> str:
@@ -239,6 +241,14 @@ def to_hf_tensors(
         else rows(parameter.parts[0])
         for parameter in table
     }
+
+
+def _with_model_alias(parameter: HFParameter, names: Names) -> HFParameter:
+    if names.model_alias is None or not parameter.name.startswith(names.model):
+        return parameter
+    known = (parameter.name, *parameter.aliases)
+    others = (names.model_alias + name.removeprefix(names.model) for name in known)
+    return replace(parameter, aliases=(*parameter.aliases, *others))
 
 
 def _whole(name: str, shape: Shape, key: str) -> HFParameter:

@@ -4,6 +4,7 @@ tensors, tensors that no text pass uses, settings in nested places."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,20 @@ def test_either_names_and_cuts_of_olmo_hybrid(golden, tmp_path) -> None:
     assert files(to_hf(two, tmp_path / "exported")) == files(published)
 
 
+def test_text_model_under_the_names_of_the_larger_one(golden, tmp_path) -> None:
+    """As transformers saves what AutoModelForCausalLM read of a checkpoint with a vision tower."""
+    plain = copy_model(golden, "qwen35_text", tmp_path / "plain")
+    other = copy_model(golden, "qwen35_text", tmp_path / "other")
+    change_weights(
+        other,
+        lambda ts: {re.sub(r"^model\.", "model.language_model.", k): t for k, t in ts.items()},
+    )
+    assert "model.language_model.embed_tokens.weight" in load_file(other / WEIGHTS)
+    one, two = (to_checkpoint(m, tmp_path / f"{m.name}-checkpoint") for m in (plain, other))
+    assert same(contents(one), contents(two))
+    assert files(to_hf(two, tmp_path / "exported")) == files(other)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_unused_tensors_of_any_dtype_travel(golden, tmp_path, capsys, sharded: bool) -> None:
     """They need not be numbers that a weight can be, and a saved run passes them on."""
@@ -123,6 +138,19 @@ def test_conversion_on_request_leaves_unused_tensors(golden, tmp_path) -> None:
     assert json.loads((exported / "config.json").read_text()) == config | {"dtype": "bfloat16"}
     again = to_hf(to_checkpoint(exported, tmp_path / "imported"), tmp_path / "again")
     assert files(again) == files(exported)
+
+
+def test_dtype_is_told_where_the_text_model_tells_it(golden, tmp_path) -> None:
+    """The text model loaded alone takes its own setting, and would round what was widened."""
+    model = copy_model(golden, "qwen35_vl_tied", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    del config["dtype"]
+    config["text_config"]["dtype"] = "bfloat16"
+    (model / "config.json").write_text(json.dumps(config))
+    checkpoint = to_checkpoint(model, tmp_path / "checkpoint")
+    exported = to_hf(checkpoint, tmp_path / "exported", "--dtype", "float64")
+    config["dtype"] = config["text_config"]["dtype"] = "float64"
+    assert json.loads((exported / "config.json").read_text()) == config
 
 
 def test_config_follows_a_changed_model_where_it_is_nested(golden, tmp_path, capsys) -> None:
@@ -184,8 +212,6 @@ def test_no_positions_where_the_published_olmo_hybrid_has_none(golden) -> None:
     rope = {"rope_type": "default", "rope_theta": None}
     architecture = architecture_from_hf(config_of(golden, "olmo_hybrid", rope_parameters=rope), "c")
     assert architecture.attention is not None and architecture.attention.rope_theta is None
-    without = config_of(golden, "olmo_hybrid", rope_parameters=None)
-    assert architecture_from_hf(without, "c") == architecture
 
 
 def test_rotation_in_an_older_place(golden) -> None:
@@ -193,6 +219,18 @@ def test_rotation_in_an_older_place(golden) -> None:
     older = {k: v for k, v in config["rope_parameters"].items() if k != "rope_type"}
     old = config_of(golden, "qwen35_text", rope_parameters=..., **older)
     assert architecture_from_hf(old, "c") == architecture_from_hf(config, "c")
+
+    older.pop("partial_rotary_factor")
+    apart = config_of(golden, "qwen35_text", rope_parameters=older, partial_rotary_factor=0.5)
+    attention = architecture_from_hf(apart, "c").attention
+    assert attention is not None and attention.rotary_percent == 0.5
+    inside = config_of(golden, "qwen35_text", partial_rotary_factor=0.5)  # counts no more
+    assert architecture_from_hf(inside, "c") == architecture_from_hf(config, "c")
+
+    parameters = {"rope_type": "default"}
+    olmo = config_of(golden, "olmo_hybrid", rope_parameters=parameters, rope_theta=500.0)
+    attention = architecture_from_hf(olmo, "c").attention
+    assert attention is not None and attention.rope_theta == 500.0
 
 
 @pytest.mark.parametrize(
@@ -214,6 +252,8 @@ def test_rotation_in_an_older_place(golden) -> None:
             "rope_parameters.factor 8.0 is not supported",
         ),
         ("qwen35_text", {"attention_bias": True}, "attention_bias True is not supported"),
+        ("qwen35_text", {"output_gate_type": "sigmoid"}, "output_gate_type 'sigmoid' is not supp"),
+        ("qwen35_vl_tied", {"quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
         ("qwen35_text", {"head_dim": ...}, "head_dim is missing"),
         (
             "qwen35_text",
@@ -225,6 +265,8 @@ def test_rotation_in_an_older_place(golden) -> None:
         ("qwen35_text", {"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
         ("qwen35_vl_tied", {"text_config": None}, "text_config must hold named settings, got None"),
         ("olmo_hybrid", {"num_attention_heads": 7}, "does not divide hidden_size 60"),
+        ("olmo_hybrid", {"rope_parameters": None}, "rope_parameters: rope_theta is missing"),
+        ("olmo_hybrid", {"rope_parameters": ...}, "rope_parameters: rope_theta is missing"),
     ],
 )
 def test_refused(golden, name: str, settings: dict[str, Any], words: str) -> None:

@@ -1,6 +1,7 @@
 """Import then export restores every byte, and what lies between is a Megatron checkpoint."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,8 @@ def test_tied_embeddings(golden, tmp_path, with_head: bool) -> None:
 def test_tokenizer_travels_and_code_does_not(golden, tmp_path) -> None:
     model = copy_model(golden, "deltanet", tmp_path / "model")
     expected = files(model)
-    for name in ("tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"):
+    names = ("tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja")
+    for name in (*names, "preprocessor_config.json", "video_preprocessor_config.json"):
         expected[name] = name.encode()
         (model / name).write_bytes(expected[name])
     for name in ("modeling.py", "pytorch_model.bin", "README.md"):
@@ -209,6 +211,23 @@ def test_trained_checkpoint(golden, tmp_path, single_rank, capsys) -> None:
     assert capsys.readouterr().err == ""
 
 
+def test_description_of_a_checkpoint_kept_read_only(golden, tmp_path) -> None:
+    """Passed on, it can be written to and removed."""
+    checkpoint = to_checkpoint(
+        copy_model(golden, "deltanet", tmp_path / "model"), tmp_path / "checkpoint"
+    )
+    kept = [checkpoint / "hf", *(checkpoint / "hf").rglob("*")]
+    for path in kept:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    run = tmp_path / "run"
+    run.mkdir()
+    copy_description(checkpoint, run, read_description(checkpoint).architecture)
+    for path in kept:
+        assert (run / path.relative_to(checkpoint)).stat().st_mode & 0o200
+        path.chmod(0o755)
+    assert read_description(run) == replace(read_description(checkpoint), hf_directory=run / "hf")
+
+
 def write_random(architecture: Architecture, checkpoint: Path, dtype: torch.dtype) -> None:
     checkpoint.mkdir()
     shapes = checkpoint_shapes(hf_parameter_map(architecture))
@@ -229,6 +248,8 @@ def test_model_that_never_was_hf(tmp_path, name: str) -> None:
     config = json.loads((exported / "config.json").read_text())
     assert architecture_from_hf(config, "config.json") == architecture
     assert config["torch_dtype"] == "bfloat16"
+    if architecture.attention is not None:  # the default of OLMo-Hybrid's class is 100277
+        assert config["pad_token_id"] is None
 
     again = to_hf(to_checkpoint(exported, tmp_path / "imported"), tmp_path / "again")
     assert files(again) == files(exported)
