@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from refine_mcore.conversion.parameters import checkpoint_shapes, hf_parameter_map
 from refine_mcore.models.architecture import Architecture
@@ -154,9 +155,23 @@ def _count(
             parameter.fill_(0.01)
     ids = torch.zeros(1, tokens, dtype=torch.long)
     batch = TextBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(1))
-    return saved_tensors(
-        lambda: text_pass(model, batch, with_entropy=True, record=True), model.parameters()
-    )
+    with _WithoutProducts():
+        return saved_tensors(
+            lambda: text_pass(model, batch, with_entropy=True, record=True), model.parameters()
+        )
+
+
+class _WithoutProducts(TorchDispatchMode):
+    """Matrix products are zeros: what is kept depends on their shapes, and in bfloat16 a CPU takes
+    its time for them."""
+
+    _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket not in self._PRODUCTS or "out" in (kwargs or {}):
+            return func(*args, **(kwargs or {}))
+        left, right = args[-2:]
+        return left.new_zeros(*left.shape[:-1], right.shape[-1])
 
 
 class MemoryEstimate(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,19 @@ def test_the_estimate_adds_up(single_rank: Any) -> None:
     assert one.optimizer == 2 * one.weights_and_gradients == 4 * four.optimizer
     assert one.activations == 64 * (2 * counted.layer + counted.rest) == four.activations
     assert one.total == sum(one)
+
+
+@pytest.mark.parametrize("name", ["tiny-lact", "tiny-gated-deltanet", "tiny-olmo-hybrid"])
+def test_the_count_does_not_depend_on_products(
+    name: str, single_rank: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = count_saved_bytes(preset(name), single_rank, tokens=96)
+    monkeypatch.setattr("refine_mcore.benchmark.memory._WithoutProducts", nullcontext)
+    computed = count_saved_bytes(preset(name), single_rank, tokens=96)
+    assert [(x.bytes, x.dtype, x.shape) for x in without.largest] == [
+        (x.bytes, x.dtype, x.shape) for x in computed.largest
+    ]
+    assert without.layer == computed.layer
 
 
 def test_layers_of_a_hybrid_count_as_what_they_are(single_rank: Any) -> None:
