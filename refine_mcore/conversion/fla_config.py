@@ -17,6 +17,7 @@ from refine_mcore.conversion.settings import (
     read_setting,
     read_settings,
     refuse_unsupported,
+    unread_settings,
     write_settings,
 )
 from refine_mcore.models.architecture import (
@@ -54,6 +55,12 @@ class FlaFamily:
     def names(self) -> list[tuple[str, str]]:
         """Our field names and the names in the file."""
         return [(key.field, key.name) for key in (*_SHELL, *self.keys)]
+
+    def unread(self, config: dict[str, Any]) -> list[str]:
+        """Settings that `read` does not know."""
+        known = {key.name for key in (*_SHELL, *self.keys)} | _SHELL_FIXED.keys()
+        known |= self.fixed.keys() | {"intermediate_size", "hidden_ratio"}
+        return unread_settings(config, known if self.options is LaCTOptions else known | {"attn"})
 
     def read(self, config: dict[str, Any], source: str) -> Architecture:
         """The architecture that a `config.json` describes."""

@@ -49,6 +49,12 @@ def architecture_from_hf(config: dict[str, Any], source: str) -> Architecture:
         raise UserError(f"{source}: {message}") from None
 
 
+def settings_not_read(config: dict[str, Any]) -> list[str]:
+    """Settings of a config.json, that `architecture_from_hf` has accepted, which nothing here reads
+    and which may be ones that the model was trained with: newer than this project."""
+    return _FAMILIES[config["model_type"]].unread(config)
+
+
 def hf_config(architecture: Architecture, model_type: str | None = None) -> dict[str, Any]:
     """A `config.json` for `architecture`; `architecture_from_hf` is its inverse.
 

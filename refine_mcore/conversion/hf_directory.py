@@ -11,7 +11,7 @@ from refine_mcore.conversion.description import (
     SINGLE_FILE,
     read_json_object,
 )
-from refine_mcore.conversion.hf_config import architecture_from_hf
+from refine_mcore.conversion.hf_config import architecture_from_hf, settings_not_read
 from refine_mcore.conversion.parameters import (
     LM_HEAD,
     HFParameter,
@@ -37,6 +37,7 @@ class HFDirectory:
     headers: dict[str, Header]  # by file name
     file_of: dict[str, str]  # tensor name -> file name
     untouched: tuple[str, ...]  # names of the tensors that no text pass uses
+    not_read: list[str]  # settings of the config that nothing here knows
 
     def dtype(self, name: str) -> str:
         """The safetensors dtype of a tensor."""
@@ -66,7 +67,8 @@ def open_hf_directory(path: Path) -> HFDirectory:
     parameters = with_stored_cuts(parameters, shapes)
     passed_on = names_of(model_type).untouched
     untouched = tuple(name for name in file_of if name.startswith(passed_on)) if passed_on else ()
-    directory = HFDirectory(path, architecture, parameters, headers, file_of, untouched)
+    not_read = settings_not_read(config)
+    directory = HFDirectory(path, architecture, parameters, headers, file_of, untouched, not_read)
     _compare(directory)
     return directory
 

@@ -15,6 +15,7 @@ from refine_mcore.conversion.settings import (
     read_setting,
     read_settings,
     refuse_unsupported,
+    unread_settings,
     write_settings,
 )
 from refine_mcore.models.architecture import Architecture, AttentionOptions, GatedDeltaNetOptions
@@ -79,6 +80,12 @@ class HybridFamily:
         """Our field names and the names in the file."""
         keys = (*_SHELL, *self.linear, *self.attention, *self.rotary)
         return [(key.field, key.name) for key in keys]
+
+    def unread(self, config: dict[str, Any]) -> list[str]:
+        """Settings that `read` does not know; of a larger model those of its text model."""
+        keys = (*_SHELL, *self.linear, *self.attention, *self.rotary, _INTERVAL)
+        known = {key.name for key in keys} | _FIXED.keys() | {"rope_parameters", "layer_types"}
+        return unread_settings(config["text_config"] if self.wrapped else config, known)
 
     def read(self, config: dict[str, Any], source: str) -> Architecture:
         """The architecture that a `config.json` describes."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from refine_mcore.conversion.description import (
+    HF_CONFIG,
     HF_DIRECTORY,
     UNTOUCHED_FILE,
     write_description,
@@ -37,7 +38,8 @@ _ROWS_AT_ONCE = 1024
 
 def import_hf(source: HFDirectory, output: Path, report: Report = logger.info) -> None:
     """Write the model as a checkpoint, dtypes kept, one tensor in memory at a time. `report` is
-    told of tensors that no text pass uses: they travel as they are.
+    told of settings that are not known, and of tensors that no text pass uses: they travel as they
+    are.
 
     Raises UserError if a weight is not finite, if a tied `lm_head.weight` differs from the
     embedding, if tensors that become one differ in dtype, or if `output` cannot be written.
@@ -48,6 +50,11 @@ def import_hf(source: HFDirectory, output: Path, report: Report = logger.info) -
         shapes = checkpoint_shapes(source.parameters)
         write_checkpoint(directory, shapes, _chunks(source))
         write_description(directory, source.architecture, source.path, source.headers)
+        if source.not_read:
+            report(
+                f"{source.path / HF_CONFIG} sets {', '.join(source.not_read)}: not known here, and "
+                "left out of account"
+            )
         if source.untouched:
             _pass_on(source, directory / HF_DIRECTORY / UNTOUCHED_FILE, report)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,45 @@ def read_setting(config: dict[str, Any], key: Key, source: str) -> Any:
     if key.kind in (int, float) and not abs(value) < _NUMBER_LIMIT:  # NaN is not less either
         raise Refused(f"{source}: {key.name} {value!r} is out of range")
     return key.kind(value)
+
+
+# Settings that have no say in what a model computes from tokens: names of classes and files, ids of
+# tokens, how kernels run, how weights are drawn and what only training or generation reads.
+_WITHOUT_A_SAY = frozenset(
+    {
+        *(
+            "architectures",
+            "auto_map",
+            "model_type",
+            "transformers_version",
+            "dtype",
+            "torch_dtype",
+        ),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "use_cache"),
+        *(
+            "attn_mode",
+            "fp32_states",
+            "last_layer_fuse_norm",
+            "mamba_ssm_dtype",
+            "use_fused_kernel",
+        ),
+        *("linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max"),
+        *("linear_dt_min", "use_l2warp"),
+        *("use_output_norm",),  # of DeltaNet, whose class does not read it either
+        *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),  # beside the text's own pass
+    }
+)
+
+
+def unread_settings(config: dict[str, Any], known: Iterable[str]) -> list[str]:
+    """Names of what a config sets (to no null, false, zero or empty list) that is not `known` to be
+    read, and not known to have no say in what the model computes."""
+    known = _WITHOUT_A_SAY.union(known)
+    return [
+        name
+        for name, value in config.items()
+        if value and name not in known and not name.startswith(("_", "fuse_"))
+    ]
 
 
 def refuse_unsupported(

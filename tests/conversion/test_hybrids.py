@@ -18,6 +18,7 @@ from refine_mcore.conversion.description import (
     read_description,
     write_description,
 )
+from refine_mcore.conversion.hf_config import hf_config, settings_not_read
 from refine_mcore.conversion.torch_dist import CheckpointReader
 from refine_mcore.errors import UserError
 from refine_mcore.models.presets import preset
@@ -94,6 +95,24 @@ def test_text_model_under_the_names_of_the_larger_one(golden, tmp_path) -> None:
     one, two = (to_checkpoint(m, tmp_path / f"{m.name}-checkpoint") for m in (plain, other))
     assert same(contents(one), contents(two))
     assert files(to_hf(two, tmp_path / "exported")) == files(other)
+
+
+def test_settings_of_a_later_day_are_named(golden, tmp_path, capsys) -> None:
+    """Which none of the reference configs has, nor one that is written here."""
+    for path in golden.glob("*/*/config.json"):
+        config = json.loads(path.read_text())
+        assert settings_not_read(config) == []
+        written = hf_config(architecture_from_hf(config, "config.json"), config["model_type"])
+        assert settings_not_read(written) == []
+        text = config.get("text_config", config)
+        text |= {"logit_scale": 0.5, "norm_first": False, "fuse_more": True, "mlp_only_layers": []}
+        assert settings_not_read(config) == ["logit_scale"]
+    model = copy_model(golden, "qwen35_text", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"logit_scale": 0.5, "gates": [1]}
+    (model / "config.json").write_text(json.dumps(config))
+    to_checkpoint(model, tmp_path / "checkpoint")
+    told = capsys.readouterr().err
+    assert "config.json sets logit_scale, gates: not known here, and left out of account" in told
 
 
 @pytest.mark.parametrize("sharded", [False, True])
