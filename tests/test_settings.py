@@ -166,7 +166,7 @@ TABLE: list[tuple[str, Seen]] = [
     ),
     ("data.sequence_length", Seen("72", lambda s: s.batches[0][0].tokens.shape[1])),
     ("data.packing", Seen("documents", lambda s: s.batches[0][0].documents, ANOTHER)),
-    ("data.cache", Seen("$elsewhere", lambda s: "data" in s.files, False)),
+    ("data.cache", Seen("$cache", lambda s: "data" in s.files, False)),
     ("data.seed", Seen("5", first_texts, ANOTHER)),
     ("refine.mode", Seen("ntp", lambda s: s.column("reward_mean"), [None])),
     ("refine.mode", Seen("prefix_copy", lambda s: len(s.passes), ANOTHER)),
@@ -392,6 +392,7 @@ def _write_inputs(directory: Path) -> dict[str, str]:
         "tokenizer": str(directory / "other.model"),
         "begun": str(directory / "begun"),
         "elsewhere": str(directory / "elsewhere"),
+        "cache": str(directory / "cache"),
         "checkpoint": str(directory / "finished" / "checkpoints"),
     }
 
