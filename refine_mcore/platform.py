@@ -235,12 +235,13 @@ def first_of_node() -> bool:
 def on_first_rank(action: Callable[[], T]) -> T:
     """Run `action` on rank 0; every rank gets its value, or a UserError there with its sentence."""
     outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    if rank() == 0:
         try:
             outcome[0] = action()
         except UserError as error:
             outcome[1] = str(error)
-    dist.broadcast_object_list(outcome)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome)
     value, message = outcome
     if message is not None:
         raise UserError(message)

@@ -165,10 +165,11 @@ class _WithoutProducts(TorchDispatchMode):
     """Matrix products are zeros: what is kept depends on their shapes, and in bfloat16 a CPU takes
     its time for them."""
 
-    _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+    # those alone that make a tensor of the dtype of their factors
+    _PRODUCTS = tuple(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm"))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket not in self._PRODUCTS or "out" in (kwargs or {}):
+        if func not in self._PRODUCTS:
             return func(*args, **(kwargs or {}))
         left, right = args[-2:]
         return left.new_zeros(*left.shape[:-1], right.shape[-1])

@@ -2,8 +2,9 @@
 
 Settings that change only how a kernel runs (`fuse_*`, `attn_mode`, `use_fused_kernel`,
 `fp32_states`) are ignored. Settings that would change the function and that this project does not
-compute are refused. A setting that the tensors cannot confirm and that has no settled default
-(LaCT's `use_muon`, for one) must be in the file: a wrong guess would load without any error.
+compute are refused; those that nobody here has heard of, an import names. A setting that the
+tensors cannot confirm and that has no settled default (LaCT's `use_muon`, for one) must be in the
+file: a wrong guess would load without any error.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from refine_mcore import platform
@@ -143,10 +142,7 @@ def tokenize_examples(
     work = _tokenize(config, tokenizer, shortest_prompt, examples)
     platform.work_apart(work if platform.rank() == 0 else None)
     # not as what the work returns, which is gathered with room for as much from every rank
-    shared = [examples]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared)
-    return shared[0]
+    return platform.on_first_rank(lambda: examples)
 
 
 def _tokenize(
